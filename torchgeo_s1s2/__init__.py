@@ -1,0 +1,2 @@
+"""TorchGeo extension."""
+__version__ = "0.1.0"
