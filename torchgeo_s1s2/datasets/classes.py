@@ -1,0 +1,164 @@
+"""Land-cover class schemes: names, colours and the merging of the labels on disk.
+
+Source: Wenger et al., Remote Sensing 2023, 15(1), 151, https://doi.org/10.3390/rs15010151.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.colors import ListedColormap
+
+NO_LABEL = 255
+"""Mask value of a pixel without a label."""
+
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class LandCoverClass:
+    """One class of a scheme.
+
+    Attributes:
+        name: Name shown in legends and written into maps.
+        color: Red, green, blue, each 0..255.
+        labels: Values of the label raster that belong to the class, each 1..254.
+    """
+
+    name: str
+    color: Color
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ClassScheme:
+    """Classes in their order: index 0..K-1 in a mask, number 1..K in a map.
+
+    Attributes:
+        classes: The K classes.
+        ids: Number of each class in a map, each 1..254; ``index + 1`` unless given.
+
+    Raises:
+        ValueError: If the scheme is empty, or a label or an id is claimed twice or out of range.
+    """
+
+    classes: tuple[LandCoverClass, ...]
+    ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Number the classes and check that nothing is claimed twice."""
+        if not self.classes:
+            raise ValueError('a class scheme needs at least one class')
+        if not self.ids:
+            object.__setattr__(self, 'ids', tuple(range(1, len(self.classes) + 1)))
+        if len(self.ids) != len(self.classes):
+            raise ValueError(f'{len(self.classes)} classes have {len(self.ids)} ids; give one each')
+        _check_unique('id', self.ids, 0, NO_LABEL)
+        _check_unique('label', [label for c in self.classes for label in c.labels], -1, NO_LABEL)
+
+    def __len__(self) -> int:
+        """Number of classes K."""
+        return len(self.classes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names in order."""
+        return tuple(c.name for c in self.classes)
+
+    @property
+    def colors(self) -> tuple[Color, ...]:
+        """Class colours in order."""
+        return tuple(c.color for c in self.classes)
+
+    @property
+    def cmap(self) -> ListedColormap:
+        """Matplotlib colour map whose entry i is the colour of class i."""
+        return ListedColormap(np.array(self.colors) / 255)
+
+    @property
+    def lookup(self) -> np.ndarray:
+        """Table of 256 uint8: label on disk -> class index, or 255 without a class."""
+        table = np.full(256, NO_LABEL, np.uint8)
+        for index, cls in enumerate(self.classes):
+            table[list(cls.labels)] = index
+        return table
+
+    def remap(self, labels: np.ndarray) -> np.ndarray:
+        """Turn labels as they are on disk into class indices.
+
+        Args:
+            labels: uint8 array of any shape.
+
+        Returns:
+            uint8 array of the same shape with values 0..K-1, and 255 where there is no class.
+        """
+        return self.lookup[labels]
+
+
+def _check_unique(what: str, values: Sequence[int], above: int, below: int) -> None:
+    for value in values:
+        if not above < value < below:
+            raise ValueError(f'{what} {value} is outside {above + 1}..{below - 1}')
+    twice = sorted({v for v in values if values.count(v) > 1})
+    if twice:
+        raise ValueError(f'{what} {twice} is given to more than one class; keep each in one')
+
+
+_CLASSES_15 = (
+    LandCoverClass('Dense Built-Up', (158, 0, 32), (1,)),
+    LandCoverClass('Sparse Built-Up', (226, 88, 88), (2,)),
+    LandCoverClass('Specialized Built-Up Areas', (178, 90, 196), (3,)),
+    LandCoverClass('Specialized but Vegetative Areas', (240, 160, 220), (4,)),
+    LandCoverClass('Large Scale Networks', (90, 90, 90), (5,)),
+    LandCoverClass('Arable Lands', (255, 236, 150), (6,)),
+    LandCoverClass('Vineyards', (232, 150, 30), (7,)),
+    LandCoverClass('Orchards', (240, 196, 70), (8,)),
+    LandCoverClass('Grasslands', (176, 218, 90), (9,)),
+    LandCoverClass('Groves and Hedges', (110, 190, 110), (10,)),
+    LandCoverClass('Forests', (20, 110, 45), (11,)),
+    LandCoverClass('Open Spaces, Mineral', (200, 190, 175), (12,)),
+    LandCoverClass('Wetlands', (150, 180, 220), (13,)),
+    LandCoverClass('Water Surfaces', (30, 100, 210), (14,)),
+    LandCoverClass('Beaches, Sand', (250, 240, 200), (15,)),
+)
+
+
+def _merge(name: str, *labels: int, color: int | None = None) -> LandCoverClass:
+    """Merge original classes; the colour is that of ``color`` or of the first label."""
+    shown = _CLASSES_15[(color or labels[0]) - 1]
+    return LandCoverClass(name, shown.color, labels)
+
+
+SCHEMES: dict[int, ClassScheme] = {
+    6: ClassScheme((*_CLASSES_15[:5], _merge('Other', *range(6, 15), color=9))),
+    10: ClassScheme(
+        (
+            *_CLASSES_15[:6],
+            _merge('Vineyards and Orchards', 7, 8),
+            _CLASSES_15[8],
+            _merge('Forests and Semi-Natural Areas', 10, 11, 12, color=11),
+            _merge('Water Surfaces and Wetlands', 13, 14, color=14),
+        )
+    ),
+    14: ClassScheme(_CLASSES_15[:14]),
+    15: ClassScheme(_CLASSES_15),
+}
+
+
+def class_scheme(classes: int | ClassScheme, schemes: Sequence[int] = (6, 10, 14, 15)) -> ClassScheme:
+    """Return a scheme by its number of classes.
+
+    Args:
+        classes: Number of classes, or a scheme of your own.
+        schemes: Numbers that are allowed here.
+
+    Raises:
+        ValueError: If there is no such scheme.
+    """
+    if isinstance(classes, ClassScheme):
+        return classes
+    if classes not in schemes:
+        raise ValueError(
+            f'no scheme of {classes!r} classes; choose one of {tuple(schemes)} or give a ClassScheme'
+        )
+    return SCHEMES[classes]
