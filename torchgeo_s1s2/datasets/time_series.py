@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -177,8 +178,11 @@ class MonthlySeries(DateRule):
     def _years(self, times: Times) -> Sequence[int]:
         if self.year is not None:
             return (self.year,)
-        years = np.unique(times.astype('datetime64[Y]')).astype(int) + 1970
-        return range(int(years[0]) - 1, int(years[-1]) + 1) if len(years) else ()
+        if not len(times):
+            return ()
+        first, last = times[[0, -1]].astype('datetime64[Y]').astype(int) + 1970
+        into_next_year = any(b <= a for a, b in pairwise(self.months))
+        return range(int(first) - into_next_year, int(last) + 1)
 
     def _slots_of_year(self, times: Times, year: int) -> list[Slot]:
         slots: list[Slot] = []

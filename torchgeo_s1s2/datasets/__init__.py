@@ -1,0 +1,20 @@
+"""Data sets of Sentinel-1 and Sentinel-2 time series with land-cover labels."""
+
+from torchgeo_s1s2.datasets.catalog import Catalog
+from torchgeo_s1s2.datasets.classes import NO_LABEL, SCHEMES, ClassScheme, LandCoverClass
+from torchgeo_s1s2.datasets.multisenge import SENSOR_BANDS, MultiSenGE, MultiSenNA
+from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, NoSeriesError
+
+__all__ = (
+    'NO_LABEL',
+    'SCHEMES',
+    'SENSOR_BANDS',
+    'Catalog',
+    'ClassScheme',
+    'DateRule',
+    'LandCoverClass',
+    'MonthlySeries',
+    'MultiSenGE',
+    'MultiSenNA',
+    'NoSeriesError',
+)

@@ -1,0 +1,530 @@
+"""MultiSenGE and MultiSenNA as TorchGeo data sets of time series."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import rasterio
+import torch
+from affine import Affine
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pyproj import CRS
+from rasterio.enums import Resampling
+from rasterio.vrt import WarpedVRT
+from rasterio.windows import Window
+from shapely import box, transform
+from torchgeo.datasets import GeoDataset
+
+from torchgeo_s1s2.datasets.catalog import SENSORS, Catalog, native_footprints, open_raster
+from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme, class_scheme
+from torchgeo_s1s2.datasets.plot import plot_series
+from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, NoSeriesError, Slots
+
+Sample = dict[str, Any]
+Splits = Mapping[str, Sequence[str]]
+
+SENSOR_BANDS: dict[str, tuple[str, ...]] = {
+    's2': ('B02', 'B03', 'B04', 'B05', 'B06', 'B07', 'B08', 'B8A', 'B11', 'B12'),
+    's1': ('VV', 'VH'),
+}
+"""Bands of each sensor in the order of its files."""
+
+NODATA = {'s2': -10000, 's1': 0}
+"""Value of a pixel without an observation in each sensor's files."""
+
+# Opening one of a thousand files of a folder would list them all.
+_GDAL_OPTIONS = {'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR'}
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Pixels to be filled: where they lie and how many."""
+
+    epsg: int | None
+    crs: CRS
+    transform: Affine
+    width: int
+    height: int
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        xmin, ymax = self.transform.c, self.transform.f
+        return xmin, ymax + self.height * self.transform.e, xmin + self.width * self.transform.a, ymax
+
+    def window_in(self, src: rasterio.DatasetReader) -> Window | None:
+        """Window of a raster that these pixels are, None where they must be warped."""
+        t = src.transform
+        if src.crs != self.crs or abs(t.a - self.transform.a) + abs(t.e - self.transform.e) > 1e-6:
+            return None
+        offset = (self.transform.c - t.c) / t.a, (self.transform.f - t.f) / t.e
+        col, row = round(offset[0]), round(offset[1])
+        aligned = abs(offset[0] - col) < 1e-3 and abs(offset[1] - row) < 1e-3
+        inside = 0 <= col <= src.width - self.width and 0 <= row <= src.height - self.height
+        return Window(col, row, self.width, self.height) if aligned and inside else None
+
+
+class MultiSenGE(GeoDataset):
+    """MultiSenGE: land cover of eastern France from a season of Sentinel-1 and Sentinel-2.
+
+    8,157 patches of 256 x 256 pixels of 10 m in two UTM zones, 72,033 Sentinel-2 and 1,012,227
+    Sentinel-1 acquisitions of 2020, and 14 land-cover classes. Any data set in the same layout
+    can be read, with patches of any size::
+
+        root/
+          labels/            TILE_X_Y.json
+          ground_reference/  TILE_GR_X_Y.tif            uint8, labels
+          s2/                TILE_YYYYMMDD_S2_X_Y.tif   int16, 10 bands, reflectance x 10,000
+          s1/                TILE_YYYYMMDD_S1_X_Y.tif   float32, VV and VH, linear
+
+    ``dataset[i]`` is patch i on its own grid in its own UTM zone, without resampling.
+    ``dataset[xmin:xmax, ymin:ymax, tmin:tmax]`` is any window in the data set's CRS: a plain read
+    where it lies in one patch of that zone, and otherwise warped (bilinear, labels nearest) and
+    mosaicked slot by slot; ``tmin:tmax`` limits the acquisitions that the date rule may use.
+
+    A sample holds:
+
+    ===================== ============ ======= ==================================================
+    key                   shape        dtype   meaning
+    ===================== ============ ======= ==================================================
+    ``image``             (T, C, H, W) float32 S2 reflectance, then S1 in dB; NaN without a value
+    ``mask``              (H, W)       int64   class 0..K-1, 255 without a label
+    ``valid``             (T, S)       bool    the sensor saw the slot
+    ``acquisition_times`` (T, S)       int64   seconds since 1970 UTC, -1 where not valid
+    ``bounds``            (9,)         float64 x, y and t as TorchGeo gives them
+    ``transform``         (9,)         float64 affine transform, row by row
+    ``crs``               ()           int64   EPSG code
+    ``index``             ()           int64   patch i; only of ``dataset[i]``
+    ===================== ============ ======= ==================================================
+
+    If you use the data, cite Wenger et al., https://doi.org/10.5194/isprs-annals-V-3-2022-635-2022
+    (the data set, DOI 10.5281/zenodo.6375466) and https://doi.org/10.3390/rs15010151 (the
+    protocol and the split).
+    """
+
+    all_bands = SENSOR_BANDS['s2'] + SENSOR_BANDS['s1']
+    rgb_bands = ('B04', 'B03', 'B02')
+
+    #: Tiles of each split, after Wenger et al. 2023.
+    splits: ClassVar[Splits] = {
+        'train': ('32UMV', '32ULU', '32ULV', '32TLT', '31UGQ', '31TFN', '31UFQ', '31UFR'),
+        'val': ('31UFP', '31UGP'),
+        'test': ('31UEQ',),
+    }
+    #: Numbers of classes for which there is a scheme.
+    schemes: ClassVar[tuple[int, ...]] = (6, 10, 14)
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] = 'data',
+        split: str = 'train',
+        series: DateRule | None = None,
+        classes: int | ClassScheme = 14,
+        sensors: Sequence[str] = SENSORS,
+        bands: Sequence[str] | None = None,
+        transforms: Callable[[Sample], Sample] | None = None,
+        crs: CRS | None = None,
+        splits: Splits | None = None,
+        raw: bool = False,
+        catalog: Catalog | None = None,
+    ) -> None:
+        """Catalogue the data set and choose the patches of a split that have a full series.
+
+        Args:
+            root: Folder of the data set.
+            split: Name of a split, or ``'all'`` for every patch.
+            series: Date rule; the paper's ``MonthlySeries()`` unless given.
+            classes: Number of classes, or a class scheme of your own.
+            sensors: ``('s2', 's1')`` or one of them.
+            bands: Bands to read, in any order; they come in the sensors' order. All unless given.
+            transforms: Function applied to each sample.
+            crs: CRS of the index and of GeoSlice windows; that of most patches unless given.
+            splits: Tiles of each split, in place of the paper's.
+            raw: Give the values of the files instead of reflectance and dB.
+            catalog: Catalogue of root, if there is one already.
+
+        Raises:
+            FileNotFoundError: If root lacks a folder.
+            ValueError: If a label file is malformed, an argument has no such value, or no patch
+                of the split has a full series.
+        """
+        self.root = self.paths = Path(root)
+        self.split = split
+        self.series = series or MonthlySeries()
+        self.classes = class_scheme(classes, self.schemes)
+        self.sensors = _in_order(sensors, SENSORS, 'sensor')
+        self.bands = _bands(bands, self.sensors)
+        self.transforms = transforms
+        self.raw = raw
+        self.splits = dict(splits or type(self).splits)  # type: ignore[misc]
+        self.catalog = catalog or Catalog(self.root)
+        self._patches = self._choose_patches()
+        self.index = self._index(crs)
+        self._lookup = torch.from_numpy(self.classes.lookup.astype(np.int64))
+
+    def __getitem__(self, index: Any) -> Sample:
+        """Read a patch or a window.
+
+        Args:
+            index: Number of a patch, or [xmin:xmax:xres, ymin:ymax:yres, tmin:tmax:tres].
+
+        Returns:
+            The sample; see the class.
+
+        Raises:
+            IndexError: If there is no such patch, or nothing in the window.
+            OSError: If a raster cannot be read; the message names it.
+            ValueError: If a raster has another size or number of bands than the others.
+        """
+        if isinstance(index, slice | tuple):
+            sample = self._window(index)
+        else:
+            sample = self._patch(int(index))
+        return self.transforms(sample) if self.transforms else sample
+
+    def name(self, index: int) -> str:
+        """Name of patch ``index``: TILE_X_Y."""
+        return str(self.catalog.patches['name'].iat[self._patches[index]])
+
+    def plot(
+        self, sample: Sample, show_titles: bool = True, suptitle: str | None = None
+    ) -> Figure:
+        """Plot the series, the mask and, if there is one, the prediction.
+
+        Args:
+            sample: A sample, with a ``prediction`` (H, W) or without.
+            show_titles: Whether to title each panel.
+            suptitle: Title of the figure.
+
+        Returns:
+            A figure with a row for each sensor, one for the classes, and their legend.
+        """
+        return plot_series(sample, self.bands, self.classes, show_titles, suptitle)
+
+    def slots(self, index: int) -> Slots:
+        """Time slots of patch ``index`` as the date rule chooses them."""
+        return self._select(int(self._patches[index]))[0]
+
+    def _choose_patches(self) -> NDArray[np.intp]:
+        """Rows of the catalogue in the split that have a footprint and a full series."""
+        chosen, failed = [], Counter[str]()
+        rows = self._rows_of_split()
+        for row in rows:
+            try:
+                self._select(row)
+            except NoSeriesError as error:
+                failed[str(error)] += 1
+                continue
+            chosen.append(row)
+        if not chosen:
+            why = '; '.join(f'{n} patches have {reason}' for reason, n in failed.most_common())
+            raise ValueError(
+                f'none of the {len(rows)} patches of split {self.split!r} in {self.root} has the '
+                f'series {self.series}: {why}. Choose another series, or missing="keep"'
+            )
+        return np.array(chosen, np.intp)
+
+    def _rows_of_split(self) -> NDArray[np.intp]:
+        names = (*self.splits, 'all')
+        if self.split not in names:
+            raise ValueError(f'no split {self.split!r}; choose one of {", ".join(names)}')
+        patches = self.catalog.patches
+        rows = patches['xmin'].notna().to_numpy()
+        if self.split != 'all':
+            rows = rows & patches['tile'].isin(self.splits[self.split]).to_numpy()
+        if not rows.any():
+            tiles = ', '.join(sorted(set(patches['tile'])))
+            raise ValueError(
+                f'split {self.split!r} has no patch: its tiles are {self.splits.get(self.split)}, '
+                f'{self.root} has {tiles}. Name the tiles of each split with the argument splits'
+            )
+        return np.flatnonzero(rows)
+
+    def _index(self, crs: CRS | None) -> gpd.GeoDataFrame:
+        """One row a patch, as TorchGeo's samplers expect it."""
+        patches = self.catalog.patches.iloc[self._patches]
+        target = CRS.from_user_input(crs or int(patches['epsg'].mode()[0]))
+        self._res = self._resolution(patches)
+        parts = [
+            self._footprints(group, int(epsg), target) for epsg, group in patches.groupby('epsg')
+        ]
+        geometry = pd.concat(parts).loc[patches.index]
+        spans = [self._span(row) for row in self._patches]
+        times = pd.IntervalIndex.from_tuples(spans, closed='both', name='datetime')
+        return gpd.GeoDataFrame(
+            {'name': patches['name'].to_numpy()}, index=times, geometry=geometry.array, crs=target
+        )
+
+    def _footprints(self, patches: pd.DataFrame, epsg: int, crs: CRS) -> gpd.GeoSeries:
+        """Footprints in a CRS, on whole pixels so that samplers stay on the grid of the others."""
+        native = native_footprints(patches, epsg)
+        if native.crs == crs:
+            return native
+        if not crs.is_projected:
+            return native.to_crs(crs)
+        res = np.array(self._res)
+        return native.to_crs(crs).map(lambda g: transform(g, lambda xy: np.round(xy / res) * res))
+
+    def _resolution(self, patches: pd.DataFrame) -> tuple[float, float]:
+        res = float(((patches['xmax'] - patches['xmin']) / patches['width']).iloc[0])
+        return res, res
+
+    def _span(self, row: int) -> tuple[pd.Timestamp, pd.Timestamp]:
+        times = [t for s in self.sensors if len(t := self.catalog.times(row, s))]
+        return pd.Timestamp(min(t[0] for t in times)), pd.Timestamp(max(t[-1] for t in times))
+
+    def _select(self, row: int, period: slice | None = None) -> tuple[Slots, dict[str, int]]:
+        """Slots of a patch in a period, and where the positions of each sensor start."""
+        times, first = {}, {}
+        for sensor in dict.fromkeys((self.series.leader, *self.sensors)):
+            t = self.catalog.times(row, sensor)
+            start, stop = _within(t, period) if period else (0, len(t))
+            times[sensor], first[sensor] = t[start:stop], start
+        return self.series.select(times), first
+
+    def _patch(self, index: int) -> Sample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'index: {index} not found in dataset with {len(self)} patches')
+        index %= len(self)
+        row = int(self._patches[index])
+        patch = self.catalog.patches.iloc[row]
+        grid = _Grid(
+            int(patch['epsg']),
+            CRS.from_epsg(int(patch['epsg'])),
+            Affine(self.res[0], 0, patch['xmin'], 0, -self.res[1], patch['ymax']),
+            int(patch['width']),
+            int(patch['height']),
+        )
+        times = self.index.index[index]
+        period = slice(times.left, times.right, 1)
+        sample = self._sample(grid, period, [(row, *self._select(row))])
+        return sample | {'index': torch.tensor(index)}
+
+    def _window(self, index: Any) -> Sample:
+        x, y, t = self._disambiguate_slice(index)
+        width, height = round((x.stop - x.start) / x.step), round((y.stop - y.start) / y.step)
+        origin = Affine(x.step, 0, x.start, 0, -y.step, y.stop)
+        grid = _Grid(self.crs.to_epsg(), self.crs, origin, width, height)
+        found = self.index.sindex.query(box(*grid.bounds), 'intersects', sort=True)
+        chosen, failed = [], Counter[str]()
+        for row in self._patches[found]:
+            try:
+                chosen.append((int(row), *self._select(int(row), t)))
+            except NoSeriesError as error:
+                failed[str(error)] += 1
+        if not chosen or width < 1 or height < 1:
+            why = f' ({len(found)} patches, none with a full series: {dict(failed)})' * bool(failed)
+            raise IndexError(
+                f'index: {index} not found in dataset with bounds: {self.bounds}{why}'
+            )
+        return self._sample(grid, t, chosen)
+
+    def _sample(
+        self, grid: _Grid, period: slice, series: Iterable[tuple[int, Slots, dict[str, int]]]
+    ) -> Sample:
+        """Read the slots of one or more patches onto a grid; the first patch with a value wins."""
+        shape = self.series.length, len(self.sensors)
+        image = np.full(
+            (shape[0], sum(map(len, self.bands.values())), grid.height, grid.width),
+            np.nan,
+            np.float32,
+        )
+        labels = np.full(image.shape[2:], NO_LABEL, np.uint8)
+        times = np.full(shape, -1, np.int64)
+        with rasterio.Env(**_GDAL_OPTIONS):
+            for row, slots, first in series:
+                self._fill_image(image, times, grid, row, slots, first)
+                self._fill_labels(labels, grid, row)
+        return {
+            'image': torch.from_numpy(image),
+            'mask': self._lookup[torch.from_numpy(labels).int()],
+            'valid': torch.from_numpy(times >= 0),
+            'acquisition_times': torch.from_numpy(times),
+            **_georeference(grid, period),
+        }
+
+    def _fill_image(
+        self,
+        image: NDArray[np.float32],
+        times: NDArray[np.int64],
+        grid: _Grid,
+        row: int,
+        slots: Slots,
+        first: Mapping[str, int],
+    ) -> None:
+        """Fill what is NaN in ``image`` (T, C, H, W) and -1 in ``times`` (T, S) from one patch."""
+        channel = 0
+        for s, (sensor, bands) in enumerate(self.bands.items()):
+            for t, positions in enumerate(slots[sensor]):
+                target = image[t, channel : channel + len(bands)]
+                if not positions or not np.isnan(target).any():
+                    continue
+                at = [first[sensor] + p for p in positions]
+                value = self._read_slot(row, sensor, at, grid)
+                if np.isnan(value).all():
+                    continue
+                np.copyto(target, value, where=np.isnan(target))
+                if times[t, s] < 0:
+                    times[t, s] = self.catalog.times(row, sensor)[at[0]].astype(np.int64)
+            channel += len(bands)
+
+    def _read_slot(
+        self, row: int, sensor: str, positions: Sequence[int], grid: _Grid
+    ) -> NDArray[np.float32]:
+        """Mean of the acquisitions of a slot, (C, H, W), in the units of a sample."""
+        names = SENSOR_BANDS[sensor]
+        indexes = [names.index(band) + 1 for band in self.bands[sensor]]
+        images = []
+        for position in positions:
+            path = self.catalog.path(row, sensor, position)
+            image = self._read(path, row, indexes, len(names), grid, NODATA[sensor])
+            images.append(_without_nodata(image, sensor))
+        value = images[0] if len(images) == 1 else _nanmean(np.stack(images))
+        return value if self.raw else _to_physical(value, sensor)
+
+    def _fill_labels(self, labels: NDArray[np.uint8], grid: _Grid, row: int) -> None:
+        path = self.catalog.ground_reference(row)
+        if path is not None:
+            value = self._read(path, row, [1], 1, grid, NO_LABEL)[0]
+            np.copyto(labels, value, where=labels == NO_LABEL)
+
+    def _read(
+        self, path: Path, row: int, indexes: list[int], count: int, grid: _Grid, nodata: int
+    ) -> NDArray[Any]:
+        """Read bands of a raster onto a grid: (len(indexes), H, W) in the raster's type."""
+        with open_raster(path) as src:
+            self._check(path, src, row, count)
+            window = grid.window_in(src)
+            try:
+                if window is not None:
+                    return src.read(indexes, window=window)
+                return _warp(src, grid, nodata).read(indexes)
+            except rasterio.errors.RasterioError as error:
+                raise OSError(
+                    f'{path} cannot be read: {error}. Fetch the file again, or delete it and the '
+                    'catalogue leaves it out'
+                ) from error
+
+    def _check(self, path: Path, src: rasterio.DatasetReader, row: int, count: int) -> None:
+        patch = self.catalog.patches.iloc[row]
+        got = src.count, src.width, src.height
+        expected = count, int(patch['width']), int(patch['height'])
+        if got != expected:
+            raise ValueError(
+                f'{path} has (bands, width, height) {got}, expected {expected} as the other '
+                f'rasters of patch {patch["name"]}; fetch or write the file again'
+            )
+        t = src.transform
+        if abs(t.c - patch['xmin']) + abs(t.f - patch['ymax']) > 1e-3:
+            raise ValueError(
+                f'{path} has its upper left corner at {t.c}, {t.f}; the other rasters place patch '
+                f'{patch["name"]} at {patch["xmin"]}, {patch["ymax"]}'
+            )
+
+
+class MultiSenNA(MultiSenGE):
+    """MultiSenNA: the same for Nouvelle-Aquitaine, 12,258 patches and a class 15 (beaches, sand).
+
+    There is no published split by tiles, so name the tiles of each split with ``splits``, or take
+    ``split='all'``. Everything else is as in MultiSenGE.
+    """
+
+    splits: ClassVar[Splits] = {}
+    schemes: ClassVar[tuple[int, ...]] = (15,)
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] = 'data',
+        split: str = 'all',
+        *args: Any,
+        classes: int | ClassScheme = 15,
+        **kwargs: Any,
+    ) -> None:
+        """See MultiSenGE.
+
+        Args:
+            root: Folder of the data set.
+            split: Name of a split of ``splits``, or ``'all'`` for every patch.
+            *args: As in MultiSenGE.
+            classes: 15, or a class scheme of your own.
+            **kwargs: As in MultiSenGE.
+        """
+        super().__init__(root, split, *args, classes=classes, **kwargs)
+
+
+def _in_order(chosen: Sequence[str], allowed: Sequence[str], what: str) -> tuple[str, ...]:
+    """The chosen names in the order of the allowed ones."""
+    unknown = [name for name in chosen if name not in allowed]
+    if unknown or not chosen or isinstance(chosen, str):
+        raise ValueError(f'no such {what}: {unknown or chosen!r}; choose from {", ".join(allowed)}')
+    return tuple(name for name in allowed if name in chosen)
+
+
+def _bands(bands: Sequence[str] | None, sensors: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Bands of each sensor in use."""
+    allowed = [band for sensor in sensors for band in SENSOR_BANDS[sensor]]
+    chosen = _in_order(allowed if bands is None else bands, allowed, 'band')
+    by_sensor = {s: tuple(b for b in SENSOR_BANDS[s] if b in chosen) for s in sensors}
+    for sensor, names in by_sensor.items():
+        if not names:
+            raise ValueError(f'no band of {sensor} in {bands}; add one or leave {sensor} out')
+    return by_sensor
+
+
+def _within(times: NDArray[np.datetime64], period: slice) -> tuple[int, int]:
+    """First and last + 1 position of sorted times within a closed period."""
+    start, stop = (np.datetime64(pd.Timestamp(t), 'ns') for t in (period.start, period.stop))
+    return int(np.searchsorted(times, start)), int(np.searchsorted(times, stop, 'right'))
+
+
+def _warp(src: rasterio.DatasetReader, grid: _Grid, nodata: int) -> WarpedVRT:
+    is_label = nodata == NO_LABEL
+    return WarpedVRT(
+        src,
+        crs=grid.crs.to_wkt(),
+        transform=grid.transform,
+        width=grid.width,
+        height=grid.height,
+        resampling=Resampling.nearest if is_label else Resampling.bilinear,
+        src_nodata=None if is_label else nodata,
+        nodata=nodata,
+        dtype=src.dtypes[0],
+    )
+
+
+def _without_nodata(image: NDArray[Any], sensor: str) -> NDArray[np.float32]:
+    """NaN where a sensor has no value; S1 power must be above 0."""
+    value = image.astype(np.float32)
+    value[(image == NODATA['s2']) if sensor == 's2' else ~(image > 0)] = np.nan
+    return value
+
+
+def _nanmean(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mean over the first axis of what is not NaN; NaN where everything is."""
+    seen = ~np.isnan(images)
+    with np.errstate(invalid='ignore'):
+        return np.nansum(images, 0) / seen.sum(0, dtype=np.float32)
+
+
+def _to_physical(value: NDArray[np.float32], sensor: str) -> NDArray[np.float32]:
+    """S2 to reflectance, S1 to dB."""
+    return value * np.float32(1e-4) if sensor == 's2' else 10 * np.log10(value)
+
+
+def _georeference(grid: _Grid, period: slice) -> Sample:
+    xmin, ymin, xmax, ymax = grid.bounds
+    t = grid.transform
+    tres = period.step if period.step is not None else 1
+    seconds = period.start.timestamp(), period.stop.timestamp(), tres
+    bounds = [xmin, xmax, t.a, ymin, ymax, -t.e, *seconds]
+    return {
+        'bounds': torch.tensor(bounds, dtype=torch.float64),
+        'transform': torch.tensor(t, dtype=torch.float64),
+        'crs': torch.tensor(grid.epsg or -1),
+    }

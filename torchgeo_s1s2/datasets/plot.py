@@ -1,0 +1,117 @@
+"""Figures of a series with its classes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme
+
+_PANEL = 1.9  # inches
+
+
+def plot_series(
+    sample: Mapping[str, Any],
+    bands: Mapping[str, Sequence[str]],
+    classes: ClassScheme,
+    show_titles: bool = True,
+    suptitle: str | None = None,
+) -> Figure:
+    """Plot a series in true colour and SAR, its mask and a prediction.
+
+    Args:
+        sample: ``image`` (T, C, H, W), and if they are there ``mask`` and ``prediction`` (H, W)
+            and ``acquisition_times`` (T, sensors).
+        bands: Bands of each sensor, in the order of the channels.
+        classes: Class scheme of mask and prediction.
+        show_titles: Whether to title each panel.
+        suptitle: Title of the figure.
+
+    Returns:
+        A figure with a row for each sensor, one for the classes, and their legend. SAR is VV, VH
+        and their ratio in red, green and blue; contrast is stretched over the whole series.
+    """
+    image = np.asarray(sample['image'], np.float32)
+    maps = {key: np.asarray(sample[key]) for key in ('mask', 'prediction') if key in sample}
+    rows, columns = len(bands) + 1, max(len(image), 2)
+    figure = Figure(figsize=(_PANEL * columns + 2.6, _PANEL * rows + 0.5), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    _draw_series(axes, image, bands, sample.get('acquisition_times'), show_titles)
+    for ax, (key, value) in zip(axes[-1], maps.items(), strict=False):
+        _draw_classes(ax, value, classes, key.capitalize() if show_titles else '')
+    _draw_legend(figure, maps, classes)
+    if suptitle:
+        figure.suptitle(suptitle)
+    return figure
+
+
+def _draw_series(
+    axes: NDArray[Any],
+    image: NDArray[np.float32],
+    bands: Mapping[str, Sequence[str]],
+    times: Any,
+    show_titles: bool,
+) -> None:
+    channel = 0
+    for row, (sensor, names) in enumerate(bands.items()):
+        series = image[:, channel : channel + len(names)]
+        composite = _true_color(series, names) if sensor == 's2' else _sar(series, names)
+        for t, picture in enumerate(_stretch(composite)):
+            axes[row, t].imshow(picture, interpolation='nearest')
+            if show_titles:
+                title = '' if times is None else _date(int(times[t, row]))
+                axes[row, t].set_title(f'{sensor.upper()} {title}', fontsize=8)
+        channel += len(names)
+
+
+def _draw_classes(ax: Axes, value: NDArray[Any], classes: ClassScheme, title: str) -> None:
+    shown = np.ma.masked_equal(value, NO_LABEL)
+    ax.imshow(shown, cmap=classes.cmap, vmin=-0.5, vmax=len(classes) - 0.5, interpolation='nearest')
+    ax.set_title(title, fontsize=8)
+
+
+def _draw_legend(figure: Figure, maps: Mapping[str, NDArray[Any]], classes: ClassScheme) -> None:
+    """Legend of the classes that are shown."""
+    present = np.unique(np.concatenate([m.ravel() for m in maps.values()])) if maps else []
+    handles = [
+        Patch(color=np.array(classes.colors[c]) / 255, label=classes.names[c])
+        for c in map(int, present)
+        if c < len(classes)
+    ]
+    if handles:
+        figure.legend(handles=handles, loc='outside right lower', fontsize=7, frameon=False)
+
+
+def _true_color(series: NDArray[np.float32], names: Sequence[str]) -> NDArray[np.float32]:
+    """Red, green and blue, or the first band in grey where one of them was not read: (T, 3, H, W)."""
+    rgb = [b for b in ('B04', 'B03', 'B02') if b in names]
+    chosen = [names.index(b) for b in rgb] if len(rgb) == 3 else [0, 0, 0]
+    return series[:, chosen]
+
+
+def _sar(series: NDArray[np.float32], names: Sequence[str]) -> NDArray[np.float32]:
+    """VV, VH and VV - VH in dB, or the one band in grey: (T, 3, H, W)."""
+    if len(names) == 1:
+        return series[:, [0, 0, 0]]
+    vv, vh = series[:, 0], series[:, 1]
+    return np.stack([vv, vh, vv - vh], 1)
+
+
+def _stretch(series: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Each channel from its 2nd to its 98th percentile over the series to 0..1: (T, H, W, 3)."""
+    values = np.where(np.isfinite(series), series, np.nan)
+    if np.isnan(values).all():
+        return np.zeros_like(np.moveaxis(values, 1, -1))
+    low, high = np.nanpercentile(values, (2, 98), axis=(0, 2, 3), keepdims=True)
+    stretched = (values - low) / np.maximum(high - low, 1e-6)
+    return np.moveaxis(np.nan_to_num(stretched).clip(0, 1), 1, -1)
+
+
+def _date(seconds: int) -> str:
+    return 'not seen' if seconds < 0 else str(np.datetime64(seconds, 's').astype('datetime64[D]'))
