@@ -1,0 +1,6 @@
+"""Lightning data modules."""
+
+from torchgeo_s1s2.datamodules.multisenge import MultiSenGEDataModule
+from torchgeo_s1s2.datamodules.statistics import Statistics
+
+__all__ = ('MultiSenGEDataModule', 'Statistics')

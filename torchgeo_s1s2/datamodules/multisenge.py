@@ -1,0 +1,230 @@
+"""Data module for MultiSenGE and data sets in its layout."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchgeo.datamodules import NonGeoDataModule
+from torchgeo.datasets import stack_samples
+
+from torchgeo_s1s2.datamodules.statistics import Statistics
+from torchgeo_s1s2.datasets.catalog import SENSORS, Catalog
+from torchgeo_s1s2.datasets.classes import ClassScheme
+from torchgeo_s1s2.datasets.multisenge import MultiSenGE, Sample, Splits
+from torchgeo_s1s2.datasets.synthetic import write_synthetic
+from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
+from torchgeo_s1s2.transforms import AugmentSeries, NormalizeSeries
+
+
+class MultiSenGEDataModule(NonGeoDataModule):
+    """Patches of MultiSenGE by tile splits, normalised and, in training, augmented.
+
+    Patches are read by number, each on its own grid in its own UTM zone, so PyTorch's plain and
+    distributed samplers serve. Each channel is normalised with the mean and standard deviation of
+    the training patches, which are computed once and kept beside the data as
+    ``statistics_*.json``, and travel in checkpoints.
+
+    Attributes:
+        classes: Class scheme of the masks.
+        channels: Number of bands of each sensor.
+        series_length: Number of time slots T.
+    """
+
+    def __init__(
+        self,
+        root: str | Path = 'data',
+        batch_size: int = 8,
+        num_workers: int = 0,
+        patch_size: int | tuple[int, int] | None = None,
+        series: DateRule | None = None,
+        classes: int | ClassScheme = 14,
+        sensors: Sequence[str] = SENSORS,
+        bands: Sequence[str] | None = None,
+        splits: Splits | None = None,
+        predict_split: str = 'test',
+        augment: bool = True,
+        statistics: str | Path | None = None,
+        synthetic: bool | Mapping[str, Any] = False,
+        dataset_class: type[MultiSenGE] = MultiSenGE,
+    ) -> None:
+        """Keep the settings.
+
+        Args:
+            root: Folder of the data set.
+            batch_size: Number of patches in a batch.
+            num_workers: Number of processes that read.
+            patch_size: Height and width of random crops in training; whole patches unless given.
+            series: Date rule; the paper's ``MonthlySeries()`` unless given.
+            classes: Number of classes, or a class scheme of your own.
+            sensors: ``('s2', 's1')`` or one of them.
+            bands: Bands to read; all unless given.
+            splits: Tiles of each split, in place of the paper's.
+            predict_split: Split that is mapped by ``torchgeo predict``.
+            augment: Flip and turn the training patches.
+            statistics: File of statistics to normalise with, in place of those beside the data.
+            synthetic: Write a synthetic data set to root unless it is there; a mapping holds
+                arguments of :func:`~torchgeo_s1s2.datasets.synthetic.write_synthetic`.
+            dataset_class: MultiSenGE or MultiSenNA.
+        """
+        self.root = Path(root)
+        self.predict_split = predict_split
+        self.synthetic = synthetic
+        self.statistics_path = statistics
+        self.statistics: Statistics | None = None
+        self.mean, self.std = torch.tensor(0.0), torch.tensor(1.0)
+        super().__init__(
+            dataset_class,  # type: ignore[arg-type]
+            batch_size,
+            num_workers,
+            root=self.root,
+            series=series or MonthlySeries(),
+            classes=classes,
+            sensors=sensors,
+            bands=bands,
+            splits=splits,
+        )
+        self.collate_fn = stack_samples
+        self.augment = AugmentSeries(patch_size, turns=augment)
+        self._catalog: Catalog | None = None
+
+    @property
+    def classes(self) -> ClassScheme:
+        """Class scheme of the masks; known after ``setup``."""
+        return self._any_dataset.classes
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Number of bands of each sensor; known after ``setup``."""
+        return {sensor: len(bands) for sensor, bands in self._any_dataset.bands.items()}
+
+    @property
+    def series_length(self) -> int:
+        """Number of time slots T."""
+        return int(self.kwargs['series'].length)
+
+    @property
+    def class_weights(self) -> Tensor:
+        """Inverse pixel frequencies in the training patches, (K,); known after ``setup``."""
+        return self._known_statistics().class_weights
+
+    def prepare_data(self) -> None:
+        """Write the synthetic data set and the statistics if they are wanted and not there."""
+        if self.synthetic is not False:
+            options = {} if self.synthetic is True else dict(self.synthetic)
+            write_synthetic(self.root, **options)
+        self._find_statistics()
+
+    def setup(self, stage: str) -> None:
+        """Choose the patches of a stage, and read one to see that it can be read.
+
+        Args:
+            stage: ``'fit'``, ``'validate'``, ``'test'`` or ``'predict'``.
+
+        Raises:
+            FileNotFoundError: If root lacks a folder.
+            OSError: If a raster cannot be read.
+            ValueError: If no patch has a full series, a raster differs from the others, or there
+                are fewer training patches than a batch holds.
+        """
+        if stage == 'fit':
+            self.train_dataset = self._dataset('train')
+            self._check_batch_size()
+        if stage in ('fit', 'validate'):
+            self.val_dataset = self._dataset('val')
+        if stage == 'test':
+            self.test_dataset = self._dataset('test')
+        if stage == 'predict':
+            self.predict_dataset = self._dataset(self.predict_split)
+        self._use(self._find_statistics())
+
+    def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
+        """Normalise a batch, and augment it in training.
+
+        Args:
+            batch: A batch as the data set gives it.
+            dataloader_idx: Number of the loader.
+        """
+        self._known_statistics()
+        batch = self.normalize(batch)
+        return self.augment(batch) if self.trainer and self.trainer.training else batch
+
+    def plot(self, sample: Sample, **kwargs: Any) -> Any:
+        """Plot a sample of any split; see :meth:`MultiSenGE.plot`."""
+        return self._any_dataset.plot(sample, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics, so that a checkpoint normalises as in its training."""
+        return vars(self.statistics) if self.statistics else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Normalise with the statistics of a checkpoint, unless a file was given.
+
+        Args:
+            state_dict: What ``state_dict`` gave.
+
+        Raises:
+            ValueError: If the checkpoint was trained on other bands.
+        """
+        if state_dict and self.statistics_path is None:
+            self._use(Statistics(**state_dict))
+
+    def _dataset(self, split: str) -> MultiSenGE:
+        if self._catalog is None:
+            self._catalog = Catalog(self.root)
+        dataset: Any = self.dataset_class(split=split, catalog=self._catalog, **self.kwargs)
+        dataset[0]
+        return dataset
+
+    @property
+    def _any_dataset(self) -> MultiSenGE:
+        names = ('train', 'val', 'test', 'predict')
+        datasets: list[Any] = [getattr(self, f'{name}_dataset') for name in names]
+        found = next((d for d in datasets if d is not None), None)
+        if found is None:
+            raise RuntimeError('the data module has no data set yet; call setup(stage) first')
+        return found
+
+    def _check_batch_size(self) -> None:
+        patches = len(self.train_dataset)  # type: ignore[arg-type]
+        if patches < self.batch_size:
+            raise ValueError(
+                f'batch_size is {self.batch_size}, but split "train" of {self.root} has only '
+                f'{patches} patches with a full series; make it {patches} or less'
+            )
+
+    def _find_statistics(self) -> Statistics | None:
+        """Statistics from the file given or beside the data, None without training patches."""
+        if self.statistics_path is not None:
+            return Statistics.load(self.statistics_path)
+        try:
+            dataset = self._dataset('train')
+        except ValueError:
+            return None
+        return Statistics.beside(dataset, self.num_workers)
+
+    def _use(self, statistics: Statistics | None) -> None:
+        if statistics is None:
+            return
+        bands = tuple(band for names in self._any_dataset.bands.values() for band in names)
+        if statistics.bands != bands:
+            raise ValueError(
+                f'the statistics are of bands {statistics.bands}, the data module reads {bands}; '
+                'give the bands and sensors of the training'
+            )
+        self.statistics = statistics
+        self.normalize = NormalizeSeries(statistics.mean, statistics.std)
+        # TorchGeo denormalises images whose time is folded into the channels.
+        self.mean = torch.tensor(statistics.mean).repeat(self.series_length)
+        self.std = torch.tensor(statistics.std).repeat(self.series_length)
+
+    def _known_statistics(self) -> Statistics:
+        if self.statistics is None:
+            raise ValueError(
+                f'{self.root} has no training patches to compute statistics from; give a '
+                'checkpoint, or the file statistics_*.json of the training as statistics'
+            )
+        return self.statistics
+
+
