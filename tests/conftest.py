@@ -1,0 +1,134 @@
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import rasterio
+from numpy.typing import NDArray
+from rasterio.crs import CRS
+from rasterio.transform import from_origin
+
+mpl.use('agg')
+
+SHARED = Path(__file__).parents[2] / 'shared'
+ORIGINS = {'31UEQ': (32631, 500000.0, 5500000.0), '32ULU': (32632, 300000.0, 5400000.0)}
+S2_DATES = ('20200706', '20200805', '20200904', '20201108')
+S1_DATES = ('20200704', '20200807', '20200904', '20201111')
+
+
+def write_raster(
+    path: Path, data: NDArray[np.generic], epsg: int, left: float, top: float, res: float = 10
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, height, width = data.shape
+    profile = {
+        'driver': 'GTiff',
+        'count': count,
+        'height': height,
+        'width': width,
+        'dtype': data.dtype.name,
+        'crs': CRS.from_epsg(epsg),
+        'transform': from_origin(left, top, res, res),
+    }
+    with rasterio.open(path, 'w', **profile) as dst:
+        dst.write(data)
+
+
+def write_label_file(
+    root: Path,
+    tile: str,
+    x: int,
+    y: int,
+    s2: Sequence[str] = S2_DATES,
+    s1: Sequence[str] = S1_DATES,
+    labels: str = '2;6',
+    **changes: str,
+) -> Path:
+    import json
+
+    epsg = ORIGINS[tile][0]
+    content = {
+        'corresponding_s2': ';'.join(f'{tile}_{d}_S2_{x}_{y}.tif' for d in s2),
+        'corresponding_s1': ';'.join(f'{tile}_{d}_S1_{x}_{y}.tif' for d in s1),
+        'projection': CRS.from_epsg(epsg).to_wkt(version='WKT1_GDAL'),
+        'labels': labels,
+    } | changes
+    path = root / 'labels' / f'{tile}_{x}_{y}.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_patch(
+    root: Path,
+    tile: str,
+    x: int = 0,
+    y: int = 0,
+    size: int = 32,
+    s2: Mapping[str, NDArray[np.generic]] | None = None,
+    s1: Mapping[str, NDArray[np.generic]] | None = None,
+    labels: NDArray[np.generic] | None = None,
+) -> None:
+    """A patch whose values a person can work out.
+
+    S2 band b (0..9) of date t (0..3) is 1000 * t + 100 * b + column, S1 is 0.1 (VV) and 0.01 (VH),
+    the left half is label 6 and the right half label 2.
+    """
+    epsg, left, top = ORIGINS[tile]
+    column = np.arange(size)
+    if s2 is None:
+        s2 = {
+            date: np.broadcast_to(
+                1000 * t + 100 * np.arange(10)[:, None, None] + column, (10, size, size)
+            ).astype(np.int16)
+            for t, date in enumerate(S2_DATES)
+        }
+    if s1 is None:
+        power = np.stack([np.full((size, size), p, np.float32) for p in (0.1, 0.01)])
+        s1 = dict.fromkeys(S1_DATES, power)
+    if labels is None:
+        labels = np.broadcast_to(np.where(column < size // 2, 6, 2), (size, size)).astype(np.uint8)
+    place = epsg, left + 10 * x, top - 10 * y
+    for sensor, images in (('s2', s2), ('s1', s1)):
+        (root / sensor).mkdir(parents=True, exist_ok=True)
+        for date, image in images.items():
+            write_raster(
+                root / sensor / f'{tile}_{date}_{sensor.upper()}_{x}_{y}.tif', image, *place
+            )
+    write_raster(root / 'ground_reference' / f'{tile}_GR_{x}_{y}.tif', labels[None], *place)
+    write_label_file(root, tile, x, y, tuple(s2), tuple(s1))
+
+
+@pytest.fixture
+def two_zones(tmp_path: Path) -> Path:
+    """Two neighbouring patches of 32 x 32 in zone 31 and one in zone 32."""
+    root = tmp_path / 'data'
+    for tile, x in (('31UEQ', 0), ('31UEQ', 33), ('32ULU', 0)):
+        write_patch(root, tile, x)
+    return root
+
+
+def _shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f'{name} is not beside the project')
+    return path
+
+
+@pytest.fixture(scope='session')
+def real_sample() -> Path:
+    """One real patch in the layout of MultiSenGE."""
+    return _shared('real_sample')
+
+
+@pytest.fixture(scope='session')
+def real_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root with the 8,157 real label files and nothing else."""
+    import tarfile
+
+    archive = _shared('multisenge/labels.tar.xz')
+    root = tmp_path_factory.mktemp('multisenge')
+    with tarfile.open(archive) as tar:
+        tar.extractall(root, filter='data')
+    return root

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from torchgeo_s1s2.datasets import NO_LABEL, SCHEMES, ClassScheme, LandCoverClass
+from torchgeo_s1s2.datasets.classes import class_scheme
+
+LABELS = np.arange(17, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ('classes', 'expected'),
+    [
+        (6, [255, 0, 1, 2, 3, 4, 5, 5, 5, 5, 5, 5, 5, 5, 5, 255, 255]),
+        (10, [255, 0, 1, 2, 3, 4, 5, 6, 6, 7, 8, 8, 8, 9, 9, 255, 255]),
+        (14, [255, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 255, 255]),
+        (15, [255, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 255]),
+    ],
+)
+def test_remap_follows_the_published_merging(classes: int, expected: list[int]) -> None:
+    scheme = SCHEMES[classes]
+    assert scheme.remap(LABELS).tolist() == expected
+    assert len(scheme) == len(set(scheme.names)) == len(set(scheme.colors)) == classes
+    assert scheme.ids == tuple(range(1, classes + 1))
+    assert NO_LABEL not in scheme.ids
+
+
+def test_own_scheme_merges_and_keeps_its_ids() -> None:
+    scheme = ClassScheme(
+        (LandCoverClass('town', (255, 0, 0), (1, 2)), LandCoverClass('field', (0, 255, 0), (40,))),
+        ids=(10, 20),
+    )
+    assert scheme.remap(np.array([[1, 2], [40, 3]], np.uint8)).tolist() == [[0, 0], [1, 255]]
+    assert scheme.ids == (10, 20)
+    assert scheme.cmap(1) == (0, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ('labels', 'ids', 'message'),
+    [
+        (((1,), (1,)), (), r'label \[1\] is given to more than one class'),
+        (((1,), (2,)), (7, 7), r'id \[7\] is given to more than one class'),
+        (((1,), (2,)), (0, 1), 'id 0 is outside 1..254'),
+        (((1,), (255,)), (), 'label 255 is outside 0..254'),
+        (((1,), (2,)), (1,), '2 classes have 1 ids'),
+        ((), (), 'at least one class'),
+    ],
+)
+def test_contradictory_schemes_are_refused(
+    labels: tuple[tuple[int, ...], ...], ids: tuple[int, ...], message: str
+) -> None:
+    classes = tuple(LandCoverClass(str(n), (0, 0, n), numbers) for n, numbers in enumerate(labels))
+    with pytest.raises(ValueError, match=message):
+        ClassScheme(classes, ids)
+
+
+def test_unknown_scheme_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r'no scheme of 7 classes; choose one of \(6, 10, 14\)'):
+        class_scheme(7, (6, 10, 14))
