@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
@@ -56,7 +57,8 @@ class Catalog:
 
     The label files and one listing of each folder say what there is. Where the patches of a tile
     lie follows from the tile's origin and their x and y; two rasters a tile are opened to learn
-    origin and patch size, and one a patch only in a tile where these two disagree.
+    origin and patch size, and one a patch only in a tile where these two disagree. A raster that
+    turns out to lie elsewhere or to have another size is an error when it is read.
 
     Attributes:
         root: Folder of the data set.
@@ -184,26 +186,25 @@ class Catalog:
                 ],
             }
         )
-        frame[['width', 'height']] = 0
-        frame[['xmin', 'ymin', 'xmax', 'ymax']] = np.nan
+        place = np.full((len(frame), 5), np.nan)
         if references is not None:
-            for _, rows in frame.groupby('tile', observed=True).indices.items():
-                self._locate(frame, rows)
+            for rows in frame.groupby('tile', observed=True).indices.values():
+                place[rows] = self._probe_tile(frame, rows)
+        width, height, left, top, res = place.T
+        xmin, ymax = left + frame['x'] * res, top - frame['y'] * res
+        frame['width'], frame['height'] = np.nan_to_num(place[:, :2]).astype(int).T
+        frame['xmin'], frame['ymin'] = xmin, ymax - height * res
+        frame['xmax'], frame['ymax'] = xmin + width * res, ymax
         return gpd.GeoDataFrame(frame, geometry=_footprints(frame), crs='EPSG:4326')
 
-    def _locate(self, frame: pd.DataFrame, rows: NDArray[np.intp]) -> None:
-        """Fill in size and bounds of the patches of one tile."""
+    def _probe_tile(self, frame: pd.DataFrame, rows: NDArray[np.intp]) -> NDArray[np.float64]:
+        """What ``_probe`` tells of each patch of a tile, or of all of them where they agree."""
         probes = [self._probe(frame, row) for row in rows[[0, -1]]]
-        if probes[0] is None or probes[0] != probes[1]:
+        if probes[0] != probes[1]:
             probes = [self._probe(frame, row) for row in rows]
-        known = [p if p is not None else (0, 0, np.nan, np.nan, np.nan) for p in probes]
-        width, height, left, top, res = np.array(known[:1] if len(set(known)) == 1 else known).T
-        xmin, ymax = left + frame.loc[rows, 'x'] * res, top - frame.loc[rows, 'y'] * res
-        frame.loc[rows, 'width'], frame.loc[rows, 'height'] = width.astype(int), height.astype(int)
-        frame.loc[rows, 'xmin'], frame.loc[rows, 'xmax'] = xmin, xmin + width * res
-        frame.loc[rows, 'ymin'], frame.loc[rows, 'ymax'] = ymax - height * res, ymax
+        return np.array(probes[: len(rows)] if len(set(probes)) > 1 else probes[:1])
 
-    def _probe(self, frame: pd.DataFrame, row: int) -> tuple[int, int, float, float, float] | None:
+    def _probe(self, frame: pd.DataFrame, row: int) -> tuple[float, ...]:
         """Width, height, tile origin and resolution that one raster of a patch tells."""
         patch = frame.loc[row]
         if patch['ground_reference']:
@@ -211,7 +212,7 @@ class Catalog:
         else:
             first = int(np.searchsorted(self.acquisitions['patch'], row))
             if first == len(self.acquisitions) or self.acquisitions.at[first, 'patch'] != row:
-                return None
+                return (np.nan,) * 5
             path = self.root / self.acquisitions.at[first, 'path']
         with open_raster(path) as src:
             t = src.transform
@@ -281,11 +282,19 @@ def _dates(path: Path, names: Iterable[str], sensor: str, xy: str, tile: str) ->
         if not name:
             continue
         date = name[len(head) : end]
-        if not (name.startswith(head) and name[end:] == tail and date.isdigit()):
+        if not (name.startswith(head) and name[end:] == tail and _is_date(date)):
             raise ValueError(
                 f'{path} names {name!r} as an image of {sensor}; expected {head}YYYYMMDD{tail}'
             )
         yield date
+
+
+@lru_cache(maxsize=10_000)
+def _is_date(text: str) -> bool:
+    try:
+        return bool(datetime.strptime(text, '%Y%m%d'))
+    except ValueError:
+        return False
 
 
 @lru_cache(maxsize=64)
