@@ -1,0 +1,268 @@
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import rasterio
+import rasterio.shutil
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from rasterio.transform import Affine, from_origin
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchgeo.datasets import stack_samples
+
+from torchgeo_s1s2.callbacks import GeoTIFFWriter
+from torchgeo_s1s2.callbacks.geotiff import predicted_windows
+from torchgeo_s1s2.callbacks.layers import OBSERVATIONS, classify, whole
+from torchgeo_s1s2.datasets.classes import ClassScheme, LandCoverClass
+
+SCHEME = ClassScheme(
+    (
+        LandCoverClass('Town', (255, 0, 0), (1,)),
+        LandCoverClass('Field & meadow', (0, 255, 0), (2,)),
+        LandCoverClass('Water', (0, 0, 255), (3,)),
+    ),
+    ids=(1, 4, 7),
+)
+
+
+class Patches(Dataset[dict[str, Any]]):
+    """Patches side by side, the last in the next zone; patch i is wholly of class i."""
+
+    classes: Any = SCHEME
+
+    def __len__(self) -> int:
+        return 3
+
+    def name(self, index: int) -> str:
+        return f'31UEQ_{index * 257}_0'
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = torch.zeros(3, 64, 64)
+        image[index] = np.log(8)  # softmax 0.8, 0.1, 0.1
+        return {
+            'image': image,
+            'transform': torch.tensor(
+                from_origin(500000 + 2570 * index, 5500000, 10, 10), dtype=torch.float64
+            ),
+            'crs': torch.tensor(32632 if index == 2 else 32631),
+            'index': torch.tensor(index),
+        }
+
+
+class Task(LightningModule):
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return {'probabilities': batch['image'].softmax(1), 'transform': None}
+
+
+class TensorTask(LightningModule):
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return batch['image'].softmax(1)
+
+
+def predict(
+    root: Path,
+    *callbacks: Any,
+    dataset: Any = None,
+    task: LightningModule | None = None,
+    **options: Any,
+) -> Any:
+    trainer = Trainer(
+        accelerator='cpu',
+        callbacks=list(callbacks),
+        default_root_dir=root,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    loader = DataLoader(Patches() if dataset is None else dataset, 2, collate_fn=stack_samples)
+    return trainer.predict(task or Task(), loader)
+
+
+def category_names(path: Path, tmp_path: Path) -> list[str | None]:
+    """Names as GDAL reads them."""
+    vrt = tmp_path / 'names.vrt'
+    rasterio.shutil.copy(path, vrt, driver='VRT')
+    return [e.text for e in ElementTree.parse(vrt).iter('Category')]
+
+
+def test_patch_is_written_on_its_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = predict(tmp_path, GeoTIFFWriter(tmp_path / 'out'))
+    assert result is None
+    names = ['31UEQ_0_0', '31UEQ_257_0', '31UEQ_514_0']
+    files = sorted(f.name for f in (tmp_path / 'out').iterdir())
+    assert files == sorted(f'{n}.tif{end}' for n in names for end in ('', '.aux.xml'))
+    assert f'3 maps written to {tmp_path / "out"}' in capsys.readouterr().out
+    for i, (name, epsg, number) in enumerate(
+        zip(names, (32631, 32631, 32632), (1, 4, 7), strict=True)
+    ):
+        with rasterio.open(tmp_path / 'out' / f'{name}.tif') as src:
+            assert src.crs.to_epsg() == epsg
+            assert src.transform == Affine(10, 0, 500000 + 2570 * i, 0, -10, 5500000)
+            assert src.profile['compress'] == 'deflate'
+            assert src.profile['tiled']
+            assert src.nodata == 0
+            np.testing.assert_array_equal(src.read(), np.full((1, 64, 64), number))
+
+
+def test_map_carries_colours_and_names(tmp_path: Path) -> None:
+    predict(tmp_path, GeoTIFFWriter())
+    path = tmp_path / 'maps' / '31UEQ_0_0.tif'
+    with rasterio.open(path) as src:
+        colors = src.colormap(1)
+        tags = src.tags(1)
+    assert [colors[i] for i in (0, 1, 4, 7)] == [
+        (0, 0, 0, 0),
+        (255, 0, 0, 255),
+        (0, 255, 0, 255),
+        (0, 0, 255, 255),
+    ]
+    assert tags == {'CLASS_1': 'Town', 'CLASS_4': 'Field & meadow', 'CLASS_7': 'Water'}
+    names = category_names(path, tmp_path)
+    assert names == ['No data', 'Town', None, None, 'Field & meadow', None, None, 'Water']
+
+
+def test_confidence_is_a_second_file_in_percent(tmp_path: Path) -> None:
+    predict(tmp_path, GeoTIFFWriter(confidence=True))
+    with rasterio.open(tmp_path / 'maps' / '31UEQ_257_0_confidence.tif') as src:
+        assert src.nodata == 255
+        assert src.units == ('%',)
+        np.testing.assert_array_equal(src.read(), np.full((1, 64, 64), 80))
+
+
+def test_numbers_of_a_subset_are_those_of_the_data_set(tmp_path: Path) -> None:
+    predict(tmp_path, GeoTIFFWriter(), dataset=Subset(Patches(), [2, 1]))
+    files = sorted(f.name for f in (tmp_path / 'maps').glob('*.tif'))
+    assert files == ['31UEQ_257_0.tif', '31UEQ_514_0.tif']
+
+
+def test_tensor_of_a_stock_task_is_enough(tmp_path: Path) -> None:
+    predict(tmp_path, GeoTIFFWriter(), task=TensorTask())
+    with rasterio.open(tmp_path / 'maps' / '31UEQ_257_0.tif') as src:
+        assert (src.read() == 4).all()
+
+
+def test_without_a_number_the_place_is_the_name(tmp_path: Path) -> None:
+    class Windows(Patches):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {k: v for k, v in super().__getitem__(index).items() if k != 'index'}
+
+    predict(tmp_path, GeoTIFFWriter(), dataset=Windows())
+    files = sorted(f.name for f in (tmp_path / 'maps').glob('*.tif'))
+    assert files == [
+        '32631_500000_5500000.tif',
+        '32631_502570_5500000.tif',
+        '32632_505140_5500000.tif',
+    ]
+
+
+def test_two_predictions_of_a_place_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='two predictions are called 31UEQ_257_0'):
+        predict(tmp_path, GeoTIFFWriter(), dataset=Subset(Patches(), [1, 1]))
+    predict(tmp_path, GeoTIFFWriter())
+
+
+def test_unknown_classes_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    class Foreign(Patches):
+        classes = ('Town', 'Field', 'Water')
+
+    class NeverReached(Task):
+        def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError
+
+    with pytest.raises(ValueError, match='Foreign has no class scheme; give GeoTIFFWriter'):
+        predict(tmp_path, GeoTIFFWriter(), dataset=Foreign(), task=NeverReached())
+    predict(tmp_path, GeoTIFFWriter(classes=SCHEME), dataset=Foreign())
+    assert (tmp_path / 'maps' / '31UEQ_514_0.tif').exists()
+
+
+def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='the model predicts 3 classes, the maps shall have 6'):
+        predict(tmp_path, GeoTIFFWriter(classes=6))
+
+
+def test_half_precision_georeference_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='bfloat16, too coarse'):
+        predict(tmp_path, GeoTIFFWriter(), precision='bf16-true')
+
+
+@pytest.mark.parametrize(
+    ('outputs', 'message'),
+    [
+        (torch.zeros(1, 2, 2), r'shape \(1, 2, 2\), expected \(B, K, H, W\)'),
+        ([torch.zeros(1, 3, 2, 2)], 'without probabilities'),
+        ({'probabilities': torch.zeros(1, 3, 2, 2), 'crs': torch.tensor([-1])}, 'no EPSG code'),
+    ],
+)
+def test_other_predictions_are_refused(outputs: Any, message: str) -> None:
+    batch = stack_samples([Patches()[0]])
+    with pytest.raises(ValueError, match=message):
+        list(predicted_windows(outputs, batch))
+
+
+def test_missing_georeference_is_named() -> None:
+    with pytest.raises(ValueError, match='without transform, crs'):
+        list(predicted_windows(torch.zeros(1, 3, 2, 2), torch.zeros(1)))
+
+
+def test_observations_come_per_pixel_or_per_slot() -> None:
+    batch = stack_samples([Patches()[0], Patches()[1]])
+    probabilities = torch.full((2, 3, 1, 2), 1 / 3)
+    count = torch.tensor([[[0, 4]], [[2, 3]]])
+    first, second = predicted_windows({'probabilities': probabilities, 'valid_count': count}, batch)
+    assert first.observations is not None
+    assert second.observations is not None
+    assert first.observations.tolist() == [[0, 4]]
+    assert second.observations.tolist() == [[2, 3]]
+    valid = torch.tensor([[[True, False], [True, True]], [[False, False], [False, False]]])
+    first, second = predicted_windows({'probabilities': probabilities, 'valid': valid}, batch)
+    assert first.observations is not None
+    assert second.observations is not None
+    assert first.observations.tolist() == [[3, 3]]
+    assert second.observations.tolist() == [[0, 0]]
+
+
+def test_classify_by_hand() -> None:
+    nan = float('nan')
+    probabilities = torch.tensor([[[0.2, 0.7, nan, 0.5]], [[0.8, 0.3, nan, 0.5]]])
+    number, percent = classify(probabilities, torch.tensor([[1, 2, 1, 0]]), (3, 14))
+    assert number.tolist() == [[14, 3, 0, 0]]
+    assert percent.tolist() == [[80, 70, 255, 255]]
+
+
+@pytest.mark.parametrize(('height', 'width'), [(1, 1), (64, 64), (250, 300), (256, 256)])
+def test_any_size_is_written_whole(tmp_path: Path, height: int, width: int) -> None:
+    value = np.arange(height * width, dtype=np.uint16).reshape(height, width)
+    path = tmp_path / 'a.tif'
+    with OBSERVATIONS.create(path, value.shape, 32631, from_origin(0, 0, 10, 10)) as dst:
+        dst.write(value, 1)
+    with rasterio.open(path) as src:
+        np.testing.assert_array_equal(src.read(1), value)
+
+
+def test_failure_leaves_the_earlier_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / 'a.tif'
+    path.write_text('earlier')
+    with pytest.raises(OSError, match='disk full'), whole(path) as temporary:  # noqa: PT012
+        temporary.write_text('half')
+        raise OSError('disk full')
+    assert [f.name for f in tmp_path.iterdir()] == ['a.tif']
+    assert path.read_text() == 'earlier'
+
+
+def test_full_disk_leaves_no_map(tmp_path: Path) -> None:
+    resource = pytest.importorskip('resource')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = torch.rand(3, 512, 512, generator=torch.Generator().manual_seed(0))
+    window = next(predicted_windows(noise[None], stack_samples([Patches()[0]])))
+    writer = GeoTIFFWriter(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match='File too large'):
+            writer.write(window, SCHEME, Patches())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())

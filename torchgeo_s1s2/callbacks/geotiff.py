@@ -1,0 +1,252 @@
+"""Predictions as georeferenced rasters."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from affine import Affine
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+from torch.utils.data import Subset
+
+from torchgeo_s1s2.callbacks.layers import CONFIDENCE, class_layer, classify
+from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
+
+
+@dataclass(frozen=True)
+class PredictedWindow:
+    """Class probabilities of one window and where it lies.
+
+    Attributes:
+        probabilities: (K, H, W), 0..1.
+        transform: From pixels to the CRS; north up.
+        epsg: EPSG code of the CRS.
+        observations: Number of valid observations (H, W), None if not known.
+        index: Number of the patch in the data set, None if it is not a patch.
+    """
+
+    probabilities: Tensor
+    transform: Affine
+    epsg: int
+    observations: Tensor | None = None
+    index: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Name made of the EPSG code and the upper left corner."""
+        return f'{self.epsg}_{self.transform.c:.12g}_{self.transform.f:.12g}'
+
+
+def predicted_windows(outputs: Any, batch: Any) -> Iterator[PredictedWindow]:
+    """Windows of a batch.
+
+    Args:
+        outputs: What ``predict_step`` returned: a mapping with ``probabilities`` (B, K, H, W), or
+            that tensor alone. ``transform`` (B, 9), ``crs`` (B,) and, if there, ``index`` (B,) and
+            ``valid_count`` (B, H, W) or ``valid`` (B, ...) come from it or else from the batch.
+        batch: What the data loader gave.
+
+    Yields:
+        One window after the other.
+
+    Raises:
+        ValueError: If the probabilities or the georeference are missing or of another form.
+    """
+    known = {k: v for k, v in batch.items() if v is not None} if isinstance(batch, Mapping) else {}
+    if isinstance(outputs, Tensor):
+        outputs = {'probabilities': outputs}
+    if isinstance(outputs, Mapping):
+        known |= {k: v for k, v in outputs.items() if v is not None}
+    _check(known)
+    for i, probabilities in enumerate(known['probabilities']):
+        epsg = int(known['crs'][i])
+        if epsg <= 0:
+            raise ValueError('predictions have no EPSG code; give the data set a CRS that has one')
+        yield PredictedWindow(
+            probabilities.detach(),
+            Affine(*known['transform'][i].flatten().tolist()[:6]),
+            epsg,
+            _observations(known, i),
+            int(known['index'][i]) if 'index' in known else None,
+        )
+
+
+def _check(known: Mapping[str, Any]) -> None:
+    missing = [k for k in ('probabilities', 'transform', 'crs') if k not in known]
+    if missing:
+        raise ValueError(
+            f'a map cannot be made without {", ".join(missing)}: predict_step must return a dict '
+            "with 'probabilities' (B, K, H, W), and it or the batch must hold 'transform' (B, 9) "
+            "and 'crs' (B,), an EPSG code"
+        )
+    shape = tuple(known['probabilities'].shape)
+    if len(shape) != 4:
+        raise ValueError(f'probabilities have the shape {shape}, expected (B, K, H, W)')
+    if known['transform'].dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f'transform is {known["transform"].dtype}, too coarse to place a map; predict with '
+            'precision 32 or a mixed precision'
+        )
+
+
+def _observations(known: Mapping[str, Tensor], i: int) -> Tensor | None:
+    if 'valid_count' in known:
+        return known['valid_count'][i]
+    if 'valid' in known:
+        return known['valid'][i].sum().expand(known['probabilities'].shape[-2:])
+    return None
+
+
+class MapWriter(BasePredictionWriter):
+    """What writers of maps share: the folder, the classes and the walk through a batch.
+
+    Predictions are not kept in memory, so ``Trainer.predict`` returns None.
+    """
+
+    def __init__(
+        self, output_dir: str | Path | None = None, classes: int | ClassScheme | None = None
+    ) -> None:
+        """Keep the settings.
+
+        Args:
+            output_dir: Folder of the maps, ``maps`` in the trainer's root folder unless given.
+            classes: Class scheme, or number of classes; that of the data set unless given.
+        """
+        super().__init__(write_interval='batch')
+        self.output_dir = Path(output_dir) if output_dir is not None else None
+        self.classes = class_scheme(classes) if classes is not None else None
+
+    @abstractmethod
+    def write(self, window: PredictedWindow, scheme: ClassScheme, dataset: Any) -> None:
+        """Write one window."""
+
+    def folder(self, trainer: Trainer) -> Path:
+        """Folder of the maps."""
+        return self.output_dir or Path(trainer.default_root_dir) / 'maps'
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the folder."""
+        super().setup(trainer, pl_module, stage)
+        if stage == 'predict':
+            self.output_dir = self.folder(trainer)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the classes are known, before anything is predicted."""
+        self._scheme(_dataset(trainer, 0))
+        trainer.predict_loop.return_predictions = False
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the windows of a batch.
+
+        Raises:
+            ValueError: If the predictions are not class probabilities with a georeference.
+        """
+        dataset = _dataset(trainer, dataloader_idx)
+        scheme = self._scheme(dataset)
+        for window in predicted_windows(prediction, batch):
+            if len(window.probabilities) != len(scheme):
+                raise ValueError(
+                    f'the model predicts {len(window.probabilities)} classes, the maps shall have '
+                    f'{len(scheme)}; give model and data the same number'
+                )
+            self.write(window, scheme, dataset)
+
+    def _scheme(self, dataset: Any) -> ClassScheme:
+        scheme = self.classes or getattr(dataset, 'classes', None)
+        if not isinstance(scheme, ClassScheme):
+            raise ValueError(
+                f'{type(dataset).__name__} has no class scheme; give {type(self).__name__} the '
+                'argument classes'
+            )
+        return scheme
+
+
+def _dataset(trainer: Trainer, dataloader_idx: int) -> Any:
+    """Data set behind a loader, whose numbers the batches hold."""
+    loaders: Any = trainer.predict_dataloaders
+    loader = loaders[dataloader_idx] if isinstance(loaders, Sequence) else loaders
+    dataset = getattr(loader, 'dataset', None)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
+
+
+class GeoTIFFWriter(MapWriter):
+    """Writes each predicted patch as a GeoTIFF in its own CRS.
+
+    A map ``NAME.tif`` holds class numbers as the class scheme gives them, 0 without an
+    observation, with colour table, class names in the band's tags ``CLASS_1``, ``CLASS_2``, ...
+    and in the sidecar ``NAME.tif.aux.xml``. ``NAME_confidence.tif`` holds the probability of that
+    class in percent, 255 without an observation. Both are tiled and compressed. NAME is the
+    patch's name, or EPSG code and upper left corner. A map of an earlier run is replaced; a file
+    is there whole or not at all.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path | None = None,
+        confidence: bool = False,
+        classes: int | ClassScheme | None = None,
+    ) -> None:
+        """Keep the settings.
+
+        Args:
+            output_dir: Folder of the maps, ``maps`` in the trainer's root folder unless given.
+            confidence: Write the confidence too.
+            classes: Class scheme, or number of classes; that of the data set unless given.
+        """
+        super().__init__(output_dir, classes)
+        self.confidence = confidence
+        self._written: set[str] = set()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the maps of an earlier run."""
+        super().on_predict_start(trainer, pl_module)
+        self._written.clear()
+
+    def write(self, window: PredictedWindow, scheme: ClassScheme, dataset: Any) -> None:
+        """Write the map of one patch.
+
+        Args:
+            window: The prediction.
+            scheme: The classes.
+            dataset: The data set, asked for the patch's name.
+
+        Raises:
+            ValueError: If this run has written a map of that name.
+        """
+        has_name = window.index is not None and hasattr(dataset, 'name')
+        name = dataset.name(window.index) if has_name else window.place
+        if name in self._written:
+            raise ValueError(
+                f'two predictions are called {name}; predict each place once, or use SceneWriter '
+                'for windows of a scene'
+            )
+        number, percent = classify(window.probabilities, window.observations, scheme.ids)
+        folder, place = self.output_dir or Path(), (window.epsg, window.transform)
+        layer = class_layer(scheme)
+        layer.write(layer.path(folder, name), number, *place)
+        if self.confidence:
+            CONFIDENCE.write(CONFIDENCE.path(folder, name), percent, *place)
+        self._written.add(name)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how many maps there are, and where."""
+        count = torch.tensor(len(self._written), device=pl_module.device)
+        total = int(trainer.strategy.reduce(count, reduce_op='sum'))
+        if trainer.is_global_zero:
+            print(f'{total} maps written to {self.output_dir}')
