@@ -102,6 +102,7 @@ def test_several_s1_a_slot_come_in_order() -> None:
 def test_missing_slots_are_kept_or_filled_from_near_by() -> None:
     dates = ('2020-07-10', '2020-09-01', '2020-10-28')
     assert s2_of(MonthlySeries(missing='keep'), *dates) == ['2020-07-10', '', '2020-09-01', '']
+    assert s2_of(MonthlySeries(missing='keep')) == ['', '', '', '']
     near = MonthlySeries(months=(7, 9, 11), missing='nearest', max_days=4)
     assert s2_of(near, *dates) == ['2020-07-10', '2020-09-01', '2020-10-28']
     with pytest.raises(NoSeriesError, match='no S2 date for November'):

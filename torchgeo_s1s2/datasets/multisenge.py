@@ -217,7 +217,9 @@ class MultiSenGE(GeoDataset):
         rows = self._rows_of_split()
         for row in rows:
             try:
-                self._select(row)
+                slots, _ = self._select(row)
+                if not any(any(slots[sensor]) for sensor in self.sensors):
+                    raise NoSeriesError('no acquisition at all')
             except NoSeriesError as error:
                 failed[str(error)] += 1
                 continue
@@ -460,8 +462,8 @@ class MultiSenNA(MultiSenGE):
 
 def _in_order(chosen: Sequence[str], allowed: Sequence[str], what: str) -> tuple[str, ...]:
     """The chosen names in the order of the allowed ones."""
-    unknown = [name for name in chosen if name not in allowed]
-    if unknown or not chosen or isinstance(chosen, str):
+    unknown = chosen if isinstance(chosen, str) else [n for n in chosen if n not in allowed]
+    if unknown or not chosen:
         raise ValueError(f'no such {what}: {unknown or chosen!r}; choose from {", ".join(allowed)}')
     return tuple(name for name in allowed if name in chosen)
 

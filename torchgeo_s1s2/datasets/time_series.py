@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Times = NDArray[np.datetime64]
+Span = tuple[np.datetime64, np.datetime64]
 Slots = dict[str, tuple[tuple[int, ...], ...]]
 """For each sensor T slots, each a tuple of positions in that sensor's sorted times.
 
@@ -53,7 +54,8 @@ class DateRule(ABC):
         max_days: How many days outside a slot an acquisition may lie with ``missing='nearest'``.
         leader: Sensor whose acquisitions make the slots, ``'s2'`` or ``'s1'``.
         s1: Which Sentinel-1 acquisitions go with a slot: the ``'nearest'`` to the Sentinel-2 date
-            (the earlier one of two as near), or the ``'first'`` within the slot's days.
+            (the earlier one of two as near), or the ``'first'`` within the slot's days. A slot
+            without a Sentinel-2 date takes the one nearest to its middle, within its days.
         s1_per_slot: How many of them, to be averaged in linear power.
 
     Raises:
@@ -80,11 +82,12 @@ class DateRule(ABC):
         """Number of slots T."""
 
     @abstractmethod
-    def slots(self, times: Times) -> list[Slot]:
+    def slots(self, times: Times, span: Span) -> list[Slot]:
         """Slots of the leading sensor.
 
         Args:
             times: Its sorted acquisition times.
+            span: First and last acquisition of any sensor.
 
         Raises:
             NoSeriesError: If a slot that must not stay empty cannot be filled.
@@ -102,7 +105,13 @@ class DateRule(ABC):
         Raises:
             NoSeriesError: If a slot that must not stay empty cannot be filled.
         """
-        slots = self.slots(times[self.leader])
+        seen = [t for t in times.values() if len(t)]
+        if not seen:
+            if self.missing != 'keep':
+                raise NoSeriesError('no acquisition at all')
+            return dict.fromkeys(times, ((),) * self.length)
+        span = min(t[0] for t in seen), max(t[-1] for t in seen)
+        slots = self.slots(times[self.leader], span)
         return {
             sensor: tuple(
                 _alone(slot.position) if sensor == self.leader else self._match(sensor, t, slot)
@@ -113,13 +122,12 @@ class DateRule(ABC):
 
     def _match(self, sensor: str, times: Times, slot: Slot) -> tuple[int, ...]:
         """Acquisitions of another sensor that go with a slot."""
-        if sensor == 's1' and self.s1 == 'first':
-            inside = np.flatnonzero((times >= slot.start) & (times < slot.end))
-            chosen = inside[: self.s1_per_slot]
-        else:
-            count = self.s1_per_slot if sensor == 's1' else 1
-            distance = np.abs(times - slot.time)
-            chosen = np.sort(np.argsort(distance, kind='stable')[:count])
+        first = sensor == 's1' and self.s1 == 'first'
+        inside = (times >= slot.start) & (times < slot.end)
+        candidates = np.flatnonzero(inside | (slot.position is not None and not first))
+        distance = np.zeros(len(candidates)) if first else np.abs(times[candidates] - slot.time)
+        count = self.s1_per_slot if sensor == 's1' else 1
+        chosen = np.sort(candidates[np.argsort(distance, kind='stable')[:count]])
         if not len(chosen) and self.missing != 'keep':
             raise NoSeriesError(f'no {sensor.upper()} date for {_label(slot.start)}')
         return tuple(chosen.tolist())
@@ -157,11 +165,11 @@ class MonthlySeries(DateRule):
         """Number of slots T, one a month."""
         return len(self.months)
 
-    def slots(self, times: Times) -> list[Slot]:
+    def slots(self, times: Times, span: Span) -> list[Slot]:
         """Slots of the first year that fits; see DateRule."""
         best: list[Slot] = []
         failed: NoSeriesError | None = None
-        for year in self._years(times):
+        for year in self._years(span):
             try:
                 slots = self._slots_of_year(times, year)
             except NoSeriesError as error:
@@ -171,18 +179,16 @@ class MonthlySeries(DateRule):
                 best = slots
             if _filled(best) == self.length:
                 break
-        if not best:
-            raise failed or NoSeriesError('no acquisition at all')
+        if failed and not best:
+            raise failed
         return best
 
-    def _years(self, times: Times) -> Sequence[int]:
+    def _years(self, span: Span) -> Sequence[int]:
         if self.year is not None:
             return (self.year,)
-        if not len(times):
-            return ()
-        first, last = times[[0, -1]].astype('datetime64[Y]').astype(int) + 1970
+        first, last = (int(t.astype('datetime64[Y]').astype(int)) + 1970 for t in span)
         into_next_year = any(b <= a for a, b in pairwise(self.months))
-        return range(int(first) - into_next_year, int(last) + 1)
+        return range(first - into_next_year, last + 1)
 
     def _slots_of_year(self, times: Times, year: int) -> list[Slot]:
         slots: list[Slot] = []
