@@ -137,7 +137,7 @@ class MapWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the classes are known, before anything is predicted."""
-        self._scheme(_dataset(trainer, 0))
+        self._scheme_of(trainer)
         trainer.predict_loop.return_predictions = False
 
     def write_on_batch_end(
@@ -164,6 +164,9 @@ class MapWriter(BasePredictionWriter):
                     f'{len(scheme)}; give model and data the same number'
                 )
             self.write(window, scheme, dataset)
+
+    def _scheme_of(self, trainer: Trainer) -> ClassScheme:
+        return self._scheme(_dataset(trainer, 0))
 
     def _scheme(self, dataset: Any) -> ClassScheme:
         scheme = self.classes or getattr(dataset, 'classes', None)
