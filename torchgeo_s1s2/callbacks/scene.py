@@ -402,7 +402,8 @@ class SceneWriter(MapWriter):
     :class:`~torchgeo.samplers.GriddedPatchSampler` with a ``stride`` in whole pixels. Each window
     counts once.
 
-    Sums beyond ``buffer_size`` go to files in ``output_dir/parts``, 4 * (K + 2) bytes a pixel, so
+    Sums beyond ``buffer_size`` go to files in ``output_dir/parts``: 4 * (K + 2) bytes a pixel, and
+    two or three times that if the buffer holds only a few rows of blocks. So
     memory depends neither on the scene nor on the order of the windows. Every rank writes its own
     parts and the first one merges them, so ranks must share the folder. An interrupted run leaves
     its parts; with ``resume`` the next run, of the same model, continues from them. A sampler in
