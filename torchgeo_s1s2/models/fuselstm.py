@@ -1,0 +1,131 @@
+"""Drop-in for the original ConvLSTM+Inception-S1S2 model: its interface and its weights."""
+
+from collections.abc import Mapping
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+
+from .convlstm import ConvLSTM
+from .inception import Inception
+
+# Prefixes of the original's parameters, and of the same ones in smp.Unet around the backbone.
+PREFIXES = {
+    'convLSTM_s2.': 'encoder.convlstm.s2.',
+    'convLSTM_s1.': 'encoder.convlstm.s1.',
+    'inception.': 'encoder.inception.',
+    'unet.encoder.': 'encoder.spatial.',
+    'unet.decoder.': 'decoder.',
+    'unet.segmentation_head.': 'segmentation_head.',
+}
+
+
+class FuseLSTM(nn.Module):
+    """ConvLSTM+Inception-S1S2 with the inputs, parameter names and output of the original.
+
+    Wenger et al., Remote Sensing 2023, https://doi.org/10.3390/rs15010151.
+
+    .. note::
+       The output is a softmax. Train with :meth:`logits`: cross-entropy expects them.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        encoder_weights: str | None = None,
+        freeze_encoder: bool = True,
+        channels_last_output: bool = False,
+    ) -> None:
+        """Initialize a new FuseLSTM instance.
+
+        Args:
+            num_classes: Number of classes.
+            encoder_weights: 'imagenet' to download weights of the VGG-16 encoder.
+            freeze_encoder: Whether the VGG-16 encoder keeps its weights, as in the original.
+            channels_last_output: Whether the classes are the last dimension of the output.
+        """
+        super().__init__()
+        self.channels_last_output = channels_last_output
+        self.convLSTM_s2 = ConvLSTM(10)
+        self.convLSTM_s1 = ConvLSTM(2)
+        self.inception = Inception(12)
+        self.unet = smp.Unet(
+            'vgg16', encoder_weights=encoder_weights, in_channels=160, classes=num_classes
+        )
+        self.unet.encoder.requires_grad_(not freeze_encoder)
+
+    def forward(self, x_s2: Tensor, x_s1: Tensor, x_stack: Tensor) -> Tensor:
+        """Compute the class probabilities.
+
+        Args:
+            x_s2: Sentinel-2 series of shape (B, T2, H, W, 10).
+            x_s1: Sentinel-1 series of shape (B, T1, H, W, 2).
+            x_stack: First Sentinel-2 and first Sentinel-1 date, of shape (B, H, W, 12).
+
+        Returns:
+            Probabilities of shape (B, num_classes, H, W), or (B, H, W, num_classes) with
+            *channels_last_output*.
+        """
+        probabilities = self.logits(x_s2, x_s1, x_stack).softmax(dim=1)
+        return probabilities.movedim(1, -1) if self.channels_last_output else probabilities
+
+    def logits(self, x_s2: Tensor, x_s1: Tensor, x_stack: Tensor) -> Tensor:
+        """Compute the logits.
+
+        Args:
+            x_s2: Sentinel-2 series of shape (B, T2, H, W, 10).
+            x_s1: Sentinel-1 series of shape (B, T1, H, W, 2).
+            x_stack: First Sentinel-2 and first Sentinel-1 date, of shape (B, H, W, 12).
+
+        Returns:
+            Logits of shape (B, num_classes, H, W).
+        """
+        features = [
+            self.convLSTM_s2(x_s2.movedim(-1, 2)),
+            self.convLSTM_s1(x_s1.movedim(-1, 2)),
+            self.inception(x_stack.movedim(-1, 1)),
+        ]
+        logits: Tensor = self.unet(torch.cat(features, dim=1))
+        return logits
+
+
+def fuselstm_to_unet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename weights of :class:`FuseLSTM` (and the original) for the registered backbone.
+
+    Args:
+        state_dict: Weights of a FuseLSTM.
+
+    Returns:
+        Weights of ``smp.Unet('vgg16_convlstm_inception', ...)``.
+
+    Raises:
+        ValueError: If a name is not one of a FuseLSTM.
+    """
+    return _rename(state_dict, PREFIXES)
+
+
+def unet_to_fuselstm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename weights of the registered backbone's U-Net for :class:`FuseLSTM`.
+
+    Args:
+        state_dict: Weights of ``smp.Unet('vgg16_convlstm_inception', ...)``.
+
+    Returns:
+        Weights of a FuseLSTM.
+
+    Raises:
+        ValueError: If a name is not one of such a U-Net.
+    """
+    return _rename(state_dict, {new: old for old, new in PREFIXES.items()})
+
+
+def _rename(state_dict: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    renamed = {}
+    for key, value in state_dict.items():
+        prefix = next((p for p in prefixes if key.startswith(p)), None)
+        if prefix is None:
+            raise ValueError(
+                f"unexpected parameter '{key}', expected names starting with {', '.join(prefixes)}"
+            )
+        renamed[prefixes[prefix] + key.removeprefix(prefix)] = value
+    return renamed
