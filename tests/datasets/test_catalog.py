@@ -82,7 +82,7 @@ def test_few_rasters_are_opened(two_zones: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_root_without_a_folder(two_zones: Path) -> None:
     (two_zones / 's1').rename(two_zones / 'S1')
-    with pytest.raises(FileNotFoundError, match="has no folder 's1'.*as root"):
+    with pytest.raises(FileNotFoundError, match=r"has no folder 's1'.*as root"):
         Catalog(two_zones)
 
 

@@ -76,9 +76,7 @@ def test_raw_values(two_zones: Path) -> None:
         ({'bands': ['VH', 'B08', 'B02']}, [0, 6, 11]),
     ],
 )
-def test_sensors_and_bands(
-    two_zones: Path, options: dict[str, Any], channels: list[int]
-) -> None:
+def test_sensors_and_bands(two_zones: Path, options: dict[str, Any], channels: list[int]) -> None:
     everything = MultiSenGE(two_zones, split='test')[0]
     chosen = MultiSenGE(two_zones, split='test', **options)[0]
     assert torch.equal(chosen['image'], everything['image'][:, channels])
@@ -99,7 +97,7 @@ def test_missing_pixels_are_nan(tmp_path: Path) -> None:
         tmp_path,
         '31UEQ',
         size=8,
-        s2={d: s2 for d in S2_DATES[:3]} | {S2_DATES[3]: np.full_like(s2, -10000)},
+        s2=dict.fromkeys(S2_DATES[:3], s2) | {S2_DATES[3]: np.full_like(s2, -10000)},
         s1=dict.fromkeys(S1_DATES, s1),
         labels=labels,
     )

@@ -154,6 +154,16 @@ class MultiSenGEDataModule(NonGeoDataModule):
         """Plot a sample of any split; see :meth:`MultiSenGE.plot`."""
         return self._any_dataset.plot(sample, **kwargs)
 
+    def denormalize(self, sample: Sample) -> Sample:
+        """Bring the image of a sample back to reflectance and dB.
+
+        Args:
+            sample: A sample with a normalised ``image`` (T, C, H, W).
+        """
+        image = sample['image']
+        shape = -1, image.shape[1], 1, 1
+        return {**sample, 'image': image * self.std.view(shape) + self.mean.view(shape)}
+
     def state_dict(self) -> dict[str, Any]:
         """The statistics, so that a checkpoint normalises as in its training."""
         return vars(self.statistics) if self.statistics else {}
@@ -226,5 +236,3 @@ class MultiSenGEDataModule(NonGeoDataModule):
                 'checkpoint, or the file statistics_*.json of the training as statistics'
             )
         return self.statistics
-
-

@@ -130,5 +130,3 @@ def _check_seen(bands: tuple[str, ...], count: torch.Tensor, dataset: MultiSenGE
             f'bands {unseen} have no value in the {len(dataset)} training patches of '
             f'{dataset.root}; leave them out with bands or sensors'
         )
-
-

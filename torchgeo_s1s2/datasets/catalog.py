@@ -72,7 +72,9 @@ class Catalog:
         missing: Number of images by sensor that label files name and the disk lacks.
     """
 
-    def __init__(self, root: str | os.PathLike[str], files: bool = True, progress: bool = True) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], files: bool = True, progress: bool = True
+    ) -> None:
         """Read the label files and list the folders.
 
         Args:
@@ -89,7 +91,7 @@ class Catalog:
         listing = {folder: self._list(folder) for folder in SENSORS} if files else None
         references = self._list(GROUND_REFERENCE) if files else None
         labels = list(self._read_labels(progress))
-        self.missing = {sensor: 0 for sensor in SENSORS}
+        self.missing = dict.fromkeys(SENSORS, 0)
         self.acquisitions = self._acquisitions(labels, listing)
         self.patches = self._patches(labels, references)
         self._offsets = self._row_offsets()
@@ -131,7 +133,7 @@ class Catalog:
                 f'{LABELS}, {GROUND_REFERENCE}, {", ".join(SENSORS)}. Give the folder that holds '
                 'them as root'
             )
-        return set(os.listdir(path))
+        return {entry.name for entry in os.scandir(path)}
 
     def _read_labels(self, progress: bool) -> Iterator[_Label]:
         names = sorted(name for name in self._list(LABELS) if name.endswith('.json'))
@@ -208,7 +210,9 @@ class Catalog:
         """Width, height, tile origin and resolution that one raster of a patch tells."""
         patch = frame.loc[row]
         if patch['ground_reference']:
-            path = self.root / GROUND_REFERENCE / f'{patch["tile"]}_GR_{patch["x"]}_{patch["y"]}.tif'
+            path = (
+                self.root / GROUND_REFERENCE / f'{patch["tile"]}_GR_{patch["x"]}_{patch["y"]}.tif'
+            )
         else:
             first = int(np.searchsorted(self.acquisitions['patch'], row))
             if first == len(self.acquisitions) or self.acquisitions.at[first, 'patch'] != row:
@@ -222,7 +226,9 @@ class Catalog:
 
     def _row_offsets(self) -> NDArray[np.int64]:
         table = self.acquisitions
-        key = table['patch'].to_numpy(np.int64) * len(SENSORS) + table['sensor'].cat.codes.to_numpy()
+        key = (
+            table['patch'].to_numpy(np.int64) * len(SENSORS) + table['sensor'].cat.codes.to_numpy()
+        )
         self._time = table['time'].to_numpy()
         return np.searchsorted(key, np.arange(len(SENSORS) * len(self.patches) + 1))
 
@@ -311,7 +317,9 @@ def _epsg(wkt: str) -> int:
 def _check_georeference(path: Path, src: rasterio.DatasetReader, epsg: int) -> None:
     t = src.transform
     if src.crs is None or src.crs.to_epsg() != epsg:
-        raise ValueError(f'{path} is in {src.crs}, its label file says EPSG:{epsg}; mend one of them')
+        raise ValueError(
+            f'{path} is in {src.crs}, its label file says EPSG:{epsg}; mend one of them'
+        )
     if t.b or t.d or t.a <= 0 or t.e != -t.a:
         raise ValueError(f'{path} is not north-up with square pixels ({t[:6]}); warp it to be')
 

@@ -145,7 +145,9 @@ SCHEMES: dict[int, ClassScheme] = {
 }
 
 
-def class_scheme(classes: int | ClassScheme, schemes: Sequence[int] = (6, 10, 14, 15)) -> ClassScheme:
+def class_scheme(
+    classes: int | ClassScheme, schemes: Sequence[int] = (6, 10, 14, 15)
+) -> ClassScheme:
     """Return a scheme by its number of classes.
 
     Args:
@@ -159,6 +161,7 @@ def class_scheme(classes: int | ClassScheme, schemes: Sequence[int] = (6, 10, 14
         return classes
     if classes not in schemes:
         raise ValueError(
-            f'no scheme of {classes!r} classes; choose one of {tuple(schemes)} or give a ClassScheme'
+            f'no scheme of {classes!r} classes; choose one of {tuple(schemes)} '
+            'or give a ClassScheme'
         )
     return SCHEMES[classes]

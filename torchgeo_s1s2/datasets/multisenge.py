@@ -56,7 +56,12 @@ class _Grid:
     @property
     def bounds(self) -> tuple[float, float, float, float]:
         xmin, ymax = self.transform.c, self.transform.f
-        return xmin, ymax + self.height * self.transform.e, xmin + self.width * self.transform.a, ymax
+        return (
+            xmin,
+            ymax + self.height * self.transform.e,
+            xmin + self.width * self.transform.a,
+            ymax,
+        )
 
     def window_in(self, src: rasterio.DatasetReader) -> Window | None:
         """Window of a raster that these pixels are, None where they must be warped."""
@@ -192,9 +197,7 @@ class MultiSenGE(GeoDataset):
         """Name of patch ``index``: TILE_X_Y."""
         return str(self.catalog.patches['name'].iat[self._patches[index]])
 
-    def plot(
-        self, sample: Sample, show_titles: bool = True, suptitle: str | None = None
-    ) -> Figure:
+    def plot(self, sample: Sample, show_titles: bool = True, suptitle: str | None = None) -> Figure:
         """Plot the series, the mask and, if there is one, the prediction.
 
         Args:
@@ -322,9 +325,7 @@ class MultiSenGE(GeoDataset):
                 failed[str(error)] += 1
         if not chosen or width < 1 or height < 1:
             why = f' ({len(found)} patches, none with a full series: {dict(failed)})' * bool(failed)
-            raise IndexError(
-                f'index: {index} not found in dataset with bounds: {self.bounds}{why}'
-            )
+            raise IndexError(f'index: {index} not found in dataset with bounds: {self.bounds}{why}')
         return self._sample(grid, t, chosen)
 
     def _sample(

@@ -89,7 +89,7 @@ def _draw_legend(figure: Figure, maps: Mapping[str, NDArray[Any]], classes: Clas
 
 
 def _true_color(series: NDArray[np.float32], names: Sequence[str]) -> NDArray[np.float32]:
-    """Red, green and blue, or the first band in grey where one of them was not read: (T, 3, H, W)."""
+    """Red, green and blue, or the first band in grey where one is missing: (T, 3, H, W)."""
     rgb = [b for b in ('B04', 'B03', 'B02') if b in names]
     chosen = [names.index(b) for b in rgb] if len(rgb) == 3 else [0, 0, 0]
     return series[:, chosen]

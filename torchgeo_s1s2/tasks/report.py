@@ -21,7 +21,8 @@ def confusion_figure(confusion: MulticlassConfusionMatrix, labels: Sequence[str]
     """
     size = 3 + 0.55 * len(labels)
     figure, ax = plt.subplots(figsize=(size, size), layout='constrained')
-    matrix = confusion.compute().cpu().numpy()
+    counts = confusion.compute().cpu().numpy()
+    matrix = counts / counts.sum(1, keepdims=True).clip(1)
     ax.imshow(matrix, cmap='Blues', vmin=0, vmax=1)
     for (row, column), share in _cells(matrix):
         ax.text(

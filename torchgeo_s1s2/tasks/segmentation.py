@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import segmentation_models_pytorch as smp
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
@@ -152,9 +151,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         metrics = _multiclass_metrics(num_classes, ignore, self.hparams['labels'])
         for stage in _STAGES:
             setattr(self, f'{stage}_metrics', metrics.clone(prefix=f'{stage}_'))
-        self._confusion = MulticlassConfusionMatrix(
-            num_classes, ignore_index=ignore, normalize='true'
-        )
+        self._confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore)
 
     def configure_optimizers(self) -> Any:
         """Adam, and a tenth of the learning rate when the validation loss stays where it is."""
@@ -227,7 +224,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             Logits (B, K, H, W).
         """
         encoder = getattr(self.model, 'encoder', None)
-        logits: Tensor = self.model(x if isinstance(encoder, ConvLSTMInceptionEncoder) else _fold(x))
+        logits: Tensor = self.model(
+            x if isinstance(encoder, ConvLSTMInceptionEncoder) else _fold(x)
+        )
         return logits
 
     def training_step(self, batch: Sample, batch_idx: int, dataloader_idx: int = 0) -> Tensor:

@@ -52,9 +52,7 @@ class AugmentSeries(nn.Module):
     left out where the images are not square.
     """
 
-    def __init__(
-        self, size: int | tuple[int, int] | None = None, turns: bool = True
-    ) -> None:
+    def __init__(self, size: int | tuple[int, int] | None = None, turns: bool = True) -> None:
         """Build the augmentation.
 
         Args:
