@@ -112,7 +112,8 @@ def test_values_by_hand() -> None:
     layer.batchnorm.bias.data.fill_(0.25)
     assert layer(torch.ones(1, 2, 1, 3, 3)).eq(0.25).all()
     # Cell gate wide open: c = 0.5 * c + 0.5 * 1 = 0.5, then 0.75; h = 0.5 * tanh(c).
-    layer.conv.bias.data[2] = 100
+    bias = layer.state_dict()['conv.bias']
+    bias[2] = 100
     layer.batchnorm.weight.data.fill_(1)
     layer.batchnorm.eps = 0
     expected = 0.25 + 0.5 * np.tanh(0.75)

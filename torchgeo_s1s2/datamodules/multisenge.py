@@ -183,7 +183,8 @@ class MultiSenGEDataModule(NonGeoDataModule):
     def _dataset(self, split: str) -> MultiSenGE:
         if self._catalog is None:
             self._catalog = Catalog(self.root)
-        dataset: Any = self.dataset_class(split=split, catalog=self._catalog, **self.kwargs)
+        dataset_class: Any = self.dataset_class
+        dataset: MultiSenGE = dataset_class(split=split, catalog=self._catalog, **self.kwargs)
         dataset[0]
         return dataset
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import geopandas as gpd
 import numpy as np
@@ -49,7 +50,7 @@ class _Label:
 
     @property
     def ground_reference(self) -> str:
-        return f'{self.tile}_GR_{self.x}_{self.y}.tif'
+        return reference_name(self.tile, self.x, self.y)
 
 
 class Catalog:
@@ -119,7 +120,7 @@ class Catalog:
         row = self.patches.iloc[patch]
         if not row['ground_reference']:
             return None
-        return self.root / GROUND_REFERENCE / f'{row["tile"]}_GR_{row["x"]}_{row["y"]}.tif'
+        return self.root / GROUND_REFERENCE / reference_name(row['tile'], row['x'], row['y'])
 
     def _rows(self, patch: int, sensor: str) -> slice:
         first = len(SENSORS) * patch + SENSORS.index(sensor)
@@ -166,7 +167,7 @@ class Catalog:
         return pd.DataFrame(
             {
                 'patch': np.array(patches, np.int32),
-                'sensor': pd.Categorical.from_codes(np.array(sensors, np.int8), list(SENSORS)),
+                'sensor': pd.Categorical.from_codes(np.array(sensors, np.int8), pd.Index(SENSORS)),
                 'time': pd.to_datetime(pd.Series(dates, dtype='str'), format='%Y%m%d').astype(
                     'datetime64[s]'
                 ),
@@ -191,7 +192,7 @@ class Catalog:
         place = np.full((len(frame), 5), np.nan)
         if references is not None:
             for rows in frame.groupby('tile', observed=True).indices.values():
-                place[rows] = self._probe_tile(frame, rows)
+                place[rows] = self._probe_tile(frame, np.asarray(rows))
         width, height, left, top, res = place.T
         xmin, ymax = left + frame['x'] * res, top - frame['y'] * res
         frame['width'], frame['height'] = np.nan_to_num(place[:, :2]).astype(int).T
@@ -208,20 +209,18 @@ class Catalog:
 
     def _probe(self, frame: pd.DataFrame, row: int) -> tuple[float, ...]:
         """Width, height, tile origin and resolution that one raster of a patch tells."""
-        patch = frame.loc[row]
-        if patch['ground_reference']:
-            path = (
-                self.root / GROUND_REFERENCE / f'{patch["tile"]}_GR_{patch["x"]}_{patch["y"]}.tif'
-            )
+        patch: Any = next(frame.iloc[[row]].itertuples())
+        if patch.ground_reference:
+            path = self.root / GROUND_REFERENCE / reference_name(patch.tile, patch.x, patch.y)
         else:
             first = int(np.searchsorted(self.acquisitions['patch'], row))
             if first == len(self.acquisitions) or self.acquisitions.at[first, 'patch'] != row:
                 return (np.nan,) * 5
-            path = self.root / self.acquisitions.at[first, 'path']
+            path = self.root / str(self.acquisitions.at[first, 'path'])
         with open_raster(path) as src:
             t = src.transform
-            _check_georeference(path, src, int(patch['epsg']))
-            origin = t.c - patch['x'] * t.a, t.f - patch['y'] * t.e
+            _check_georeference(path, src, patch.epsg)
+            origin = t.c - patch.x * t.a, t.f - patch.y * t.e
             return src.width, src.height, round(origin[0], 6), round(origin[1], 6), t.a
 
     def _row_offsets(self) -> NDArray[np.int64]:
@@ -244,6 +243,11 @@ class Catalog:
                 'they are left out',
                 stacklevel=3,
             )
+
+
+def reference_name(tile: str, x: int, y: int) -> str:
+    """File name of the label raster of a patch."""
+    return f'{tile}_GR_{x}_{y}.tif'
 
 
 def open_raster(path: Path) -> rasterio.DatasetReader:
@@ -327,20 +331,19 @@ def _check_georeference(path: Path, src: rasterio.DatasetReader, epsg: int) -> N
 def _footprints(frame: pd.DataFrame) -> gpd.GeoSeries:
     """Footprints in EPSG:4326; None where the bounds are not known."""
     parts = [gpd.GeoSeries([None] * len(frame), index=frame.index, crs='EPSG:4326')]
-    for epsg, group in frame.dropna(subset='xmin').groupby('epsg'):
-        parts.append(native_footprints(group, int(epsg)).to_crs('EPSG:4326'))
+    for _, group in frame.dropna(subset='xmin').groupby('epsg'):
+        parts.append(native_footprints(group).to_crs('EPSG:4326'))
     return pd.concat(parts)[lambda s: ~s.index.duplicated(keep='last')].reindex(frame.index)
 
 
-def native_footprints(patches: pd.DataFrame, epsg: int) -> gpd.GeoSeries:
+def native_footprints(patches: pd.DataFrame) -> gpd.GeoSeries:
     """Rectangles of patches of one CRS.
 
     Args:
-        patches: Rows of ``Catalog.patches`` whose ``epsg`` is the given one.
-        epsg: EPSG code of the CRS.
+        patches: Rows of ``Catalog.patches`` that share their ``epsg``.
 
     Returns:
         Polygons in that CRS with the index of ``patches``.
     """
     bounds = patches[['xmin', 'ymin', 'xmax', 'ymax']].to_numpy(float)
-    return gpd.GeoSeries([box(*b) for b in bounds], index=patches.index, crs=epsg)
+    return gpd.GeoSeries([box(*b) for b in bounds], index=patches.index, crs=patches['epsg'].iat[0])

@@ -256,9 +256,7 @@ class MultiSenGE(GeoDataset):
         patches = self.catalog.patches.iloc[self._patches]
         target = CRS.from_user_input(crs or int(patches['epsg'].mode()[0]))
         self._res = self._resolution(patches)
-        parts = [
-            self._footprints(group, int(epsg), target) for epsg, group in patches.groupby('epsg')
-        ]
+        parts = [self._footprints(group, target) for _, group in patches.groupby('epsg')]
         geometry = pd.concat(parts).loc[patches.index]
         spans = [self._span(row) for row in self._patches]
         times = pd.IntervalIndex.from_tuples(spans, closed='both', name='datetime')
@@ -266,9 +264,9 @@ class MultiSenGE(GeoDataset):
             {'name': patches['name'].to_numpy()}, index=times, geometry=geometry.array, crs=target
         )
 
-    def _footprints(self, patches: pd.DataFrame, epsg: int, crs: CRS) -> gpd.GeoSeries:
+    def _footprints(self, patches: pd.DataFrame, crs: CRS) -> gpd.GeoSeries:
         """Footprints in a CRS, on whole pixels so that samplers stay on the grid of the others."""
-        native = native_footprints(patches, epsg)
+        native = native_footprints(patches)
         if native.crs == crs:
             return native
         if not crs.is_projected:
@@ -458,7 +456,8 @@ class MultiSenNA(MultiSenGE):
             classes: 15, or a class scheme of your own.
             **kwargs: As in MultiSenGE.
         """
-        super().__init__(root, split, *args, classes=classes, **kwargs)
+        kwargs['classes'] = classes
+        super().__init__(root, split, *args, **kwargs)
 
 
 def _in_order(chosen: Sequence[str], allowed: Sequence[str], what: str) -> tuple[str, ...]:
@@ -511,13 +510,15 @@ def _without_nodata(image: NDArray[Any], sensor: str) -> NDArray[np.float32]:
 def _nanmean(images: NDArray[np.float32]) -> NDArray[np.float32]:
     """Mean over the first axis of what is not NaN; NaN where everything is."""
     seen = ~np.isnan(images)
+    total: NDArray[np.float32] = images.sum(0, where=seen)
+    count: NDArray[np.float32] = seen.sum(0, dtype=np.float32)
     with np.errstate(invalid='ignore'):
-        return np.nansum(images, 0) / seen.sum(0, dtype=np.float32)
+        return total / count
 
 
 def _to_physical(value: NDArray[np.float32], sensor: str) -> NDArray[np.float32]:
     """S2 to reflectance, S1 to dB."""
-    return value * np.float32(1e-4) if sensor == 's2' else 10 * np.log10(value)
+    return value * np.float32(1e-4) if sensor == 's2' else np.float32(10) * np.log10(value)
 
 
 def _georeference(grid: _Grid, period: slice) -> Sample:

@@ -78,11 +78,9 @@ def _draw_classes(ax: Axes, value: NDArray[Any], classes: ClassScheme, title: st
 
 def _draw_legend(figure: Figure, maps: Mapping[str, NDArray[Any]], classes: ClassScheme) -> None:
     """Legend of the classes that are shown."""
-    present = np.unique(np.concatenate([m.ravel() for m in maps.values()])) if maps else []
+    present = sorted({int(c) for value in maps.values() for c in np.unique(value)})
     handles = [
-        Patch(color=np.array(classes.colors[c]) / 255, label=classes.names[c])
-        for c in map(int, present)
-        if c < len(classes)
+        Patch(color=classes.cmap(c), label=classes.names[c]) for c in present if c < len(classes)
     ]
     if handles:
         figure.legend(handles=handles, loc='outside right lower', fontsize=7, frameon=False)

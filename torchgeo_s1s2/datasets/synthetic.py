@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -243,7 +244,7 @@ def _write_patch(
 
 def _landscape(rng: np.random.Generator, size: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Cover (index in _COVERS) and parcel number of each pixel, both (size, size)."""
-    yx = np.stack(np.mgrid[:size, :size], -1).reshape(-1, 2).astype(float)
+    yx = np.indices((size, size)).reshape(2, -1).T.astype(float)
     centres = rng.uniform(0, size, (max(size * size // 130, 4), 2))
     wavy = yx + 1.5 * np.sin(yx[:, ::-1] / 5 + rng.uniform(0, 6, 2))
     parcel = _nearest(centres, wavy).reshape(size, size)
@@ -370,7 +371,7 @@ def _backscatter(
     return (mixed * speckle(rng, mixed.shape)).astype(np.float32)
 
 
-def _profile(tile: str, x: int, y: int, size: int) -> dict[str, object]:
+def _profile(tile: str, x: int, y: int, size: int) -> dict[str, Any]:
     epsg, left, top = TILES[tile]
     return {
         'driver': 'GTiff',

@@ -113,7 +113,7 @@ def masked_batch_norm(x: Tensor, seen: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     centred = x - mean[:, None, None]
     var = (centred.square() * weight).sum((0, 2, 3)) / count.clamp(min=1)
     unbiased = var * count / (count - 1).clamp(min=1)
-    momentum = torch.where(count > 0, norm.momentum or 0.0, 0.0)
+    momentum = (norm.momentum or 0.0) * (count > 0).to(count.dtype)
     with torch.no_grad():
         for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
             if running is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import segmentation_models_pytorch as smp
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
@@ -372,8 +373,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             for name, figure in self._figures()
         ]
         callback = self.trainer.checkpoint_callback
-        if stage == 'val' and getattr(callback, 'best_model_path', ''):
-            files.insert(0, Path(callback.best_model_path))  # type: ignore[union-attr]
+        if stage == 'val' and isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+            files.insert(0, Path(callback.best_model_path))
         print(summary(stage, self.trainer.callback_metrics, self._labels, folder, files))
 
     @property
@@ -385,7 +386,7 @@ def _multiclass_metrics(
     num_classes: int, ignore_index: int | None, labels: list[str] | None
 ) -> MetricCollection:
     options: dict[str, Any] = {'num_classes': num_classes, 'ignore_index': ignore_index}
-    metrics: dict[str, Metric] = {
+    metrics: dict[str, Metric | MetricCollection] = {
         'OverallAccuracy': MulticlassAccuracy(average='micro', **options),
         'WeightedPrecision': MulticlassPrecision(average='weighted', **options),
         'WeightedRecall': MulticlassRecall(average='weighted', **options),

@@ -97,5 +97,5 @@ class AugmentSeries(nn.Module):
             )
 
 
-def _sequential(*augmentations: nn.Module) -> nn.Module:
+def _sequential(*augmentations: Any) -> nn.Module:
     return K.AugmentationSequential(*augmentations, data_keys=None, keepdim=True)
