@@ -407,7 +407,7 @@ class SceneWriter(MapWriter):
     memory depends neither on the scene nor on the order of the windows. Every rank writes its own
     parts and the first one merges them, so ranks must share the folder. An interrupted run leaves
     its parts; with ``resume`` the next run, of the same model, continues from them. A sampler in
-    ``datamodule.predict_sampler`` then gives only what remains.
+    ``datamodule.predict_sampler``, or each in a list of them, then gives only what remains.
     """
 
     def __init__(
@@ -504,9 +504,17 @@ class SceneWriter(MapWriter):
         datamodule: Any = getattr(trainer, 'datamodule', None)
         sampler = getattr(datamodule, 'predict_sampler', None)
         dataset = getattr(datamodule, 'predict_dataset', None)
-        if sampler is not None and dataset is not None:
-            grid = dataset.crs.to_epsg(), *dataset.res
-            datamodule.predict_sampler = Remaining(sampler, self._done, grid, trainer.world_size)
+        if sampler is None or dataset is None:
+            return
+        if isinstance(dataset, list):
+            pairs = zip(dataset, sampler, strict=True)
+            datamodule.predict_sampler = [self._remaining(trainer, *pair) for pair in pairs]
+        else:
+            datamodule.predict_sampler = self._remaining(trainer, dataset, sampler)
+
+    def _remaining(self, trainer: Trainer, dataset: Any, sampler: Iterable[Any]) -> 'Remaining':
+        grid = dataset.crs.to_epsg(), *dataset.res
+        return Remaining(sampler, self._done, grid, trainer.world_size)
 
     @property
     def _folder(self) -> Path:

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyproj import CRS
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchgeo.datamodules import NonGeoDataModule
 from torchgeo.datasets import stack_samples
+from torchgeo.samplers import GriddedPatchSampler
 
 from torchgeo_s1s2.datamodules.statistics import Statistics
 from torchgeo_s1s2.datasets.catalog import SENSORS, Catalog
@@ -44,6 +47,8 @@ class MultiSenGEDataModule(NonGeoDataModule):
         bands: Sequence[str] | None = None,
         splits: Splits | None = None,
         predict_split: str = 'test',
+        predict_patch_size: int | tuple[int, int] | None = None,
+        predict_stride: int | tuple[int, int] | None = None,
         augment: bool = True,
         statistics: str | Path | None = None,
         synthetic: bool | Mapping[str, Any] = False,
@@ -62,6 +67,11 @@ class MultiSenGEDataModule(NonGeoDataModule):
             bands: Bands to read; all unless given.
             splits: Tiles of each split, in place of the paper's.
             predict_split: Split that is mapped by ``torchgeo predict``.
+            predict_patch_size: Height and width of the windows that ``torchgeo predict`` reads
+                scenes in, zone by zone, for :class:`~torchgeo_s1s2.callbacks.SceneWriter`; whole
+                patches unless given.
+            predict_stride: Rows and columns from one of these windows to the next; half of
+                ``predict_patch_size`` unless given.
             augment: Flip and turn the training patches.
             statistics: File of statistics to normalise with, in place of those beside the data.
             synthetic: Write a synthetic data set to root unless it is there; a mapping holds
@@ -70,6 +80,9 @@ class MultiSenGEDataModule(NonGeoDataModule):
         """
         self.root = Path(root)
         self.predict_split = predict_split
+        self.predict_patch_size = _pair(predict_patch_size) if predict_patch_size else None
+        self.predict_stride = _pair(predict_stride) if predict_stride else None
+        self.predict_sampler: list[Any] | None = None
         self.synthetic = synthetic
         self.statistics_path = statistics
         self.statistics: Statistics | None = None
@@ -136,8 +149,24 @@ class MultiSenGEDataModule(NonGeoDataModule):
         if stage == 'test':
             self.test_dataset = self._dataset('test')
         if stage == 'predict':
-            self.predict_dataset = self._dataset(self.predict_split)
+            self._setup_predict()
         self._use(self._find_statistics())
+
+    def predict_dataloader(self) -> Any:
+        """Loader of the patches, or one of the windows of each UTM zone."""
+        if self.predict_sampler is None:
+            return super().predict_dataloader()
+        datasets: Any = self.predict_dataset
+        return [
+            DataLoader(
+                dataset,
+                batch_size=self.batch_size,
+                sampler=sampler,
+                num_workers=self.num_workers,
+                collate_fn=self.collate_fn,
+            )
+            for dataset, sampler in zip(datasets, self.predict_sampler, strict=True)
+        ]
 
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Normalise a batch, and augment it in training.
@@ -188,14 +217,32 @@ class MultiSenGEDataModule(NonGeoDataModule):
         dataset[0]
         return dataset
 
+    def _setup_predict(self) -> None:
+        dataset = self._dataset(self.predict_split)
+        self.predict_dataset = dataset
+        if self.predict_patch_size is None:
+            return
+        size = self.predict_patch_size
+        stride = self.predict_stride or (size[0] // 2, size[1] // 2)
+        zones = [self._zone(epsg, tiles) for epsg, tiles in dataset.zones.items()]
+        self.predict_dataset = zones  # type: ignore[assignment]
+        self.predict_sampler = [GriddedPatchSampler(z, size=size, stride=stride) for z in zones]
+
+    def _zone(self, epsg: int, tiles: Sequence[str]) -> MultiSenGE:
+        """Patches of some tiles, in the CRS that they share."""
+        dataset_class: Any = self.dataset_class
+        options = {**self.kwargs, 'splits': {'zone': tiles}, 'crs': CRS.from_epsg(epsg)}
+        zone: MultiSenGE = dataset_class(split='zone', catalog=self._catalog, **options)
+        return zone
+
     @property
     def _any_dataset(self) -> MultiSenGE:
         names = ('train', 'val', 'test', 'predict')
         datasets: list[Any] = [getattr(self, f'{name}_dataset') for name in names]
-        found = next((d for d in datasets if d is not None), None)
+        found: Any = next((d for d in datasets if d is not None), None)
         if found is None:
             raise RuntimeError('the data module has no data set yet; call setup(stage) first')
-        return found
+        return found[0] if isinstance(found, list) else found
 
     def _check_batch_size(self) -> None:
         patches = len(self.train_dataset)  # type: ignore[arg-type]
@@ -237,3 +284,7 @@ class MultiSenGEDataModule(NonGeoDataModule):
                 'checkpoint, or the file statistics_*.json of the training as statistics'
             )
         return self.statistics
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size

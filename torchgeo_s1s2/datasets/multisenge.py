@@ -63,16 +63,14 @@ class _Grid:
             ymax,
         )
 
-    def window_in(self, src: rasterio.DatasetReader) -> Window | None:
-        """Window of a raster that these pixels are, None where they must be warped."""
+    def offset_in(self, src: rasterio.DatasetReader) -> tuple[int, int] | None:
+        """Column and row of the first pixel in a raster, None if the two are not on one grid."""
         t = src.transform
         if src.crs != self.crs or abs(t.a - self.transform.a) + abs(t.e - self.transform.e) > 1e-6:
             return None
-        offset = (self.transform.c - t.c) / t.a, (self.transform.f - t.f) / t.e
-        col, row = round(offset[0]), round(offset[1])
-        aligned = abs(offset[0] - col) < 1e-3 and abs(offset[1] - row) < 1e-3
-        inside = 0 <= col <= src.width - self.width and 0 <= row <= src.height - self.height
-        return Window(col, row, self.width, self.height) if aligned and inside else None
+        col, row = (self.transform.c - t.c) / t.a, (self.transform.f - t.f) / t.e
+        aligned = abs(col - round(col)) < 1e-3 and abs(row - round(row)) < 1e-3
+        return (round(col), round(row)) if aligned else None
 
 
 class MultiSenGE(GeoDataset):
@@ -89,8 +87,8 @@ class MultiSenGE(GeoDataset):
           s1/                TILE_YYYYMMDD_S1_X_Y.tif   float32, VV and VH, linear
 
     ``dataset[i]`` is patch i on its own grid in its own UTM zone, without resampling.
-    ``dataset[xmin:xmax, ymin:ymax, tmin:tmax]`` is any window in the data set's CRS: a plain read
-    where it lies in one patch of that zone, and otherwise warped (bilinear, labels nearest) and
+    ``dataset[xmin:xmax, ymin:ymax, tmin:tmax]`` is any window in the data set's CRS: plain reads
+    where it lies on the grid of the patches, and otherwise warped (bilinear, labels nearest), and
     mosaicked slot by slot; ``tmin:tmax`` limits the acquisitions that the date rule may use.
 
     A sample holds:
@@ -192,6 +190,15 @@ class MultiSenGE(GeoDataset):
         else:
             sample = self._patch(int(index))
         return self.transforms(sample) if self.transforms else sample
+
+    @property
+    def zones(self) -> dict[int, list[str]]:
+        """Tiles of the patches by the EPSG code of their CRS."""
+        patches = self.catalog.patches.iloc[self._patches]
+        return {
+            int(group['epsg'].iat[0]): sorted(set(group['tile']))
+            for _, group in patches.groupby('epsg')
+        }
 
     def name(self, index: int) -> str:
         """Name of patch ``index``: TILE_X_Y."""
@@ -401,10 +408,10 @@ class MultiSenGE(GeoDataset):
         """Read bands of a raster onto a grid: (len(indexes), H, W) in the raster's type."""
         with open_raster(path) as src:
             self._check(path, src, row, count)
-            window = grid.window_in(src)
+            offset = grid.offset_in(src)
             try:
-                if window is not None:
-                    return src.read(indexes, window=window)
+                if offset is not None:
+                    return _crop(src, indexes, grid, *offset, nodata)
                 return _warp(src, grid, nodata).read(indexes)
             except rasterio.errors.RasterioError as error:
                 raise OSError(
@@ -483,6 +490,20 @@ def _within(times: NDArray[np.datetime64], period: slice) -> tuple[int, int]:
     """First and last + 1 position of sorted times within a closed period."""
     start, stop = (np.datetime64(pd.Timestamp(t), 'ns') for t in (period.start, period.stop))
     return int(np.searchsorted(times, start)), int(np.searchsorted(times, stop, 'right'))
+
+
+def _crop(
+    src: rasterio.DatasetReader, indexes: list[int], grid: _Grid, col: int, row: int, nodata: int
+) -> NDArray[Any]:
+    """Read a window that may reach beyond the raster; ``nodata`` there."""
+    left, top = max(col, 0), max(row, 0)
+    width = min(col + grid.width, src.width) - left
+    height = min(row + grid.height, src.height) - top
+    out = np.full((len(indexes), grid.height, grid.width), nodata, src.dtypes[0])
+    if width > 0 and height > 0:
+        inside = np.s_[:, top - row : top - row + height, left - col : left - col + width]
+        out[inside] = src.read(indexes, window=Window(left, top, width, height))
+    return out
 
 
 def _warp(src: rasterio.DatasetReader, grid: _Grid, nodata: int) -> WarpedVRT:
