@@ -315,8 +315,10 @@ def test_plot_shows_series_classes_and_legend(two_zones: Path) -> None:
     assert titles[:4] == ['S2 2020-07-06', 'S2 2020-08-05', 'S2 2020-09-04', 'S2 2020-11-08']
     assert titles[4] == 'S1 2020-07-04'
     assert titles[8:] == ['Mask', 'Prediction']
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ['Sparse Built-Up', 'Arable Lands', 'Forests']
+    legend = figure.axes[10].get_legend()
+    assert legend is not None
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == ['Sparse Built-Up', 'Arable Lands', 'Forests']
     mask = figure.axes[8].images[0]
     assert mask.cmap(mask.norm(np.array(5))) == dataset.classes.cmap(5)
 

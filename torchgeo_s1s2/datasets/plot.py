@@ -33,19 +33,19 @@ def plot_series(
 
     Returns:
         A figure with a row for each sensor, one for the classes, and their legend. SAR is VV, VH
-        and their ratio in red, green and blue; contrast is stretched over the whole series.
+        and their ratio in red, green and blue; contrast is the same for all dates.
     """
     image = np.asarray(sample['image'], np.float32)
     maps = {key: np.asarray(sample[key]) for key in ('mask', 'prediction') if key in sample}
-    rows, columns = len(bands) + 1, max(len(image), 2)
-    figure = Figure(figsize=(_PANEL * columns + 2.6, _PANEL * rows + 0.5), layout='constrained')
+    rows, columns = len(bands) + 1, max(len(image), len(maps) + 1)
+    figure = Figure(figsize=(_PANEL * columns + 0.6, _PANEL * rows + 0.5), layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     _draw_series(axes, image, bands, sample.get('acquisition_times'), show_titles)
     for ax, (key, value) in zip(axes[-1], maps.items(), strict=False):
         _draw_classes(ax, value, classes, key.capitalize() if show_titles else '')
-    _draw_legend(figure, maps, classes)
+    _draw_legend(axes[-1, len(maps)], maps, classes)
     if suptitle:
         figure.suptitle(suptitle)
     return figure
@@ -61,8 +61,9 @@ def _draw_series(
     channel = 0
     for row, (sensor, names) in enumerate(bands.items()):
         series = image[:, channel : channel + len(names)]
-        composite = _true_color(series, names) if sensor == 's2' else _sar(series, names)
-        for t, picture in enumerate(_stretch(composite)):
+        optical = sensor == 's2'
+        composite = _true_color(series, names) if optical else _sar(series, names)
+        for t, picture in enumerate(_stretch(composite, together=optical)):
             axes[row, t].imshow(picture, interpolation='nearest')
             if show_titles:
                 title = '' if times is None else _date(int(times[t, row]))
@@ -76,14 +77,15 @@ def _draw_classes(ax: Axes, value: NDArray[Any], classes: ClassScheme, title: st
     ax.set_title(title, fontsize=8)
 
 
-def _draw_legend(figure: Figure, maps: Mapping[str, NDArray[Any]], classes: ClassScheme) -> None:
-    """Legend of the classes that are shown."""
+def _draw_legend(ax: Axes, maps: Mapping[str, NDArray[Any]], classes: ClassScheme) -> None:
+    """Legend of the classes that are shown, in a panel that is free."""
     present = sorted({int(c) for value in maps.values() for c in np.unique(value)})
     handles = [
         Patch(color=classes.cmap(c), label=classes.names[c]) for c in present if c < len(classes)
     ]
     if handles:
-        figure.legend(handles=handles, loc='outside right lower', fontsize=7, frameon=False)
+        legend = ax.legend(handles=handles, loc='upper left', fontsize=7, frameon=False)
+        legend.set_in_layout(False)
 
 
 def _true_color(series: NDArray[np.float32], names: Sequence[str]) -> NDArray[np.float32]:
@@ -101,12 +103,21 @@ def _sar(series: NDArray[np.float32], names: Sequence[str]) -> NDArray[np.float3
     return np.stack([vv, vh, vv - vh], 1)
 
 
-def _stretch(series: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Each channel from its 2nd to its 98th percentile over the series to 0..1: (T, H, W, 3)."""
+def _stretch(series: NDArray[np.float32], together: bool) -> NDArray[np.float32]:
+    """From the darkest to the brightest values of a usual date to 0..1: (T, H, W, 3).
+
+    Args:
+        series: (T, 3, H, W).
+        together: Whether the three channels share one stretch, which keeps their colour.
+    """
     values = np.where(np.isfinite(series), series, np.nan)
-    if np.isnan(values).all():
+    seen = values[~np.isnan(values).all((1, 2, 3))]
+    if not len(seen):
         return np.zeros_like(np.moveaxis(values, 1, -1))
-    low, high = np.nanpercentile(values, (2, 98), axis=(0, 2, 3), keepdims=True)
+    axes = (1, 2, 3) if together else (2, 3)
+    # The median over the dates keeps one cloudy date from darkening all others.
+    limits = np.nanpercentile(seen, (2, 98), axis=axes, keepdims=True)
+    low, high = np.nanmedian(limits, axis=1, keepdims=True)
     stretched = (values - low) / np.maximum(high - low, 1e-6)
     return np.moveaxis(np.nan_to_num(stretched).clip(0, 1), 1, -1)
 
