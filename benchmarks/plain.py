@@ -34,16 +34,16 @@ class PlainConvLSTM(nn.Module):
 
 
 class PlainInception(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int = 12) -> None:
         super().__init__()
-        self.tower1_1 = nn.Conv2d(12, 32, 1)
+        self.tower1_1 = nn.Conv2d(in_channels, 32, 1)
         self.tower1_2 = nn.Conv2d(32, 32, 3, padding=1)
-        self.tower2_1 = nn.Conv2d(12, 32, 1)
+        self.tower2_1 = nn.Conv2d(in_channels, 32, 1)
         self.tower2_2 = nn.Conv2d(32, 32, 5, padding=2)
-        self.tower3_2 = nn.Conv2d(12, 32, 1)
+        self.tower3_2 = nn.Conv2d(in_channels, 32, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Read (B, H, W, 12), return (B, 96, H, W)."""
+        """Read (B, H, W, C), return (B, 96, H, W)."""
         image = image.permute(0, 3, 1, 2)
         small = self.tower1_2(torch.relu(self.tower1_1(image)))
         large = self.tower2_2(torch.relu(self.tower2_1(image)))
@@ -61,8 +61,10 @@ class PlainFuseLSTM(nn.Module):
         self.inception = PlainInception()
         self.unet = smp.Unet('vgg16', encoder_weights=None, in_channels=160, classes=num_classes)
 
-    def forward(self, x_s2: Tensor, x_s1: Tensor) -> Tensor:
-        first = torch.cat([x_s2[:, 0], x_s1[:, 0]], dim=-1)
-        features = [self.convLSTM_s2(x_s2), self.convLSTM_s1(x_s1), self.inception(first)]
+    def forward(self, x_s2: Tensor, x_s1: Tensor, x_stack: Tensor | None = None) -> Tensor:
+        """Read (B, T, H, W, C) of each sensor, return the logits; the stack is the first dates."""
+        if x_stack is None:
+            x_stack = torch.cat([x_s2[:, 0], x_s1[:, 0]], dim=-1)
+        features = [self.convLSTM_s2(x_s2), self.convLSTM_s1(x_s1), self.inception(x_stack)]
         logits: Tensor = self.unet(torch.cat(features, dim=1))
         return logits

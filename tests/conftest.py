@@ -1,5 +1,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -120,6 +121,13 @@ def _shared(name: str) -> Path:
 def real_sample() -> Path:
     """One real patch in the layout of MultiSenGE."""
     return _shared('real_sample')
+
+
+@pytest.fixture(scope='session')
+def reference() -> Mapping[str, NDArray[Any]]:
+    """Outputs of the original model for weights and inputs that a formula sets."""
+    with np.load(_shared('reference') / 'original_outputs.npz') as file:
+        return dict(file)
 
 
 @pytest.fixture(scope='session')

@@ -5,9 +5,10 @@ from functools import partial
 from typing import Any, Self
 
 import segmentation_models_pytorch as smp
+import timm
 import torch
 import torchgeo.models.api
-from segmentation_models_pytorch.encoders._base import EncoderMixin
+from segmentation_models_pytorch.encoders import TimmUniversalEncoder
 from torch import Tensor, nn
 from torchvision.models._api import WeightsEnum
 
@@ -21,7 +22,7 @@ class NoWeights(WeightsEnum):
     """No weights are published for the registered backbones."""
 
 
-class ConvLSTMInceptionEncoder(nn.Module, EncoderMixin):
+class ConvLSTMInceptionEncoder(nn.Module):
     """Encoder of Sentinel-2 and Sentinel-1 time series, for any decoder of smp.
 
     A :class:`ConvLSTM` for each sensor reads its series and an :class:`Inception` module the first
@@ -33,8 +34,7 @@ class ConvLSTMInceptionEncoder(nn.Module, EncoderMixin):
     missing with exactly 0 after normalisation, as the data modules of this package do, and then
     needs to pass nothing but the image.
 
-    Use :func:`segmentation_models_pytorch.encoders.get_encoder`, or the name in any smp model,
-    instead of calling the class: it also sets the number of channels and loads weights.
+    A name from :func:`register_encoder` brings it into any smp model or TorchGeo task.
 
     Wenger et al., Remote Sensing 2023, https://doi.org/10.3390/rs15010151.
     """
@@ -51,19 +51,25 @@ class ConvLSTMInceptionEncoder(nn.Module, EncoderMixin):
 
         Args:
             spatial_encoder: Name of the smp (or 'tu-' timm) encoder.
-            sensors: Number of bands of each sensor, in the order of the image's channels.
+            sensors: Number of channels of each sensor, in the order of the image's channels.
             inception: Whether the features of the first date are added.
             depth: Number of stages of the spatial encoder.
             output_stride: Stride of its last features, 8, 16 or 32.
+
+        Raises:
+            ValueError: If *output_stride* is below 32 and the spatial encoder cannot be dilated.
         """
         super().__init__()
         self.sensors = dict(sensors)
         self.channels = sum(sensors.values())
-        self.convlstm = nn.ModuleDict({name: ConvLSTM(bands) for name, bands in sensors.items()})
+        layers = {name: ConvLSTM(channels) for name, channels in sensors.items()}
+        self.convlstm = nn.ModuleDict(layers)
         self.inception = Inception(self.channels) if inception else None
-        self.front_channels = 32 * len(sensors) + (96 if inception else 0)
-        self.spatial: Any = _build_spatial(
-            spatial_encoder, self.front_channels, depth, output_stride
+        front_channels = sum(layer.hidden_channels for layer in layers.values())
+        if self.inception is not None:
+            front_channels += self.inception.out_channels
+        self.spatial: Any = smp.encoders.get_encoder(
+            spatial_encoder, in_channels=front_channels, depth=depth, output_stride=output_stride
         )
         self._spatial_frozen = False
 
@@ -78,23 +84,21 @@ class ConvLSTMInceptionEncoder(nn.Module, EncoderMixin):
         return int(self.spatial.output_stride)
 
     def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
-        """Adapt the spatial encoder to the features of the series.
+        """Check the number of channels of the image; smp calls it.
 
         Args:
-            in_channels: Number of slots times the number of bands of all sensors. The number of
-                slots is free when the model runs, it is only checked here.
-            pretrained: Whether to keep the weights of the spatial encoder's first convolution.
+            in_channels: Number of slots times the number of channels of all sensors. The number of
+                slots is free when the model runs.
+            pretrained: Unused; the number of channels does not touch the spatial encoder.
 
         Raises:
-            ValueError: If *in_channels* is not a multiple of the number of bands.
+            ValueError: If *in_channels* is not a multiple of the number of channels.
         """
         if in_channels < 1 or in_channels % self.channels:
             raise ValueError(
                 f'in_channels is {in_channels}, expected a multiple of {self.channels} '
                 f'({self._describe_sensors()}): number of time slots times {self.channels}'
             )
-        if getattr(self.spatial, '_in_channels', None) != self.front_channels:
-            self.spatial.set_in_channels(self.front_channels, pretrained=pretrained)
 
     def make_dilated(self, output_stride: int) -> None:
         """Replace strides of the spatial encoder with dilation.
@@ -102,15 +106,15 @@ class ConvLSTMInceptionEncoder(nn.Module, EncoderMixin):
         Args:
             output_stride: Wanted stride of the last feature map, 8 or 16.
         """
-        if isinstance(self.spatial, EncoderMixin):  # timm's encoders are built dilated
+        if not isinstance(self.spatial, TimmUniversalEncoder):  # timm builds them dilated
             self.spatial.make_dilated(output_stride)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Compute the features of a time series.
 
         Args:
-            x: Series of shape (B, T, C, H, W) or (B, T * C, H, W), C being the bands of all sensors
-                in their order. T is free.
+            x: Series of shape (B, T, C, H, W) or (B, T * C, H, W), C being the channels of all
+                sensors in their order. T is free.
 
         Returns:
             Features of the spatial encoder, from the finest to the coarsest.
@@ -160,7 +164,9 @@ class ConvLSTMInceptionEncoder(nn.Module, EncoderMixin):
 
         Args:
             state_dict: Weights; keys of a model around the encoder start with ``encoder.``. Weights
-                of the spatial encoder alone leave the layers in front of it as they are.
+                of the spatial encoder alone leave the layers in front of it as they are, and if
+                they are for images of another number of channels, as ImageNet's are, the first
+                convolution repeats them over the features, scaled to the same sum, as smp does.
             strict: Whether the keys must be the same.
             assign: Whether the tensors replace the parameters, instead of being copied.
 
@@ -176,33 +182,37 @@ class ConvLSTMInceptionEncoder(nn.Module, EncoderMixin):
             }
         if any(key.startswith('spatial.') for key in state_dict):
             return super().load_state_dict(state_dict, strict, assign)
-        # Some of smp's encoders drop their classifier here and take no options.
+        own = self.spatial.state_dict()
+        fitted = {
+            key: _repeat_channels(value, own[key]) if key in own else value
+            for key, value in state_dict.items()
+        }
+        # smp's encoders drop their classifier here, and some take no options.
         options = {} if strict else {'strict': False}
-        return self.spatial.load_state_dict(dict(state_dict), **options)
+        return self.spatial.load_state_dict(fitted, **options)
 
     def _split(self, x: Tensor) -> dict[str, Tensor]:
-        """Series of each sensor, of shape (B, T, bands, H, W)."""
+        """Series of each sensor, of shape (B, T, channels, H, W)."""
         if x.ndim == 4 and x.shape[1] % self.channels == 0:
             x = x.unflatten(1, (x.shape[1] // self.channels, self.channels))
         if x.ndim != 5 or x.shape[2] != self.channels or x.shape[1] == 0:
             raise ValueError(
                 f'image has shape {tuple(x.shape)}, expected (B, T, {self.channels}, H, W) or '
                 f'(B, T * {self.channels}, H, W) with at least one slot '
-                f'and the bands {self._describe_sensors()}'
+                f'and the channels {self._describe_sensors()}'
             )
         return dict(zip(self.sensors, x.split(list(self.sensors.values()), dim=2), strict=True))
 
     def _describe_sensors(self) -> str:
-        return ' + '.join(f'{bands} {name}' for name, bands in self.sensors.items())
+        return ' + '.join(f'{channels} {name}' for name, channels in self.sensors.items())
 
 
-def _build_spatial(name: str, in_channels: int, depth: int, output_stride: int) -> nn.Module:
-    """Build a spatial encoder; those of smp still have three channels, for pretrained weights."""
-    channels = in_channels if name.startswith('tu-') else 3
-    encoder: nn.Module = smp.encoders.get_encoder(
-        name, in_channels=channels, depth=depth, output_stride=output_stride
-    )
-    return encoder
+def _repeat_channels(weight: Tensor, like: Tensor) -> Tensor:
+    """Repeat a convolution's input channels to the number that *like* has, keeping their sum."""
+    if weight.ndim != 4 or weight.shape[1] == like.shape[1]:
+        return weight
+    old, new = weight.shape[1], like.shape[1]
+    return weight[:, torch.arange(new) % old] * (old / new)
 
 
 def first_valid(series: Tensor, valid: Tensor) -> Tensor:
@@ -219,8 +229,20 @@ def first_valid(series: Tensor, valid: Tensor) -> Tensor:
     return series[torch.arange(len(series), device=series.device), first]
 
 
+def spatial_encoders() -> list[str]:
+    """Names of smp's own encoders, without those that it calls deprecated (``timm-``)."""
+    return [
+        name
+        for name, entry in smp.encoders.encoders.items()
+        if entry['encoder'] is not ConvLSTMInceptionEncoder and not name.startswith('timm-')
+    ]
+
+
 def backbone_name(
-    spatial_encoder: str, sensors: Mapping[str, int] = SENSORS, inception: bool = True
+    spatial_encoder: str,
+    sensors: Mapping[str, int] = SENSORS,
+    inception: bool = True,
+    day_of_year: bool = False,
 ) -> str:
     """Name under which a combination is registered.
 
@@ -228,32 +250,45 @@ def backbone_name(
         spatial_encoder: Name of the smp (or 'tu-' timm) encoder.
         sensors: Number of bands of each sensor.
         inception: Whether the features of the first date are added.
+        day_of_year: Whether the day of the year follows the bands of each sensor.
 
     Returns:
-        For instance 'vgg16_convlstm_inception', 'vgg16_convlstm_s1' or
-        'vgg16_convlstm_inception_s2x4_s1'.
+        For instance 'vgg16_convlstm_inception', 'vgg16_convlstm_s1', 'vgg16_convlstm_inception_doy'
+        or 'vgg16_convlstm_inception_s2x4_s1'.
     """
     # smp looks at the start of a name: 'tu-' goes to timm, 'vgg' gets a centre block in the U-Net.
-    name = spatial_encoder.replace('tu-', 'timm_', 1) + '_convlstm' + '_inception' * inception
-    if list(sensors.items()) == list(SENSORS.items()):
-        return name
-    counts = (s if SENSORS.get(s) == bands else f'{s}x{bands}' for s, bands in sensors.items())
-    return '_'.join([name, *counts])
+    parts = [spatial_encoder.replace('tu-', 'timm_', 1), 'convlstm']
+    if inception:
+        parts.append('inception')
+    if list(sensors.items()) != list(SENSORS.items()):
+        parts += (s if SENSORS.get(s) == bands else f'{s}x{bands}' for s, bands in sensors.items())
+    if day_of_year:
+        parts.append('doy')
+    return '_'.join(parts)
 
 
 def register_encoder(
-    spatial_encoder: str, sensors: Mapping[str, int] = SENSORS, inception: bool = True
+    spatial_encoder: str,
+    sensors: Mapping[str, int] = SENSORS,
+    inception: bool = True,
+    day_of_year: bool = False,
 ) -> str:
     """Make a backbone known to segmentation_models_pytorch and to TorchGeo by its name.
 
-    smp passes no options to its encoders, so they are in the name. Registering a combination a
-    second time changes nothing.
+    smp silently drops options that it does not know, so they are in the name. Registering a
+    combination a second time changes nothing.
+
+    With *day_of_year*, two channels follow the bands of each sensor: the sine and the cosine of
+    the day of the year of its acquisition, as an angle, constant in a slot and 0 where the slot is
+    not observed. An image then has C = 16 channels a slot, {'s2': 12, 's1': 4} unless *sensors*
+    says otherwise. The layers read them like any other channel.
 
     Args:
         spatial_encoder: Name of an encoder of smp, or 'tu-' and the name of a timm model; the
             latter has no pretrained weights here.
         sensors: Number of bands of each sensor, in the order of the image's channels.
         inception: Whether the features of the first date are added.
+        day_of_year: Whether the day of the year follows the bands of each sensor.
 
     Returns:
         The name, for ``encoder_name`` in smp and ``backbone`` in TorchGeo.
@@ -261,25 +296,35 @@ def register_encoder(
     Raises:
         ValueError: If smp has no such encoder, or *sensors* is empty.
     """
-    known = smp.encoders.encoders
-    if spatial_encoder not in known and not spatial_encoder.startswith('tu-'):
-        raise ValueError(
-            f"unknown spatial encoder '{spatial_encoder}', expected one of "
-            f"{', '.join(known)} or 'tu-' and the name of a timm model"
-        )
+    _check_spatial(spatial_encoder)
     if not sensors or min(sensors.values()) < 1:
         raise ValueError(f'sensors is {dict(sensors)}, expected at least one with its band count')
-    name = backbone_name(spatial_encoder, sensors, inception)
-    params = {'spatial_encoder': spatial_encoder, 'sensors': dict(sensors), 'inception': inception}
+    name = backbone_name(spatial_encoder, sensors, inception, day_of_year)
+    channels = {sensor: bands + 2 * day_of_year for sensor, bands in sensors.items()}
+    known = smp.encoders.encoders
     if name not in known:
         known[name] = {
             'encoder': ConvLSTMInceptionEncoder,
-            'params': params,
+            'params': {
+                'spatial_encoder': spatial_encoder,
+                'sensors': channels,
+                'inception': inception,
+            },
             'pretrained_settings': known.get(spatial_encoder, {}).get('pretrained_settings', {}),
         }
-        build = partial(smp.encoders.get_encoder, name, in_channels=sum(sensors.values()))
+        build = partial(smp.encoders.get_encoder, name, in_channels=sum(channels.values()))
         register_in_torchgeo(name, build)
     return name
+
+
+def _check_spatial(name: str) -> None:
+    known = spatial_encoders()
+    if name in known or (name.startswith('tu-') and timm.is_model(name.removeprefix('tu-'))):
+        return
+    raise ValueError(
+        f"unknown spatial encoder '{name}', expected one of {', '.join(known)}, "
+        "or 'tu-' and the name of a timm model"
+    )
 
 
 def register_in_torchgeo(name: str, build: Callable[..., nn.Module]) -> None:
@@ -300,13 +345,13 @@ def register_in_torchgeo(name: str, build: Callable[..., nn.Module]) -> None:
 def register_encoders() -> None:
     """Register the paper's model and its ablations for every spatial encoder of smp.
 
-    The names are ``{spatial}_convlstm_inception``, ``{spatial}_convlstm`` (both sensors, no
-    Inception), ``{spatial}_convlstm_s1`` and ``{spatial}_convlstm_s2`` (one sensor, whose bands are
-    then all that the image holds). Encoders that smp calls deprecated (``timm-``) are left out.
+    The names are ``{spatial}_convlstm_inception``, ``{spatial}_convlstm_inception_doy`` (with the
+    day of the year), ``{spatial}_convlstm`` (both sensors, no Inception), ``{spatial}_convlstm_s1``
+    and ``{spatial}_convlstm_s2`` (one sensor, whose bands are then all that the image holds).
     """
-    spatial = [n for n in smp.encoders.encoders if '_convlstm' not in n and n[:5] != 'timm-']
-    for name in spatial:
+    for name in spatial_encoders():
         register_encoder(name)
+        register_encoder(name, day_of_year=True)
         register_encoder(name, inception=False)
         for sensor, bands in SENSORS.items():
             register_encoder(name, {sensor: bands}, inception=False)

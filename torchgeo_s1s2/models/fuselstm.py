@@ -41,7 +41,8 @@ class FuseLSTM(nn.Module):
         Args:
             num_classes: Number of classes.
             encoder_weights: 'imagenet' to download weights of the VGG-16 encoder.
-            freeze_encoder: Whether the VGG-16 encoder keeps its weights, as in the original.
+            freeze_encoder: Whether the VGG-16 encoder keeps its weights, as in the original. It has
+                no batch norm, so nothing else in it could change.
             channels_last_output: Whether the classes are the last dimension of the output.
         """
         super().__init__()
@@ -65,6 +66,9 @@ class FuseLSTM(nn.Module):
         Returns:
             Probabilities of shape (B, num_classes, H, W), or (B, H, W, num_classes) with
             *channels_last_output*.
+
+        Raises:
+            ValueError: If an input does not have these dimensions.
         """
         probabilities = self.logits(x_s2, x_s1, x_stack).softmax(dim=1)
         return probabilities.movedim(1, -1) if self.channels_last_output else probabilities
@@ -79,7 +83,13 @@ class FuseLSTM(nn.Module):
 
         Returns:
             Logits of shape (B, num_classes, H, W).
+
+        Raises:
+            ValueError: If an input does not have these dimensions.
         """
+        _check_shape('x_s2', x_s2, '(B, T2, H, W, 10)', 5, 10)
+        _check_shape('x_s1', x_s1, '(B, T1, H, W, 2)', 5, 2)
+        _check_shape('x_stack', x_stack, '(B, H, W, 12)', 4, 12)
         features = [
             self.convLSTM_s2(x_s2.movedim(-1, 2)),
             self.convLSTM_s1(x_s1.movedim(-1, 2)),
@@ -87,6 +97,11 @@ class FuseLSTM(nn.Module):
         ]
         logits: Tensor = self.unet(torch.cat(features, dim=1))
         return logits
+
+
+def _check_shape(name: str, x: Tensor, expected: str, ndim: int, channels: int) -> None:
+    if x.ndim != ndim or x.shape[-1] != channels:
+        raise ValueError(f'{name} has shape {tuple(x.shape)}, expected {expected}')
 
 
 def fuselstm_to_unet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
