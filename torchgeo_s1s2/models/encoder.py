@@ -166,7 +166,7 @@ class ConvLSTMInceptionEncoder(nn.Module):
             state_dict: Weights; keys of a model around the encoder start with ``encoder.``. Weights
                 of the spatial encoder alone leave the layers in front of it as they are, and if
                 they are for images of another number of channels, as ImageNet's are, the first
-                convolution repeats them over the features, scaled to the same sum, as smp does.
+                convolution repeats them over the features, scaled down, as smp does.
             strict: Whether the keys must be the same.
             assign: Whether the tensors replace the parameters, instead of being copied.
 
@@ -208,7 +208,7 @@ class ConvLSTMInceptionEncoder(nn.Module):
 
 
 def _repeat_channels(weight: Tensor, like: Tensor) -> Tensor:
-    """Repeat a convolution's input channels to the number that *like* has, keeping their sum."""
+    """Repeat a convolution's input channels to the number that *like* has, as smp does."""
     if weight.ndim != 4 or weight.shape[1] == like.shape[1]:
         return weight
     old, new = weight.shape[1], like.shape[1]

@@ -1,0 +1,390 @@
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torchgeo.models
+from safetensors.torch import save_file
+from segmentation_models_pytorch.encoders import get_encoder
+from torch import Tensor, nn
+
+from benchmarks.plain import PlainConvLSTM, PlainInception
+from torchgeo_s1s2.models import ConvLSTMInceptionEncoder, register_encoder
+from torchgeo_s1s2.models.encoder import backbone_name, spatial_encoders
+
+DECODERS = {
+    'unet': ('vgg11', 'tu-resnet18'),
+    'unetplusplus': ('resnet18', 'mobilenet_v2'),
+    'fpn': ('resnet18', 'tu-resnet18'),
+    'linknet': ('mobilenet_v2', 'tu-resnet18'),
+    'manet': ('resnet18', 'mobilenet_v2'),
+    'pspnet': ('vgg11', 'resnet18'),
+    'upernet': ('resnet18', 'mobilenet_v2'),
+    'segformer': ('mobilenet_v2', 'tu-resnet18'),
+}
+SPATIAL = ('vgg11', 'resnet18', 'mobilenet_v2', 'tu-resnet18')
+NAMES = {spatial: register_encoder(spatial) for spatial in SPATIAL}
+# The usual case, an encoder whose loader takes no options, one with several first convolutions.
+LOADERS = ('resnet18', 'densenet121', 'mobileone_s0')
+
+
+def make_series(b: int = 2, t: int = 3, c: int = 12, size: int = 32) -> Tensor:
+    return torch.randn(b, t, c, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def build(name: str, channels: int = 12, **options: Any) -> ConvLSTMInceptionEncoder:
+    torch.manual_seed(0)
+    encoder = get_encoder(name, in_channels=channels, **options)
+    assert isinstance(encoder, ConvLSTMInceptionEncoder)
+    return encoder
+
+
+def buffers(encoder: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+
+
+def front(encoder: ConvLSTMInceptionEncoder) -> dict[str, Tensor]:
+    return {n: p for n, p in encoder.named_parameters() if not n.startswith('spatial.')}
+
+
+@pytest.mark.parametrize(('decoder', 'spatial'), [(d, s) for d in DECODERS for s in DECODERS[d]])
+def test_decoders_learn_through_the_front(decoder: str, spatial: str) -> None:
+    model = smp.create_model(decoder, NAMES[spatial], None, in_channels=24, classes=5)
+    output = model(make_series(t=2))
+    assert output.shape == (2, 5, 32, 32)
+    output.square().mean().backward()
+    for name, parameter in front(model.encoder).items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize('spatial', ['resnet18', 'tu-resnet18'])
+@pytest.mark.parametrize('decoder', ['deeplabv3plus', 'pan'])
+def test_dilated_decoders(decoder: str, spatial: str) -> None:
+    model = smp.create_model(decoder, NAMES[spatial], None, in_channels=24, classes=5).eval()
+    x = make_series(b=1, t=1, size=128)  # the smallest that PAN's pyramid takes
+    assert model(x).shape == (1, 5, 128, 128)
+    assert model.encoder(x)[-1].shape[-1] == 128 // 16
+    assert model.encoder.output_stride == 16
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'tu-resnet18'])
+def test_dilation_equals_that_of_the_spatial_encoder(name: str) -> None:
+    encoder = build(NAMES[name], output_stride=8).eval()
+    alone = get_encoder(name, in_channels=160, output_stride=8).eval()
+    alone.load_state_dict(encoder.spatial.state_dict())
+    x = torch.randn(1, 160, 64, 64)
+    for mine, other in zip(encoder.spatial(x), alone(x), strict=True):
+        assert mine.equal(other)
+
+
+def test_what_cannot_be_dilated_says_so() -> None:
+    with pytest.raises(ValueError, match='do not support dilated'):
+        smp.PAN(NAMES['vgg11'], encoder_weights=None, in_channels=12)
+
+
+def test_sizes_that_are_not_a_multiple_of_32() -> None:
+    options: dict[str, Any] = {'encoder_weights': None, 'in_channels': 12, 'classes': 3}
+    model = smp.FPN(NAMES['resnet18'], **options).eval()
+    with pytest.raises(RuntimeError, match='divisible by 32'):
+        model(make_series(size=40))
+    shallow = smp.Unet(
+        NAMES['resnet18'], encoder_depth=3, decoder_channels=(64, 32, 16), **options
+    ).eval()
+    assert shallow(make_series(size=40)).shape == (2, 3, 40, 40)
+    features = build(NAMES['resnet18']).eval()(make_series(size=45))
+    assert [f.shape[-1] for f in features] == [45, 23, 12, 6, 3, 2]
+
+
+@pytest.mark.parametrize('spatial', SPATIAL)
+def test_flat_and_five_dimensional_series_are_the_same(spatial: str) -> None:
+    encoder = build(NAMES[spatial], 36).eval()
+    x = make_series()
+    for mine, other in zip(encoder(x), encoder(x.flatten(1, 2)), strict=True):
+        assert mine.equal(other)
+
+
+def test_number_of_slots_is_free() -> None:
+    encoder = build(NAMES['resnet18'], 48).eval()
+    x = make_series(t=6)
+    results = [encoder(x[:, :t])[-1] for t in range(1, 7)]
+    assert all(r.shape == results[0].shape for r in results)
+    assert not any(a.equal(b) for a, b in pairwise(results))
+
+
+@pytest.mark.parametrize('spatial', SPATIAL)
+def test_channels_and_stride_are_as_announced(spatial: str) -> None:
+    encoder = build(NAMES[spatial], depth=4).eval()
+    features = encoder(make_series())
+    assert [f.shape[1] for f in features] == encoder.out_channels
+    assert 32 // features[-1].shape[-1] == encoder.output_stride == 16
+
+
+class Plain(nn.Module):
+    """The front in the plainest way; the channels of S2 come first."""
+
+    def __init__(self, sensors: dict[str, int], inception: bool) -> None:
+        super().__init__()
+        self.sensors = sensors
+        self.convlstm = nn.ModuleDict({s: PlainConvLSTM(n) for s, n in sensors.items()})
+        self.inception = PlainInception(sum(sensors.values())) if inception else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = x.movedim(2, -1)
+        features, start = [], 0
+        for sensor, channels in self.sensors.items():
+            features.append(self.convlstm[sensor](last[..., start : start + channels]))
+            start += channels
+        if self.inception is not None:
+            features.append(self.inception(last[:, 0]))
+        return torch.cat(features, dim=1)
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize(
+    ('suffix', 'sensors', 'inception'),
+    [
+        ('convlstm_inception', {'s2': 10, 's1': 2}, True),
+        ('convlstm', {'s2': 10, 's1': 2}, False),
+        ('convlstm_s1', {'s1': 2}, False),
+        ('convlstm_s2', {'s2': 10}, False),
+        ('convlstm_inception_doy', {'s2': 12, 's1': 4}, True),
+    ],
+)
+def test_equals_the_plain_encoder(
+    suffix: str, sensors: dict[str, int], inception: bool, training: bool
+) -> None:
+    channels = sum(sensors.values())
+    encoder = build(f'resnet18_{suffix}', 3 * channels).double().train(training)
+    assert encoder.sensors == sensors
+    plain = Plain(sensors, inception).double().train(training)
+    weights = {k: v for k, v in encoder.state_dict().items() if not k.startswith('spatial.')}
+    plain.load_state_dict(weights)
+    width = 32 * len(sensors) + 96 * inception
+    alone = get_encoder('resnet18', in_channels=width).double().train(training)
+    alone.load_state_dict(encoder.spatial.state_dict())
+    x = make_series(c=channels).double()
+    for mine, other in zip(encoder(x), alone(plain(x)), strict=True):
+        torch.testing.assert_close(mine, other)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(dict(encoder.named_buffers())[name], buffer)
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('places', [(0,), (3,), (1, 1), (0, 2, 3)])
+def test_empty_slots_change_nothing(places: tuple[int, ...], training: bool) -> None:
+    x = make_series()
+    longer = x
+    for place in sorted(places, reverse=True):
+        gap = torch.zeros_like(x[:, :1])
+        longer = torch.cat([longer[:, :place], gap, longer[:, place:]], 1)
+    first, second = build(NAMES['resnet18']), build(NAMES['resnet18'])
+    expected = first.train(training)(x)
+    actual = second.train(training)(longer)
+    assert all(a.equal(b) for a, b in zip(actual, expected, strict=True))
+    assert all(buffers(second)[name].equal(value) for name, value in buffers(first).items())
+
+
+def test_sensors_may_have_different_gaps() -> None:
+    """A slot that only S2 saw, one that only S1 saw: as if each had its own shorter series."""
+    encoder = build(NAMES['resnet18']).eval()
+    x = make_series(b=1, t=4)
+    x[:, 0, 10:] = 0
+    x[:, 1, :10] = 0
+    x[:, 3] = 0
+    s2, s1 = x[:, [0, 2], :10], x[:, [1, 2], 10:]
+    expected = encoder(torch.cat([s2, s1], dim=2))
+    for mine, other in zip(encoder(x), expected, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_samples_of_a_batch_do_not_mix() -> None:
+    encoder = build(NAMES['resnet18']).eval()
+    x = make_series(b=3)
+    x[0, 0] = 0
+    x[1, 1, :10] = 0
+    x[2, :, 10:] = 0
+    together = encoder(x)
+    for i in range(3):
+        for feature, alone in zip(together, encoder(x[i : i + 1]), strict=True):
+            torch.testing.assert_close(feature[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('absent', [slice(0, 10), slice(10, 12), slice(0, 12)])
+def test_a_sensor_that_saw_nothing_gives_finite_features(absent: slice) -> None:
+    encoder = build(NAMES['resnet18']).train()
+    before = buffers(encoder.convlstm)
+    x = make_series()
+    x[:, :, absent] = 0
+    features = encoder(x)
+    features[-1].square().sum().backward()
+    assert all(f.isfinite().all() for f in features)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
+    for sensor, channels in (('s2', range(10)), ('s1', range(10, 12))):
+        mean = f'{sensor}.batchnorm.running_mean'
+        unseen = absent.start <= channels[0] and channels[-1] < absent.stop
+        assert buffers(encoder.convlstm)[mean].equal(before[mean]) == unseen
+
+
+def test_gaps_under_autocast() -> None:
+    encoder = build(NAMES['resnet18']).train()
+    x = make_series()
+    x[0, 0] = 0
+    x[1, 1, 10:] = 0
+    with torch.autocast('cpu', torch.bfloat16):
+        features = encoder(x)
+    assert all(f.isfinite().all() for f in features)
+    expected = build(NAMES['resnet18']).train()(x)[0]
+    assert (features[0] - expected).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'tu-resnet18'])
+def test_freezing_keeps_weights_and_statistics_of_the_spatial_encoder(name: str) -> None:
+    encoder = build(NAMES[name])
+    encoder.freeze_spatial()
+    encoder.train()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
+    encoder(make_series())[-1].square().sum().backward()
+    torch.optim.SGD(parameters, lr=0.1).step()
+    changed = {k for k, v in encoder.state_dict().items() if not v.equal(before[k])}
+    assert changed == {k for k in before if not k.startswith('spatial.')}
+    encoder.freeze_spatial(False)
+    assert all(p.requires_grad for p in encoder.parameters())
+    encoder(make_series())
+    name = next(k for k in before if k.startswith('spatial.') and k.endswith('running_mean'))
+    assert not encoder.state_dict()[name].equal(before[name])
+
+
+@pytest.mark.parametrize('spatial', LOADERS)
+def test_spatial_weights_are_repeated_over_the_features_as_smp_does(spatial: str) -> None:
+    alone = get_encoder(spatial)
+    encoder = get_encoder(f'{spatial}_convlstm_inception', in_channels=12)
+    weights = alone.state_dict()
+    encoder.load_state_dict(weights)
+    alone.set_in_channels(160, pretrained=True)
+    assert list(weights) == list(alone.state_dict())
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(encoder.spatial.state_dict()[name], value, msg=name)
+
+
+def test_imagenet_weights_come_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is replaced with a folder."""
+    torch.manual_seed(3)
+    original = get_encoder('resnet18')
+    classifier = {'fc.weight': torch.zeros(1000, 512), 'fc.bias': torch.zeros(1000)}
+    save_file(original.state_dict() | classifier, tmp_path / 'model.safetensors')
+    asked = []
+
+    def download(repo_id: str, filename: str, revision: str) -> str:
+        asked.append(repo_id)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(smp.encoders, 'hf_hub_download', download)
+    model = smp.Unet('resnet18_convlstm_inception', encoder_weights='imagenet', in_channels=12)
+    assert set(asked) == {'smp-hub/resnet18.imagenet'}
+    loaded, weight = model.encoder.spatial.state_dict(), original.state_dict()['conv1.weight']
+    assert loaded['layer4.1.conv2.weight'].equal(original.state_dict()['layer4.1.conv2.weight'])
+    # Red, green, blue, red, ... over the 160 features, weaker as there are more of them.
+    for channel, colour in ((0, 0), (1, 1), (158, 2), (159, 0)):
+        expected = weight[:, colour] * (3 / 160)
+        torch.testing.assert_close(loaded['conv1.weight'][:, channel], expected)
+
+
+def test_weights_of_a_model_and_of_an_encoder_fit(tmp_path: Path) -> None:
+    model = smp.Unet(NAMES['resnet18'], encoder_weights=None, in_channels=12, classes=7)
+    torch.save(model.state_dict(), tmp_path / 'model.pt')
+    weights = torch.load(tmp_path / 'model.pt', weights_only=True)
+    encoder = build(NAMES['resnet18'])
+    encoder.load_state_dict(weights)
+    expected = model.encoder.state_dict()
+    assert all(value.equal(expected[name]) for name, value in encoder.state_dict().items())
+    encoder = build(NAMES['resnet18'])
+    encoder.load_state_dict(expected)
+    assert all(value.equal(expected[name]) for name, value in encoder.state_dict().items())
+
+
+def test_weights_of_another_spatial_encoder_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r'(?s)Unexpected key.* "layer1\.2\.conv1\.weight"'):
+        build(NAMES['resnet18']).load_state_dict(get_encoder('resnet34').state_dict())
+
+
+def test_torchgeo_knows_the_names() -> None:
+    assert 'vgg16_convlstm_inception' in torchgeo.models.list_models()
+    model = torchgeo.models.get_model('resnet18_convlstm_inception_doy')
+    assert model.sensors == {'s2': 12, 's1': 4}
+    assert not list(torchgeo.models.get_model_weights('vgg16_convlstm_inception'))
+    model = torchgeo.models.get_model('resnet18_convlstm_s1').eval()
+    assert model(make_series(c=2))[0].shape == (2, 32, 32, 32)
+    with pytest.raises(ValueError, match='nothing is not a valid'):
+        torchgeo.models.get_weight('nothing')
+
+
+def test_every_registered_name_can_be_built() -> None:
+    """Without memory for the weights, but for the SegFormer encoders, whose depth needs values."""
+    for spatial in spatial_encoders():
+        if spatial.startswith('mit_b') and spatial != 'mit_b0':
+            continue
+        with torch.device('cpu' if spatial == 'mit_b0' else 'meta'):
+            encoder = build(f'{spatial}_convlstm_inception', 24)
+        assert len(encoder.out_channels) == 6
+        assert {f'{spatial}_convlstm{end}' for end in ENDINGS} <= set(smp.encoders.encoders)
+
+
+ENDINGS = ('_inception', '_inception_doy', '', '_s1', '_s2')
+
+
+def test_names_say_what_was_chosen() -> None:
+    assert backbone_name('vgg16') == 'vgg16_convlstm_inception'
+    assert backbone_name('tu-resnet18', inception=False) == 'timm_resnet18_convlstm'
+    # The order of the sensors is that of the channels, so another order is another name.
+    assert backbone_name('vgg16', {'s1': 2, 's2': 10}) == 'vgg16_convlstm_inception_s1_s2'
+    sensors = {'s2': 4, 's1': 2}
+    name = register_encoder('resnet18', sensors, day_of_year=True)
+    assert name == 'resnet18_convlstm_inception_s2x4_s1_doy'
+    assert build(name, 10).sensors == {'s2': 6, 's1': 4}
+    before = smp.encoders.encoders[name]
+    assert register_encoder('resnet18', sensors, day_of_year=True) == name
+    assert smp.encoders.encoders[name] is before
+
+
+@pytest.mark.parametrize('name', ['resnet19', 'tu-resnet19', 'vgg16_convlstm', 'timm-skresnet18'])
+def test_unknown_spatial_encoder_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown spatial encoder '{name}'.*resnet18") as error:
+        register_encoder(name)
+    assert '_convlstm' not in str(error.value).split('expected')[1]
+
+
+@pytest.mark.parametrize('sensors', [{}, {'s2': 0}])
+def test_sensors_without_bands_are_refused(sensors: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match='expected at least one with its band count'):
+        register_encoder('resnet18', sensors)
+
+
+@pytest.mark.parametrize('channels', [3, 50, 0])
+def test_channels_that_do_not_fit_are_refused(channels: int) -> None:
+    message = rf'in_channels is {channels}, expected a multiple of 12 \(10 s2 \+ 2 s1\)'
+    with pytest.raises(ValueError, match=message):
+        build(NAMES['resnet18'], channels)
+
+
+@pytest.mark.parametrize('shape', [(2, 13, 32, 32), (2, 3, 11, 32, 32), (2, 0, 12, 32, 32), (12,)])
+def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    encoder = build(NAMES['resnet18'])
+    with pytest.raises(ValueError, match=r'image has shape .* expected \(B, T, 12, H, W\)'):
+        encoder(torch.zeros(shape))
+
+
+def test_timm_model_with_a_pretrained_tag() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        name = register_encoder('tu-resnet18.a1_in1k')
+    assert timm.is_model('resnet18.a1_in1k')
+    assert name == 'timm_resnet18.a1_in1k_convlstm_inception'
+    assert build(name).out_channels == [160, 64, 64, 128, 256, 512]
