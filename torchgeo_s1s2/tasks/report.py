@@ -1,9 +1,8 @@
 """What a run leaves behind: pictures, and a summary in the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -20,36 +19,22 @@ def confusion_figure(confusion: MulticlassConfusionMatrix, labels: Sequence[str]
         A figure.
     """
     size = 3 + 0.55 * len(labels)
-    figure, ax = plt.subplots(figsize=(size, size), layout='constrained')
-    counts = confusion.compute().cpu().numpy()
-    matrix = counts / counts.sum(1, keepdims=True).clip(1)
-    ax.imshow(matrix, cmap='Blues', vmin=0, vmax=1)
-    for (row, column), share in _cells(matrix):
-        ax.text(
-            column,
-            row,
-            f'{share:.2f}',
-            ha='center',
-            va='center',
-            fontsize=7,
-            color='white' if share > 0.5 else 'black',
-        )
-    ticks = range(len(labels))
-    ax.set_xticks(ticks, labels, rotation=45, ha='right', fontsize=7)
-    ax.set_yticks(ticks, labels, fontsize=7)
-    ax.set(xlabel='Prediction', ylabel='Truth', title='Share of the true class')
+    figure = Figure(figsize=(size, size), layout='constrained')
+    ax = figure.subplots()
+    counts = confusion.compute()
+    confusion.plot(counts / counts.sum(1, keepdim=True).clamp(min=1), ax, labels=list(labels))
+    for text in (*ax.texts, *ax.get_yticklabels()):
+        text.set(fontsize=7, rotation=0)
+    for text in ax.get_xticklabels():
+        text.set(fontsize=7, ha='right')
+    ax.set_title('Share of the true class')
     return figure
 
 
-def _cells(matrix: 'Sequence[Sequence[float]]') -> list[tuple[tuple[int, int], float]]:
-    return [((i, j), v) for i, row in enumerate(matrix) for j, v in enumerate(row)]
-
-
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG and close it."""
+    """Write a figure as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 
@@ -77,13 +62,18 @@ def summary(
         for name, value in metrics.items()
         if name.startswith(f'{stage}_')
     }
-    whole = [name for name in values if not any(name.endswith(f'_{label}') for label in labels)]
-    lines = [f'{stage} metrics', *(f'  {name:<24}{values[name]:8.4f}' for name in whole)]
-    lines.append(f'  {"class":<34}{"precision":>10}{"recall":>10}{"F1":>10}')
+    lines = [*_table(stage, values, labels)] if values else []
+    return '\n'.join([*lines, f'results in {folder}', *(f'  {path}' for path in files)])
+
+
+def _table(stage: str, values: Mapping[str, float], labels: Sequence[str]) -> Iterator[str]:
+    scores = ('Precision', 'Recall', 'F1Score')
+    each = {f'{score}_{label}' for score in scores for label in labels}
+    yield f'{stage} metrics'
+    for name, value in values.items():
+        if name not in each:
+            yield f'  {name:<24}{value:8.4f}'
+    yield f'  {"class":<34}{"precision":>10}{"recall":>10}{"F1":>10}'
     for label in labels:
-        scores = (
-            values.get(f'{n}_{label}', float('nan')) for n in ('Precision', 'Recall', 'F1Score')
-        )
-        lines.append(f'  {label:<34}' + ''.join(f'{score:10.4f}' for score in scores))
-    lines += [f'results in {folder}', *(f'  {path}' for path in files)]
-    return '\n'.join(lines)
+        row = (values.get(f'{score}_{label}', float('nan')) for score in scores)
+        yield f'  {label:<34}' + ''.join(f'{value:10.4f}' for value in row)

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import segmentation_models_pytorch as smp
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchgeo.datasets import unbind_samples
-from torchgeo.models import get_weight
-from torchgeo.tasks import SemanticSegmentation, utils
+from torchgeo.tasks import SemanticSegmentation
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -33,6 +32,7 @@ from torchgeo_s1s2.datasets.classes import NO_LABEL
 from torchgeo_s1s2.datasets.multisenge import Sample
 from torchgeo_s1s2.models import ConvLSTMInceptionEncoder
 from torchgeo_s1s2.tasks.report import confusion_figure, save_figure, summary
+from torchgeo_s1s2.tasks.weights import load_weights
 
 # TorchGeo's names of smp architectures that smp spells otherwise.
 _ARCHITECTURES = {'deeplabv3+': 'deeplabv3plus'}
@@ -80,11 +80,14 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             model: Architecture of smp (``'unet'``, ``'unetplusplus'``, ``'fpn'``, ...) or
                 TorchGeo's ``'fcn'``.
             backbone: Name of an smp encoder, such as ``'vgg16_convlstm_inception'``.
-            weights: As in TorchGeo: a weight enum or its name, True for ImageNet, a checkpoint's
-                path, None or False for random weights.
-            in_channels: Time slots times channels of a slot, T*C.
+            weights: As in TorchGeo: a weight enum or its name, True for ImageNet, None or False for
+                random weights, or the path of a checkpoint: of a backbone, or of a segmentation
+                task, of which everything is loaded that fits by name and shape, so the head only
+                with the same number of classes.
+            in_channels: Time slots times channels of a slot, T*C. A backbone that reads series
+                takes any T afterwards.
             task: ``'multiclass'``, ``'binary'`` or ``'multilabel'``.
-            num_classes: Number of classes K.
+            num_classes: Number of classes K of a multiclass task.
             num_labels: Number of labels of a multilabel task.
             labels: Names of the classes; those of the data set unless given.
             num_filters: Number of filters of ``'fcn'``.
@@ -96,11 +99,12 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             lr: Learning rate of Adam.
             patience: Epochs without a lower validation loss before the rate drops to a tenth.
             freeze_backbone: Freeze the spatial encoder.
-            freeze_decoder: Freeze the decoder.
+            freeze_decoder: Freeze the decoder, its batch norm included.
             figures: Number of validation or test samples to draw.
 
         Raises:
-            ValueError: If an argument has no such value.
+            FileNotFoundError: If there is no such checkpoint.
+            ValueError: If an argument has no such value, or nothing in a checkpoint fits.
         """
         super().__init__(
             model=model,  # type: ignore[arg-type]
@@ -125,31 +129,35 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
 
     def configure_models(self) -> None:
         """Build the segmentation model, load its weights and freeze what is to be frozen."""
+        if self.hparams['task'] != 'multiclass':
+            self.hparams['num_classes'] = None  # TorchGeo gives the model that many outputs
+        elif self.hparams['num_classes'] is None:
+            raise ValueError("task='multiclass' needs num_classes")
         if self.hparams['model'] == 'fcn':
             super().configure_models()
             return
-        name = _ARCHITECTURES.get(self.hparams['model'], self.hparams['model'])
         self.model = smp.create_model(
-            name,
+            _ARCHITECTURES.get(self.hparams['model'], self.hparams['model']),
             encoder_name=self.hparams['backbone'],
             encoder_weights='imagenet' if self.weights is True else None,
             in_channels=self.hparams['in_channels'],
             classes=self.hparams['num_classes'] or self.hparams['num_labels'] or 1,
         )
         if self.weights and self.weights is not True:
-            self.model.encoder.load_state_dict(_encoder_weights(self.weights))
-        if self.hparams['freeze_backbone']:
-            self._spatial_encoder.requires_grad_(False)
-        if self.hparams['freeze_decoder']:
-            self.model.decoder.requires_grad_(False)
+            load_weights(self.model, self.weights)
+        for module in self._frozen:
+            module.requires_grad_(False).eval()  # Lightning keeps the mode it finds
 
     def configure_metrics(self) -> None:
         """Set up the metrics; TorchGeo's own for binary and multilabel tasks."""
-        if self.hparams['task'] != 'multiclass':
+        if not self._is_multiclass:
             super().configure_metrics()
             return
         num_classes, ignore = self.hparams['num_classes'], self.hparams['ignore_index']
-        metrics = _multiclass_metrics(num_classes, ignore, self.hparams['labels'])
+        labels = self.hparams['labels']
+        if labels is not None and len(labels) != num_classes:
+            raise ValueError(f'{len(labels)} labels for num_classes={num_classes}: {labels}')
+        metrics = _multiclass_metrics(num_classes, ignore, labels)
         for stage in _STAGES:
             setattr(self, f'{stage}_metrics', metrics.clone(prefix=f'{stage}_'))
         self._confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore)
@@ -161,7 +169,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         scheduler = ReduceLROnPlateau(optimizer, factor=0.1, patience=self.hparams['patience'])
         return {
             'optimizer': optimizer,
-            'lr_scheduler': {'scheduler': scheduler, 'monitor': self.monitor},
+            # Not every epoch need have a validation.
+            'lr_scheduler': {'scheduler': scheduler, 'monitor': self.monitor, 'strict': False},
         }
 
     def setup(self, stage: str) -> None:
@@ -181,7 +190,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                 )
             return
         self._check_data(datamodule)
-        if self.hparams['labels'] is None and self.hparams['task'] == 'multiclass':
+        if self.hparams['labels'] is None and self._is_multiclass:
             self.hparams['labels'] = list(datamodule.classes.names)
             self.configure_metrics()
         if self.hparams['class_weights'] == 'balanced' and stage == 'fit':
@@ -189,31 +198,57 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
 
     def configure_losses(self) -> None:
         """Set up the loss; ``'balanced'`` weights are filled in when the data are known."""
-        weights = self.hparams['class_weights']
-        if weights != 'balanced':
+        loss, weights = self.hparams['loss'], self.hparams['class_weights']
+        if not isinstance(weights, str):
             super().configure_losses()
-            return
-        if self.hparams['loss'] != 'ce':
+        elif weights != 'balanced' or loss != 'ce' or self.hparams['task'] != 'multiclass':
             raise ValueError(
-                f"class_weights='balanced' acts in the loss 'ce' only, not in "
-                f'{self.hparams["loss"]!r}; leave class_weights out'
+                f'class_weights={weights!r} with loss={loss!r} and task={self.hparams["task"]!r}: '
+                "the only such name is 'balanced', for loss='ce' and task='multiclass'"
             )
-        self.hparams['class_weights'] = [1.0] * self.hparams['num_classes']
-        super().configure_losses()
-        self.hparams['class_weights'] = weights
+        else:
+            ignore = self.hparams['ignore_index']
+            self.criterion = nn.CrossEntropyLoss(
+                weight=torch.ones(self.hparams['num_classes']),
+                ignore_index=-1000 if ignore is None else ignore,
+            )
+        if loss == 'focal' and self.hparams['task'] == 'multilabel' and self._ignored >= 0:
+            raise ValueError(
+                f"loss='focal' with task='multilabel' cannot leave pixels out, but ignore_index is "
+                f'{self._ignored}; give ignore_index=None, or another loss'
+            )
+        if loss == 'bce':
+            # The mean is taken later, over the labelled pixels.
+            self.criterion = nn.BCEWithLogitsLoss(
+                pos_weight=self.hparams['pos_weight'], reduction='none'
+            )
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; a frozen spatial encoder keeps its batch-norm statistics."""
+        """Set the mode; what is frozen keeps its batch-norm statistics."""
         super().train(mode)
-        if self.hparams['freeze_backbone'] and self.hparams['model'] != 'fcn':
-            self._spatial_encoder.eval()
+        for module in self._frozen:
+            module.eval()
         return self
 
     @property
-    def _spatial_encoder(self) -> nn.Module:
-        """What ``freeze_backbone`` freezes: not the layers that read a series in front of it."""
-        encoder: nn.Module = self.model.encoder
-        return encoder.spatial if isinstance(encoder, ConvLSTMInceptionEncoder) else encoder
+    def _frozen(self) -> list[nn.Module]:
+        """What is frozen: of an encoder of series, not the layers that read the series."""
+        if self.hparams['model'] == 'fcn':
+            return []
+        frozen: list[nn.Module] = []
+        if self.hparams['freeze_backbone']:
+            encoder = self.model.encoder
+            is_series = isinstance(encoder, ConvLSTMInceptionEncoder)
+            frozen.append(encoder.spatial if is_series else encoder)
+        if self.hparams['freeze_decoder']:
+            frozen.append(self.model.decoder)
+        return frozen
+
+    @property
+    def _series_encoder(self) -> ConvLSTMInceptionEncoder | None:
+        """The encoder, if it is one that reads series."""
+        encoder = getattr(self.model, 'encoder', None)
+        return encoder if isinstance(encoder, ConvLSTMInceptionEncoder) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch.
@@ -224,10 +259,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         Returns:
             Logits (B, K, H, W).
         """
-        encoder = getattr(self.model, 'encoder', None)
-        logits: Tensor = self.model(
-            x if isinstance(encoder, ConvLSTMInceptionEncoder) else _fold(x)
-        )
+        if x.ndim == 5 and self._series_encoder is None:
+            x = x.flatten(1, 2)
+        logits: Tensor = self.model(x)
         return logits
 
     def training_step(self, batch: Sample, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -254,22 +288,21 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the epoch before."""
-        self._drawn.clear()
-        self._confusion.reset()
+        self._forget()
 
     def on_test_epoch_start(self) -> None:
         """Forget the epoch before."""
-        self.on_validation_epoch_start()
+        self._forget()
 
     def on_validation_epoch_end(self) -> None:
-        """Log metrics and, to a logger that takes them, figures."""
+        """Log metrics and, to loggers that take them, figures."""
         super().on_validation_epoch_end()
-        self._log_figures()
+        self._log_figures('val')
 
     def on_test_epoch_end(self) -> None:
-        """Log metrics and, to a logger that takes them, figures."""
+        """Log metrics and, to loggers that take them, figures."""
         super().on_test_epoch_end()
-        self._log_figures()
+        self._log_figures('test')
 
     def on_fit_end(self) -> None:
         """Draw the last validation, and say what the run achieved and where its files are."""
@@ -284,90 +317,130 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         """Do the same for ``torchgeo test``."""
         self._report('test')
 
+    @property
+    def _is_multiclass(self) -> bool:
+        return bool(self.hparams['task'] == 'multiclass')
+
     def _step(self, stage: str, batch: Sample) -> tuple[Tensor, Tensor]:
         """Loss and logits of a batch, logged."""
         mask = batch['mask']
         logits = self(batch['image']).squeeze(1)
-        getattr(self, f'{stage}_metrics').update(logits, mask)
+        prediction = logits.argmax(1) if self._is_multiclass else logits
+        getattr(self, f'{stage}_metrics').update(prediction, mask)
         loss = self._loss(logits, mask)
-        self.log(f'{stage}_loss', loss, batch_size=len(mask), prog_bar=True)
+        # The scheduler of every process has to see the same validation loss.
+        self.log(
+            f'{stage}_loss',
+            loss,
+            batch_size=len(mask),
+            prog_bar=True,
+            sync_dist=stage != 'train',
+        )
         return loss, logits
 
     def _loss(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Loss over the labelled pixels, 0 without any."""
-        ignore = self.hparams['ignore_index']
-        if ignore is not None and (mask == ignore).all():
+        labelled = mask != self._ignored
+        if not labelled.any():
             return 0 * logits.sum()
         if self.hparams['loss'] == 'bce':
-            mask = mask.float()
-        if self.hparams['loss'] == 'jaccard' and self.hparams['task'] == 'multiclass':
-            # smp's Jaccard loss cannot leave pixels out, so only the others are given to it.
-            labelled = mask != ignore
-            logits = logits.movedim(1, 0)[:, labelled][None]
-            mask = mask[labelled][None]
+            return self.criterion(logits, mask.float())[labelled].mean()
+        if self.hparams['loss'] == 'jaccard':
+            logits, mask = self._labelled_only(logits, mask, labelled)
         loss: Tensor = self.criterion(logits, mask)
         return loss
 
+    def _labelled_only(
+        self, logits: Tensor, mask: Tensor, labelled: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Take unlabelled pixels out, for smp's Jaccard loss, which cannot."""
+        if self._is_multiclass:
+            return logits.movedim(1, 0)[:, labelled][None], mask[labelled][None]
+        # Neither the intersection nor the union grows by a pixel of probability 0.
+        return logits.where(labelled, -100.0), mask.where(labelled, 0)
+
+    @property
+    def _ignored(self) -> int:
+        """Value of the mask without a label; -1, which no mask holds, if there is none."""
+        ignore = self.hparams['ignore_index']
+        return -1 if ignore is None else int(ignore)
+
     def _evaluate(self, stage: str, batch: Sample) -> None:
         _, logits = self._step(stage, batch)
-        if self.hparams['task'] != 'multiclass':
+        if not self._is_multiclass:
             return
-        self._confusion.update(logits, batch['mask'])
+        prediction = logits.argmax(1)
+        self._confusion.update(prediction, batch['mask'])
         missing = self.hparams['figures'] - len(self._drawn)
         if missing > 0:
             drawn = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
-            drawn['prediction'] = logits.argmax(1)
+            drawn['prediction'] = prediction
             samples = unbind_samples({k: v[:missing].cpu() for k, v in drawn.items()})
             self._drawn.extend(samples)
 
+    def _forget(self) -> None:
+        self._drawn.clear()
+        if self._is_multiclass:
+            self._confusion.reset()
+
     def _check_data(self, datamodule: MultiSenGEDataModule) -> None:
         classes, channels = len(datamodule.classes), sum(datamodule.channels.values())
-        length = datamodule.series_length
-        if self.hparams['task'] == 'multiclass' and self.hparams['num_classes'] != classes:
+        length, in_channels = datamodule.series_length, self.hparams['in_channels']
+        if self._is_multiclass and self.hparams['num_classes'] != classes:
             raise ValueError(
                 f'the model has num_classes={self.hparams["num_classes"]}, the data have {classes} '
                 'classes; give model and data the same number'
             )
-        if self.hparams['in_channels'] != length * channels:
+        if self._series_encoder is not None:
+            self._check_sensors(self._series_encoder.sensors, datamodule.channels)
+        elif in_channels != length * channels:
             raise ValueError(
-                f'the model has in_channels={self.hparams["in_channels"]}, the data give '
-                f'{length} time slots x {channels} channels = {length * channels}; set in_channels '
-                'to that'
+                f'the model has in_channels={in_channels}, the data give {length} time slots x '
+                f'{channels} channels = {length * channels}; set in_channels to that'
             )
-        self._check_encoder(datamodule)
 
-    def _check_encoder(self, datamodule: MultiSenGEDataModule) -> None:
-        """A series encoder splits channels by sensor, so equal sums are not enough."""
-        encoder = getattr(self.model, 'encoder', None)
-        if isinstance(encoder, ConvLSTMInceptionEncoder) and encoder.sensors != datamodule.channels:
+    def _check_sensors(self, reads: dict[str, int], given: dict[str, int]) -> None:
+        """An encoder of series splits channels by sensor; the number of slots is free."""
+        if list(reads.items()) != list(given.items()):
             raise ValueError(
-                f'backbone {self.hparams["backbone"]!r} reads {encoder.sensors} channels, the data '
-                f'give {datamodule.channels}; use the backbone for these sensors and bands'
+                f'backbone {self.hparams["backbone"]!r} reads {reads} channels, the data give '
+                f'{given}; use the backbone for these sensors and bands'
             )
 
     def _figures(self) -> Iterator[tuple[str, Figure]]:
         """Drawn samples and the confusion matrix of the last evaluation."""
         datamodule = getattr(self.trainer, 'datamodule', None)
-        for number, sample in enumerate(self._drawn):
-            if isinstance(datamodule, MultiSenGEDataModule):
+        if isinstance(datamodule, MultiSenGEDataModule):
+            for number, sample in enumerate(self._drawn):
                 yield f'sample_{number}', datamodule.plot(datamodule.denormalize(sample))
-        if self._drawn:
+        if self._confusion.update_called:
             yield 'confusion_matrix', confusion_figure(self._confusion, self._labels)
 
-    def _log_figures(self) -> None:
-        if self.hparams['task'] != 'multiclass':
+    def _log_figures(self, stage: str) -> None:
+        if not self._is_multiclass:
             return
-        self._confusion.compute()  # every rank takes part here, and the result is kept
-        experiment = getattr(self.logger, 'experiment', None)
-        if hasattr(experiment, 'add_figure') and not self.trainer.sanity_checking:
-            for name, figure in self._figures():
-                experiment.add_figure(name, figure, global_step=self.global_step)  # type: ignore[union-attr]
+        if self.trainer.sanity_checking:
+            self._forget()
+            return
+        self._confusion.compute()  # every process takes part here, and the result is kept
+        if not self.trainer.is_global_zero:
+            return
+        experiments = [getattr(logger, 'experiment', None) for logger in self.loggers]
+        boards: list[Any] = [e for e in experiments if hasattr(e, 'add_figure')]
+        for name, figure in self._figures() if boards else ():
+            for board in boards:
+                board.add_figure(f'{stage}_{name}', figure, global_step=self.global_step)
 
-    @rank_zero_only
     def _report(self, stage: str) -> None:
-        if self.hparams['task'] != 'multiclass' or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self._is_multiclass or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asks every process
+        if self.trainer.is_global_zero:
+            files = self._files(stage, folder)
+            print(summary(stage, self.trainer.callback_metrics, self._labels, folder, files))
+
+    def _files(self, stage: str, folder: Path) -> list[Path]:
+        """Write the figures; their paths, after that of the best checkpoint of a fit."""
         files = [
             save_figure(figure, folder / 'figures' / f'{stage}_{name}.png')
             for name, figure in self._figures()
@@ -375,7 +448,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         callback = self.trainer.checkpoint_callback
         if stage == 'val' and isinstance(callback, ModelCheckpoint) and callback.best_model_path:
             files.insert(0, Path(callback.best_model_path))
-        print(summary(stage, self.trainer.callback_metrics, self._labels, folder, files))
+        return files
 
     @property
     def _labels(self) -> list[str]:
@@ -399,17 +472,7 @@ def _multiclass_metrics(
         name = metric.__name__.removeprefix('Multiclass')
         each = metric(average='none', **options)
         metrics[name] = ClasswiseWrapper(each, labels=labels, prefix=f'{name}_')
-    return MetricCollection(metrics)
-
-
-def _encoder_weights(weights: WeightsEnum | str) -> dict[str, Tensor]:
-    """State dict of a weight enum, its name, or the encoder in a task's checkpoint."""
-    if isinstance(weights, str) and Path(weights).exists():
-        return dict(utils.extract_backbone(weights)[1])
-    enum = weights if isinstance(weights, WeightsEnum) else get_weight(weights)
-    return dict(enum.get_state_dict(progress=True, check_hash=True, weights_only=True))
-
-
-def _fold(x: Tensor) -> Tensor:
-    """(B, T, C, H, W) to (B, T*C, H, W)."""
-    return x.flatten(1, 2) if x.ndim == 5 else x
+    # A wrapper that shares the state of another metric warns that it was never updated.
+    shared = ['WeightedPrecision', 'WeightedRecall', 'WeightedF1Score', 'AverageF1Score']
+    groups = [shared, *([name] for name in metrics if name not in shared)]
+    return MetricCollection(metrics, compute_groups=groups)

@@ -1,0 +1,112 @@
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torchgeo.models import ResNet18_Weights
+from torchgeo.tasks import SemanticSegmentation
+
+from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
+
+
+def task_of(num_classes: int, **options: Any) -> S1S2SemanticSegmentation:
+    backbone = options.pop('backbone', 'resnet18_convlstm_inception')
+    return S1S2SemanticSegmentation(backbone=backbone, num_classes=num_classes, **options)
+
+
+def checkpoint_of(task: SemanticSegmentation, path: Path) -> str:
+    torch.save({'hyper_parameters': dict(task.hparams), 'state_dict': task.state_dict()}, path)
+    return str(path)
+
+
+def equal_parts(a: S1S2SemanticSegmentation, b: S1S2SemanticSegmentation) -> set[str]:
+    """Parts of the models in which every weight is the same."""
+    ours, theirs = a.model.state_dict(), b.model.state_dict()
+    parts = {name.split('.')[0] for name in ours}
+    same = {k for k in ours if ours[k].shape == theirs[k].shape and ours[k].equal(theirs[k])}
+    return {p for p in parts if all(k in same for k in ours if k.startswith(f'{p}.'))}
+
+
+def test_another_number_of_classes_leaves_out_the_head_only(tmp_path: Path) -> None:
+    """From 10 classes of one region to 15 of another."""
+    source = task_of(10)
+    path = checkpoint_of(source, tmp_path / 'region.ckpt')
+    with pytest.warns(UserWarning, match='left out') as caught:
+        target = task_of(15, weights=path)
+    assert equal_parts(source, target) == {'encoder', 'decoder'}
+    messages = [str(w.message) for w in caught if path in str(w.message)]
+    assert len(messages) == 1
+    expected = 'of another shape: segmentation_head.0.weight, segmentation_head.0.bias'
+    assert messages[0].endswith(expected)
+    total = len(source.model.state_dict())
+    assert f'loaded {total - 2} of {total} tensors' in messages[0]
+
+
+def test_the_same_number_of_classes_loads_the_head_too(tmp_path: Path) -> None:
+    source = task_of(10, class_weights='balanced')
+    path = checkpoint_of(source, tmp_path / 'region.ckpt')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        target = task_of(10, weights=path, class_weights=[1.0] * 10)
+    assert equal_parts(source, target) == {'encoder', 'decoder', 'segmentation_head'}
+
+
+def test_state_dict_of_a_model_is_loaded_too(tmp_path: Path) -> None:
+    source = task_of(10)
+    torch.save(source.model.state_dict(), tmp_path / 'unet.pt')
+    target = task_of(10, weights=str(tmp_path / 'unet.pt'))
+    assert equal_parts(source, target) == {'encoder', 'decoder', 'segmentation_head'}
+
+
+@pytest.mark.parametrize('kind', ['model', 'backbone'])
+@pytest.mark.parametrize('ours', ['resnet18', 'resnet18_convlstm_inception'])
+def test_backbone_checkpoints_of_torchgeo_are_loaded(tmp_path: Path, kind: str, ours: str) -> None:
+    """As its classification and its self-supervised tasks write them."""
+    resnet = torchvision.models.resnet18()
+    prefix = {'model': 'model.', 'backbone': 'model.backbone.model.'}[kind]
+    checkpoint = {
+        'hyper_parameters': {kind: 'resnet18'},
+        'state_dict': {prefix + k: v for k, v in resnet.state_dict().items()},
+    }
+    torch.save(checkpoint, tmp_path / 'backbone.ckpt')
+    with pytest.warns(UserWarning, match='fc.weight'):
+        task = task_of(3, backbone=ours, in_channels=12, weights=str(tmp_path / 'backbone.ckpt'))
+    spatial = task.model.encoder.spatial if 'convlstm' in ours else task.model.encoder
+    assert spatial.layer3[1].conv2.weight.equal(resnet.layer3[1].conv2.weight)
+    # The first convolution reads RGB there, and another number of channels here.
+    assert spatial.conv1.weight.shape[1] != 3
+
+
+def test_weight_enums_and_their_names_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    resnet = torchvision.models.resnet18()
+    resnet.conv1 = torch.nn.Conv2d(13, 64, 7, 2, 3, bias=False)
+    enum = ResNet18_Weights.SENTINEL2_ALL_MOCO
+    monkeypatch.setattr(type(enum), 'get_state_dict', lambda *_, **__: resnet.state_dict())
+    for weights in (enum, str(enum)):
+        task = task_of(3, backbone='resnet18', in_channels=13, weights=weights)
+        assert task.model.encoder.conv1.weight.equal(resnet.conv1.weight)
+
+
+@pytest.mark.parametrize('weights', [None, False])
+def test_no_weights_are_random(weights: Any) -> None:
+    assert not equal_parts(task_of(3, weights=weights), task_of(3)) - {'segmentation_head'}
+
+
+def test_nothing_fitting_is_an_error(tmp_path: Path) -> None:
+    other = task_of(3, backbone='mobilenet_v2_convlstm_s1', in_channels=2, model='linknet')
+    path = checkpoint_of(other, tmp_path / 'other.ckpt')
+    with pytest.raises(ValueError, match=r'other.ckpt: no weight fits .* same model and backbone'):
+        task_of(2, backbone='resnet18', weights=path)
+
+
+def test_a_file_of_something_else_is_an_error(tmp_path: Path) -> None:
+    torch.save({'a': torch.zeros(1)}, tmp_path / 'x.pt')
+    with pytest.raises(ValueError, match=r'x.pt is neither .* it holds a'):
+        task_of(2, weights=str(tmp_path / 'x.pt'))
+
+
+def test_a_missing_checkpoint_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r'no checkpoint nowhere/best.ckpt'):
+        task_of(2, weights='nowhere/best.ckpt')

@@ -1,0 +1,93 @@
+"""Initial weights of a segmentation model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torchgeo.models import get_weight
+from torchgeo.tasks.utils import extract_backbone
+from torchvision.models import WeightsEnum
+
+from torchgeo_s1s2.models import ConvLSTMInceptionEncoder
+
+_SUFFIXES = ('.ckpt', '.pt', '.pth')
+
+
+def load_weights(model: Any, weights: WeightsEnum | str) -> None:
+    """Load weights into a model of smp.
+
+    Args:
+        model: The model.
+        weights: A weight enum of a backbone, its name, or the path of a checkpoint; see
+            :func:`load_checkpoint`.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If nothing in the checkpoint fits.
+    """
+    if isinstance(weights, str) and Path(weights).exists():
+        load_checkpoint(model, weights)
+        return
+    if isinstance(weights, str) and weights.endswith(_SUFFIXES):
+        raise FileNotFoundError(f'there is no checkpoint {weights}; correct the path in weights')
+    enum = weights if isinstance(weights, WeightsEnum) else get_weight(weights)
+    state = enum.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    model.encoder.load_state_dict(state)
+
+
+def load_checkpoint(model: Any, path: str) -> None:
+    """Load everything of a checkpoint that fits a model by name and shape, and say what did not.
+
+    Args:
+        model: A model of smp.
+        path: Checkpoint of a segmentation task, state dict of a model of smp, or checkpoint of a
+            backbone as TorchGeo's ``extract_backbone`` reads it.
+
+    Raises:
+        ValueError: If nothing fits.
+    """
+    own: dict[str, Tensor] = model.state_dict()
+    given = _named_as_in(model, path)
+    fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+    if not any(v.ndim for v in fitting.values()):  # a batch norm's counter fits anywhere
+        raise ValueError(
+            f'{path}: no weight fits the model by name and shape. It holds {_some(given)}; the '
+            f'model has {_some(own)}. Give the same model and backbone as in the checkpoint'
+        )
+    model.load_state_dict(fitting, strict=False)
+    reasons = {
+        'left out, of another shape': [k for k in given if k in own and k not in fitting],
+        'left out, not in the model': [k for k in given if k not in own],
+        'initial values kept, not in the checkpoint': [k for k in own if k not in given],
+    }
+    parts = [f'{reason}: {_some(names)}' for reason, names in reasons.items() if names]
+    say = rank_zero_warn if parts else rank_zero_info
+    say('; '.join([f'{path}: loaded {len(fitting)} of {len(given)} tensors', *parts]))
+
+
+def _named_as_in(model: nn.Module, path: str) -> Mapping[str, Tensor]:
+    """Weights of a checkpoint, by their names in a model of smp."""
+    checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    state = checkpoint.get('state_dict', checkpoint)
+    names = {key: key.removeprefix('model.') for key in state}
+    if any(name.startswith('encoder.') for name in names.values()):
+        parts = tuple(f'{part}.' for part, _ in model.named_children())
+        return {name: state[key] for key, name in names.items() if name.startswith(parts)}
+    if 'hyper_parameters' not in checkpoint:
+        raise ValueError(
+            f'{path} is neither the checkpoint of a task nor the state dict of a model of smp: it '
+            f'holds {_some(checkpoint)}'
+        )
+    is_series = isinstance(model.encoder, ConvLSTMInceptionEncoder)
+    prefix = 'encoder.spatial.' if is_series else 'encoder.'
+    return {prefix + key: value for key, value in extract_backbone(path)[1].items()}
+
+
+def _some(names: Any, most: int = 4) -> str:
+    """The first of some names, and how many more there are."""
+    names = list(names)
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return (', '.join(names[:most]) or 'nothing') + more
