@@ -8,15 +8,23 @@ fitted to no measurement. Crops grow and are harvested in the months of temperat
 follows a gamma distribution, as multi-look intensity does (Oliver and Quegan, Understanding
 Synthetic Aperture Radar Images, 2004).
 
-The difficulty is meant: harvested fields look like roofs or bare ground until SAR sees the
-buildings, summer crops look like grass until they are harvested, sowing dates differ between
-parcels, borders are mixed, some images are hazy, and no class can be told from its frequency.
+The difficulty is meant, and of the kinds that real images have:
+
+- The season tells crops apart: maize looks like grass until it is harvested, a stubble field like
+  bare ground. Sowing dates differ between parcels, so no single date serves them all.
+- Sentinel-1 tells what the spectra leave open: buildings from bare ground, woody plants from herbs.
+- The neighbourhood tells built-up classes and woody ones apart: a pixel of a town is a roof or a
+  garden, and only how many of each lie around it makes the town dense or sparse.
+- Soils and plants vary between parcels and from date to date, borders are mixed, radar speckles
+  and some images are hazy.
+- The mix of classes differs between patches, and the most frequent class has a fifth of the pixels.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -30,7 +38,7 @@ from rasterio.crs import CRS
 from rasterio.transform import from_origin
 from tqdm import tqdm
 
-from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, SENSORS
+from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, SENSORS, reference_name
 
 Array = NDArray[np.float64]
 
@@ -45,7 +53,7 @@ TILES = {
 PATCHES = {'31UFQ': 24, '32ULU': 24, '31UFP': 16, '31UEQ': 16}
 """Patches of each tile unless told otherwise: training in both zones, validation, test."""
 
-ENL = 12.0
+ENL = 8.0
 """Equivalent number of looks of the speckle."""
 
 MARKER = 'synthetic.json'
@@ -69,12 +77,16 @@ _GREEN, _FOREST, _DRY, _SOIL, _ROOF, _ASPHALT, _WATER = range(7)
 class _Cover:
     """One kind of ground: what grows when, on what, and how it scatters.
 
-    The plants cover ``low`` of the ground outside the season and ``high`` within it; the season is
-    from day ``start`` to day ``end`` of the year. ``ground`` gives the shares of the other spectra.
-    Backscatter is in dB without plants, and ``gain`` is added at full cover.
+    ``frequency`` is its share of the parcels outside towns. The plants cover ``low`` of the ground
+    outside the season and ``high`` within it; the season is from day ``start`` to day ``end`` of
+    the year, and ``mottle`` is the standard deviation of their share between neighbouring pixels.
+    ``ground`` gives the shares of the other spectra. Backscatter is in dB without plants, and
+    ``gain`` is added at full cover.
     """
 
     label: int
+    frequency: float
+    mottle: float
     ground: Mapping[int, float]
     low: float = 0.0
     high: float = 0.0
@@ -84,31 +96,67 @@ class _Cover:
     vh: float = -19.0
     gain: tuple[float, float] = (0.0, 0.0)
     plant: int = _GREEN
-    frequency: float = 0.0
 
 
 _COVERS = (
-    _Cover(1, {_ROOF: 0.7, _ASPHALT: 0.3}, 0.05, 0.1, vv=-4, vh=-12),
-    _Cover(2, {_ROOF: 0.6, _SOIL: 0.4}, 0.25, 0.45, 90, 310, -8, -15),
-    _Cover(3, {_ROOF: 0.8, _ASPHALT: 0.2}, 0.02, 0.05, vv=-6, vh=-17),
-    _Cover(4, {_SOIL: 0.7, _ROOF: 0.3}, 0.55, 0.8, 80, 320, -10.5, -16.5),
-    _Cover(5, {_ASPHALT: 0.7, _SOIL: 0.3}, 0.1, 0.2, 100, 290, -13, -21),
-    # Arable land: winter cereals, with and without a catch crop, rape, maize, beet.
-    _Cover(6, {_DRY: 0.5, _SOIL: 0.5}, 0.02, 0.9, 80, 180, -10, -19, (-2.5, 1), frequency=0.17),
-    _Cover(6, {_DRY: 0.2, _SOIL: 0.8}, 0.05, 0.6, 235, 330, -10, -19, (-1, 2), frequency=0.1),
-    _Cover(6, {_DRY: 0.3, _SOIL: 0.7}, 0.02, 0.9, 160, 262, -11, -20, (3, 5), frequency=0.15),
-    _Cover(6, {_SOIL: 1}, 0.02, 0.9, 150, 300, -11, -20, (2, 4), frequency=0.08),
-    _Cover(7, {_SOIL: 0.9, _DRY: 0.1}, 0.1, 0.5, 135, 285, -8.5, -16.5, (1, 1), frequency=0.05),
-    _Cover(8, {_DRY: 0.5, _SOIL: 0.5}, 0.35, 0.75, 105, 300, -9.5, -16, (1, 1.5), frequency=0.04),
-    _Cover(9, {_DRY: 0.8, _SOIL: 0.2}, 0.5, 0.85, 60, 320, -12, -19, (0.5, 1), frequency=0.16),
-    _Cover(10, {_DRY: 0.5, _SOIL: 0.5}, 0.3, 0.85, 105, 300, -9.5, -15.5, (1, 1), _FOREST, 0.03),
-    _Cover(11, {_DRY: 0.6, _SOIL: 0.4}, 0.25, 0.95, 110, 300, -9, -14.5, (0.5, 0.5), _FOREST, 0.11),
-    _Cover(11, {_SOIL: 1}, 0.85, 0.95, 60, 340, -9.5, -14.5, (0, 0), _FOREST, 0.05),
-    _Cover(12, {_SOIL: 0.6, _ROOF: 0.4}, 0.02, 0.08, vv=-12, vh=-21, frequency=0.015),
-    _Cover(13, {_WATER: 0.5, _DRY: 0.5}, 0.3, 0.8, 130, 290, -9, -19, (2, 2), frequency=0.03),
-    _Cover(14, {_WATER: 1}, vv=-20, vh=-27, frequency=0.015),
+    _Cover(1, 0, 0.2, {_ROOF: 0.7, _ASPHALT: 0.3}, 0.1, 0.2, 90, 310, -4, -12, (-7, -6)),
+    _Cover(2, 0, 0.35, {_ROOF: 0.7, _ASPHALT: 0.3}, 0.3, 0.5, 90, 310, -5, -13, (-6, -4)),
+    _Cover(3, 0, 0.1, {_ROOF: 0.7, _ASPHALT: 0.3}, 0.05, 0.1, vv=-5.5, vh=-15, gain=(-6, -4)),
+    _Cover(4, 0, 0.25, {_SOIL: 0.6, _ROOF: 0.4}, 0.5, 0.8, 80, 320, -9, -15, (-2, -1)),
+    _Cover(5, 0, 0.15, {_ASPHALT: 0.7, _SOIL: 0.3}, 0.1, 0.2, 100, 290, -13, -21),
+    # Arable land: winter cereals, with and without a catch crop, maize, beet.
+    _Cover(6, 0.17, 0.05, {_DRY: 0.5, _SOIL: 0.5}, 0.02, 0.9, 80, 180, -10, -19, (-2.5, 1)),
+    _Cover(6, 0.1, 0.05, {_DRY: 0.2, _SOIL: 0.8}, 0.05, 0.6, 235, 330, -10, -19, (-1, 2)),
+    _Cover(6, 0.15, 0.05, {_DRY: 0.3, _SOIL: 0.7}, 0.02, 0.9, 160, 262, -11, -20, (2, 3)),
+    _Cover(6, 0.08, 0.05, {_SOIL: 1}, 0.02, 0.9, 150, 300, -11, -20, (2, 3)),
+    _Cover(7, 0.05, 0.1, {_SOIL: 0.9, _DRY: 0.1}, 0.1, 0.5, 135, 285, -9, -17, (1, 1)),
+    _Cover(8, 0.04, 0.25, {_DRY: 0.5, _SOIL: 0.5}, 0.35, 0.75, 105, 300, -10, -17, (1, 1.5)),
+    _Cover(9, 0.16, 0.05, {_DRY: 0.8, _SOIL: 0.2}, 0.5, 0.85, 60, 320, -12, -19, (0.5, 1)),
+    # Groves, deciduous and coniferous forest.
+    _Cover(
+        10, 0.03, 0.2, {_DRY: 0.5, _SOIL: 0.5}, 0.3, 0.85, 105, 300, -10, -16.5, (1, 1), _FOREST
+    ),
+    _Cover(11, 0.11, 0.1, {_DRY: 0.6, _SOIL: 0.4}, 0.25, 0.95, 110, 300, -10, -16, plant=_FOREST),
+    _Cover(11, 0.05, 0.1, {_SOIL: 1}, 0.85, 0.95, 60, 340, -10, -15.5, plant=_FOREST),
+    _Cover(12, 0.015, 0.1, {_SOIL: 0.6, _ROOF: 0.4}, 0.02, 0.08, vv=-12, vh=-21),
+    _Cover(13, 0.03, 0.2, {_WATER: 0.5, _DRY: 0.5}, 0.3, 0.8, 130, 290, -10, -19, (1, 2)),
+    _Cover(14, 0.015, 0, {_WATER: 1}, vv=-19, vh=-26),
 )
 _BY_LABEL = {label: i for i, label in reversed(list(enumerate(c.label for c in _COVERS)))}
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What of a patch is the same on all dates, each (H, W).
+
+    Attributes:
+        cover: Index in ``_COVERS``.
+        parcel: Number of the parcel.
+        delay: Days that the season is late.
+        vigour: Factor on the share of plants.
+        mottle: What is added to the share of plants.
+        brightness: Factor on the reflectance of the ground.
+        roughness: What is added to the backscatter, in dB.
+    """
+
+    cover: NDArray[np.intp]
+    parcel: NDArray[np.intp]
+    delay: Array
+    vigour: Array
+    mottle: Array
+    brightness: Array
+    roughness: Array
+
+    def field(self, name: str) -> Array:
+        """An attribute of the cover of each pixel."""
+        return np.array([getattr(c, name) for c in _COVERS])[self.cover]
+
+    def plants(self, day: int) -> Array:
+        """Share of each pixel that plants cover on a day of the year."""
+        low, high, start, end = map(self.field, ('low', 'high', 'start', 'end'))
+        season = phenology(day, start + self.delay, end + self.delay)
+        share = (low + (high - low) * season) * self.vigour + self.mottle
+        return share.clip(0, 1)
 
 
 def write_synthetic(
@@ -140,7 +188,7 @@ def write_synthetic(
         ValueError: If root holds another data set, or a tile is not in ``TILES``.
     """
     root, patches = Path(root), dict(patches or PATCHES)
-    settings = {
+    settings: dict[str, Any] = {
         'size': size,
         'patches': patches,
         'year': year,
@@ -154,8 +202,8 @@ def write_synthetic(
     _claim(root, settings)
     todo = [name for name in _names(patches, size) if not _label_path(root, name).exists()]
     bar = tqdm(todo, 'Writing synthetic patches', unit='patch', disable=not (progress and todo))
-    for tile, x, y in bar:
-        _write_patch(root, tile, x, y, size, year, incomplete, haze, seed)
+    for name in bar:
+        _write_patch(root, name, settings)
     return root
 
 
@@ -204,42 +252,52 @@ def _label_path(root: Path, name: tuple[str, int, int]) -> Path:
     return root / LABELS / '{}_{}_{}.json'.format(*name)
 
 
-def _write_patch(
-    root: Path,
-    tile: str,
-    x: int,
-    y: int,
-    size: int,
-    year: int,
-    incomplete: float,
-    haze: float,
-    seed: int,
-) -> None:
+def _write_patch(root: Path, name: tuple[str, int, int], settings: Mapping[str, Any]) -> None:
     """Write the rasters of a patch and then its label file, which makes it part of the set."""
-    rng = np.random.default_rng([seed, crc32(f'{tile}_{x}_{y}'.encode())])
-    cover, parcel = _landscape(rng, size)
-    labels = np.array([c.label for c in _COVERS], np.uint8)[cover]
-    names: dict[str, list[str]] = {}
-    profile = _profile(tile, x, y, size)
-    shift = rng.normal(0, 9, parcel.max() + 1)[parcel]
-    vigour = rng.normal(1, 0.12, parcel.max() + 1)[parcel].clip(0.6, 1.15)
-    for sensor, days in (('s2', _s2_days(rng, incomplete)), ('s1', _s1_days(rng))):
-        draw = _reflectance if sensor == 's2' else _backscatter
-        names[sensor] = []
-        for day in rng.permutation(days):
-            date = np.datetime64(f'{year}-01-01') + int(day)
-            name = f'{tile}_{str(date).replace("-", "")}_{sensor.upper()}_{x}_{y}.tif'
-            image = draw(rng, cover, int(day), shift, vigour, haze)
-            _write_raster(root / sensor / name, image, profile)
-            names[sensor].append(name)
-    _write_raster(root / GROUND_REFERENCE / f'{tile}_GR_{x}_{y}.tif', labels[None], profile)
+    tile, x, y = name
+    rng = np.random.default_rng([settings['seed'], crc32('{}_{}_{}'.format(*name).encode())])
+    scene = _draw_scene(rng, settings['size'])
+    draw: dict[str, Callable[..., NDArray[Any]]] = {
+        's2': partial(_reflectance, haze=settings['haze']),
+        's1': _backscatter,
+    }
+    profile = _profile(tile, x, y, settings['size'])
+    days = {'s2': _s2_days(rng, settings['incomplete']), 's1': _s1_days(rng)}
+    names: dict[str, list[str]] = {sensor: [] for sensor in SENSORS}
+    for sensor in SENSORS:
+        for day in rng.permutation(days[sensor]):
+            date = str(np.datetime64(f'{settings["year"]}-01-01') + int(day)).replace('-', '')
+            file = f'{tile}_{date}_{sensor.upper()}_{x}_{y}.tif'
+            _write_raster(root / sensor / file, draw[sensor](rng, scene, int(day)), profile)
+            names[sensor].append(file)
+    labels = scene.field('label').astype(np.uint8)
+    _write_raster(root / GROUND_REFERENCE / reference_name(*name), labels[None], profile)
     content = {
         'corresponding_s2': ';'.join(names['s2']),
         'corresponding_s1': ';'.join(names['s1']),
         'projection': profile['crs'].to_wkt(version='WKT1_GDAL'),
         'labels': ';'.join(map(str, np.unique(labels))),
     }
-    _write_text(_label_path(root, (tile, x, y)), json.dumps(content))
+    _write_text(_label_path(root, name), json.dumps(content))
+
+
+def _draw_scene(rng: np.random.Generator, size: int) -> _Scene:
+    cover, parcel = _landscape(rng, size)
+    spread = np.array([c.mottle for c in _COVERS])[cover]
+    return _Scene(
+        cover,
+        parcel,
+        delay=_by_parcel(rng, parcel, 12),
+        vigour=np.exp(_by_parcel(rng, parcel, 0.15)),
+        mottle=spread * rng.normal(size=cover.shape),
+        brightness=np.exp(_by_parcel(rng, parcel, 0.15)),
+        roughness=_by_parcel(rng, parcel, 0.7),
+    )
+
+
+def _by_parcel(rng: np.random.Generator, parcel: NDArray[np.intp], spread: float) -> Array:
+    """A normal number of mean 0 for each parcel, at its pixels."""
+    return rng.normal(0, spread, parcel.max() + 1)[parcel]
 
 
 def _landscape(rng: np.random.Generator, size: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -314,60 +372,39 @@ def _s1_days(rng: np.random.Generator) -> NDArray[np.int64]:
     return np.arange(rng.integers(100, 112), 366, 12)
 
 
-def _growth(cover: NDArray[np.intp], day: int, shift: Array, vigour: Array) -> Array:
-    """Share of each pixel that plants cover."""
-    low, high, start, end = (
-        np.array([getattr(c, field) for c in _COVERS])[cover]
-        for field in ('low', 'high', 'start', 'end')
-    )
-    season = phenology(day, start + shift, end + shift)
-    return ((low + (high - low) * season) * vigour).clip(0, 1)
-
-
 def _reflectance(
-    rng: np.random.Generator,
-    cover: NDArray[np.intp],
-    day: int,
-    shift: Array,
-    vigour: Array,
-    haze: float,
+    rng: np.random.Generator, scene: _Scene, day: int, haze: float
 ) -> NDArray[np.int16]:
     """Sentinel-2 image, (10, H, W), reflectance x 10,000."""
-    plants = _growth(cover, day, shift, vigour)
-    ground = np.zeros((len(_COVERS), len(_SPECTRA)))
-    for i, c in enumerate(_COVERS):
-        ground[i, list(c.ground)] = list(c.ground.values())
-    spectra = (ground @ _SPECTRA)[cover] * rng.normal(1, 0.08) * (2 - vigour)[..., None]
-    green = _SPECTRA[np.array([c.plant for c in _COVERS])[cover]]
-    image = plants[..., None] * green + (1 - plants[..., None]) * spectra
+    plants = scene.plants(day)[..., None]
+    ground = np.array([sum(n * _SPECTRA[i] for i, n in c.ground.items()) for c in _COVERS])
+    wet = np.exp(_by_parcel(rng, scene.parcel, 0.1) + rng.normal(0, 0.08))
+    bare = ground[scene.cover] * (scene.brightness * wet)[..., None]
+    image = plants * _SPECTRA[scene.field('plant')] + (1 - plants) * bare
     image = _blur(np.moveaxis(image, -1, 0), 0.6)  # the sensor's point spread
     image = image * rng.normal(1, 0.03, (10, 1, 1)) + rng.normal(0, 0.004, (10, 1, 1))
-    image += rng.normal(0, 0.012, image.shape) * (0.3 + image)
+    image += rng.normal(0, 0.015, image.shape) * (0.3 + image)
     if rng.random() < haze:
-        bank = _blur(rng.normal(size=(1, *cover.shape)), len(cover) / 8)
-        veil = ((bank - bank.mean()) / bank.std()).clip(0, 2) * 0.15
+        veil = _haze(rng, image.shape[-1])
         image = image * (1 - veil) + 0.45 * veil
     return (image.clip(0.0001, 1.5) * 1e4).astype(np.int16)
 
 
-def _backscatter(
-    rng: np.random.Generator,
-    cover: NDArray[np.intp],
-    day: int,
-    shift: Array,
-    vigour: Array,
-    haze: float,
-) -> NDArray[np.float32]:
+def _haze(rng: np.random.Generator, size: int) -> Array:
+    """Share of the light that comes from a bank of haze, (1, H, W)."""
+    bank = _blur(rng.normal(size=(1, size, size)), size / 8)
+    return ((bank - bank.mean()) / bank.std()).clip(0, 2) * 0.15
+
+
+def _backscatter(rng: np.random.Generator, scene: _Scene, day: int) -> NDArray[np.float32]:
     """Sentinel-1 image, (2, H, W), linear power of VV and VH."""
-    plants = _growth(cover, day, shift, vigour)
-    wet = rng.normal(0, 1) * (1 - plants)  # moist soil scatters more
-    bands = []
-    for band, field in enumerate(('vv', 'vh')):
-        mean = np.array([getattr(c, field) for c in _COVERS])[cover]
-        gain = np.array([c.gain[band] for c in _COVERS])[cover]
-        power = 10 ** ((mean + gain * plants + wet + rng.normal(0, 0.3)) / 10)
-        bands.append(power)
-    mixed = _blur(np.stack(bands), 0.7)
+    plants = scene.plants(day)
+    moisture = rng.normal(0, 1) + _by_parcel(rng, scene.parcel, 0.7)
+    level = scene.roughness + moisture * (1 - plants)  # moist soil scatters more
+    gain = np.moveaxis(scene.field('gain'), -1, 0)
+    bare = np.stack([scene.field('vv'), scene.field('vh')])
+    power = 10 ** ((bare + gain * plants + level + rng.normal(0, 0.3, (2, 1, 1))) / 10)
+    mixed = _blur(power, 0.7)
     return (mixed * speckle(rng, mixed.shape)).astype(np.float32)
 
 
