@@ -90,8 +90,14 @@ class Statistics:
         """
         try:
             content = json.loads(Path(path).read_text())
-            fields = ('bands', 'mean', 'std', 'pixels')
-            return cls(*(tuple(content[field]) for field in fields))
+            statistics = cls(
+                tuple(map(str, content['bands'])),
+                tuple(map(float, content['mean'])),
+                tuple(map(float, content['std'])),
+                tuple(map(int, content['pixels'])),
+            )
+            statistics._check()
+            return statistics
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{path} is not a file of statistics ({error!r}); delete it and it is computed anew'
@@ -104,13 +110,27 @@ class Statistics:
         part.write_text(json.dumps(asdict(self), indent=1))
         part.replace(path)
 
+    def _check(self) -> None:
+        if not len(self.bands) == len(self.mean) == len(self.std):
+            raise ValueError('bands, mean and std differ in length')
+        if not all(std > 0 for std in self.std):
+            raise ValueError('a standard deviation is not above 0')
+
     @property
     def class_weights(self) -> torch.Tensor:
         """Inverse pixel frequencies scaled to a sum of 1000, 0 for a class without a pixel.
 
         The scale is that of Wenger et al. 2023, https://doi.org/10.3390/rs15010151.
+
+        Raises:
+            ValueError: If no pixel has a label.
         """
         pixels = torch.tensor(self.pixels, dtype=torch.float64)
+        if not pixels.any():
+            raise ValueError(
+                'no training pixel has a label, so there are no class weights; give class_weights, '
+                'or check ground_reference and the class scheme'
+            )
         inverse = torch.where(pixels > 0, 1 / pixels, 0.0)
         return (1000 * inverse / inverse.sum()).float()
 
