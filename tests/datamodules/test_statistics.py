@@ -32,7 +32,9 @@ def series_in_numpy(root: Path) -> np.ndarray:
     import rasterio
 
     def stack(sensor: str, dates: tuple[str, ...]) -> np.ndarray:
-        paths = [root / sensor / f'31UEQ_{d}_{sensor.upper()}_{x}_0.tif' for x in (0, 9) for d in dates]
+        paths = [
+            root / sensor / f'31UEQ_{d}_{sensor.upper()}_{x}_0.tif' for x in (0, 9) for d in dates
+        ]
         images = []
         for path in paths:
             with rasterio.open(path) as src:

@@ -15,7 +15,7 @@ from torchgeo.samplers import GriddedPatchSampler
 from torchgeo_s1s2.datamodules.statistics import Statistics
 from torchgeo_s1s2.datasets.catalog import SENSORS, Catalog
 from torchgeo_s1s2.datasets.classes import ClassScheme
-from torchgeo_s1s2.datasets.multisenge import MultiSenGE, Sample, Splits
+from torchgeo_s1s2.datasets.multisenge import MultiSenGE, NoPatchesError, Sample, Splits
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
 from torchgeo_s1s2.transforms import AugmentSeries, NormalizeSeries
@@ -77,7 +77,12 @@ class MultiSenGEDataModule(NonGeoDataModule):
             synthetic: Write a synthetic data set to root unless it is there; a mapping holds
                 arguments of :func:`~torchgeo_s1s2.datasets.synthetic.write_synthetic`.
             dataset_class: MultiSenGE or MultiSenNA.
+
+        Raises:
+            ValueError: If a number is out of range.
         """
+        _check_at_least('batch_size', batch_size, 1)
+        _check_at_least('num_workers', num_workers, 0)
         self.root = Path(root)
         self.predict_split = predict_split
         self.predict_patch_size = _pair(predict_patch_size) if predict_patch_size else None
@@ -258,7 +263,7 @@ class MultiSenGEDataModule(NonGeoDataModule):
             return Statistics.load(self.statistics_path)
         try:
             dataset = self._dataset('train')
-        except ValueError:
+        except NoPatchesError:
             return None
         return Statistics.beside(dataset, self.num_workers)
 
@@ -288,3 +293,8 @@ class MultiSenGEDataModule(NonGeoDataModule):
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f'{name} is {value}; it must be {least} or more')

@@ -43,6 +43,10 @@ NODATA = {'s2': -10000, 's1': 0}
 _GDAL_OPTIONS = {'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR'}
 
 
+class NoPatchesError(ValueError):
+    """A split has no patch with a full series; the message says why."""
+
+
 @dataclass(frozen=True)
 class _Grid:
     """Pixels to be filled: where they lie and how many."""
@@ -154,8 +158,8 @@ class MultiSenGE(GeoDataset):
 
         Raises:
             FileNotFoundError: If root lacks a folder.
-            ValueError: If a label file is malformed, an argument has no such value, or no patch
-                of the split has a full series.
+            NoPatchesError: If no patch of the split has a full series.
+            ValueError: If a label file is malformed or an argument has no such value.
         """
         self.root = self.paths = Path(root)
         self.split = split
@@ -236,7 +240,7 @@ class MultiSenGE(GeoDataset):
             chosen.append(row)
         if not chosen:
             why = '; '.join(f'{n} patches have {reason}' for reason, n in failed.most_common())
-            raise ValueError(
+            raise NoPatchesError(
                 f'none of the {len(rows)} patches of split {self.split!r} in {self.root} has the '
                 f'series {self.series}: {why}. Choose another series, or missing="keep"'
             )
@@ -245,14 +249,14 @@ class MultiSenGE(GeoDataset):
     def _rows_of_split(self) -> NDArray[np.intp]:
         names = (*self.splits, 'all')
         if self.split not in names:
-            raise ValueError(f'no split {self.split!r}; choose one of {", ".join(names)}')
+            raise NoPatchesError(f'no split {self.split!r}; choose one of {", ".join(names)}')
         patches = self.catalog.patches
         rows = patches['xmin'].notna().to_numpy()
         if self.split != 'all':
             rows = rows & patches['tile'].isin(self.splits[self.split]).to_numpy()
         if not rows.any():
             tiles = ', '.join(sorted(set(patches['tile'])))
-            raise ValueError(
+            raise NoPatchesError(
                 f'split {self.split!r} has no patch: its tiles are {self.splits.get(self.split)}, '
                 f'{self.root} has {tiles}. Name the tiles of each split with the argument splits'
             )

@@ -57,10 +57,15 @@ class AugmentSeries(nn.Module):
         Args:
             size: Height and width of a random crop in pixels; None keeps the patches whole.
             turns: Whether to mirror and turn.
+
+        Raises:
+            ValueError: If a crop has no pixels.
         """
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else size
         self.turns = turns
+        if self.size and min(self.size) < 1:
+            raise ValueError(f'patch_size is {self.size}; it must be 1 or more')
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Augment image and mask of a batch.

@@ -1,0 +1,232 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import S1_DATES, S2_DATES, write_patch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from torchgeo_s1s2.datamodules import MultiSenGEDataModule
+from torchgeo_s1s2.datasets import MultiSenNA
+
+SPLITS = {'train': ['31UEQ'], 'val': ['32ULU'], 'test': ['32ULU']}
+SIZE = 12
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four training patches and two others, of noise with a hole in one date."""
+    root, rng = tmp_path_factory.mktemp('data'), np.random.default_rng(0)
+    for tile, x in (*(('31UEQ', 13 * i) for i in range(4)), ('32ULU', 0), ('32ULU', 13)):
+        s2 = {d: rng.integers(1, 9000, (10, SIZE, SIZE)).astype(np.int16) for d in S2_DATES}
+        s1 = {d: rng.uniform(0.01, 1, (2, SIZE, SIZE)).astype(np.float32) for d in S1_DATES}
+        s2[S2_DATES[1]][:, :3] = -10000
+        labels = rng.integers(1, 15, (SIZE, SIZE)).astype(np.uint8)
+        write_patch(root, tile, x, 0, SIZE, s2, s1, labels)
+    return root
+
+
+class Recorder(LightningModule):
+    """Keeps the batches that reach the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.batches: dict[str, list[dict[str, Any]]] = {}
+
+    def _record(self, stage: str, batch: dict[str, Any]) -> torch.Tensor:
+        self.batches.setdefault(stage, []).append(batch)
+        return self.weight * batch['image'].mean()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        return self._record('train', batch)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._record('val', batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._record('test', batch)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._record('predict', batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(**options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        'accelerator': 'cpu',
+        'logger': False,
+        'enable_checkpointing': False,
+        'enable_progress_bar': False,
+        'enable_model_summary': False,
+        'max_epochs': 1,
+        'num_sanity_val_steps': 0,
+    }
+    return Trainer(**(defaults | options))
+
+
+def datamodule(root: Path, **options: Any) -> MultiSenGEDataModule:
+    return MultiSenGEDataModule(root, **({'batch_size': 2, 'splits': SPLITS} | options))
+
+
+def test_training_patches_are_normalised_and_filled(root: Path) -> None:
+    task, data = Recorder(), datamodule(root, augment=False)
+    trainer().fit(task, data)
+    images = torch.cat([batch['image'] for batch in task.batches['train']])
+    assert images.shape == (4, 4, 12, SIZE, SIZE)
+    hole = images[:, 1, :10, :3]
+    assert not hole.any()
+    s2 = images[:, :, :10].transpose(1, 2).flatten(2)
+    seen = s2[s2 != 0].view(4, 10, -1).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(seen.mean(1), torch.zeros(10), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen.std(1, correction=0), torch.ones(10), atol=1e-5, rtol=0)
+
+
+def test_crops_are_of_training_only(root: Path) -> None:
+    task, data = Recorder(), datamodule(root, patch_size=(8, 5))
+    trainer().fit(task, data)
+    assert {b['image'].shape for b in task.batches['train']} == {(2, 4, 12, 8, 5)}
+    assert {b['mask'].shape for b in task.batches['train']} == {(2, 8, 5)}
+    assert {b['image'].shape for b in task.batches['val']} == {(2, 4, 12, SIZE, SIZE)}
+    trainer().test(task, data, verbose=False)
+    assert {b['mask'].shape for b in task.batches['test']} == {(2, SIZE, SIZE)}
+
+
+def test_evaluation_sees_patches_as_they_are(root: Path) -> None:
+    task, data = Recorder(), datamodule(root)
+    trainer().fit(task, data)
+    (batch,) = task.batches['val']
+    for number in range(2):
+        sample = data.val_dataset[number]  # type: ignore[index]
+        assert torch.equal(batch['mask'][number], sample['mask'])
+        back = data.denormalize({'image': batch['image'][number]})['image']
+        seen = sample['image'].isfinite()
+        torch.testing.assert_close(back[seen], sample['image'][seen], rtol=1e-4, atol=1e-5)
+
+
+def test_predict_reads_the_split_that_is_asked_for(root: Path) -> None:
+    task = Recorder()
+    trainer().predict(task, datamodule(root, predict_split='train'), return_predictions=False)
+    crs = torch.cat([batch['crs'] for batch in task.batches['predict']])
+    assert crs.tolist() == [32631] * 4
+    index = torch.cat([batch['index'] for batch in task.batches['predict']])
+    assert index.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="no split 'all of it'; choose one of train, val, test"):
+        datamodule(root, predict_split='all of it').setup('predict')
+
+
+def test_workers_give_the_same_batches(root: Path) -> None:
+    masks = []
+    for workers in (0, 1):
+        task = Recorder()
+        trainer().validate(task, datamodule(root, num_workers=workers), verbose=False)
+        masks.append(torch.cat([batch['mask'] for batch in task.batches['val']]))
+    assert torch.equal(*masks)
+
+
+def test_what_is_known_of_the_data(root: Path) -> None:
+    data = datamodule(root, classes=6, bands=['B08', 'VV', 'B04'])
+    with pytest.raises(RuntimeError, match='call setup'):
+        _ = data.channels
+    data.setup('fit')
+    assert data.channels == {'s2': 2, 's1': 1}
+    assert data.series_length == 4
+    assert data.classes.names[0] == 'Dense Built-Up'
+    masks = torch.cat([data.train_dataset[i]['mask'].flatten() for i in range(4)])  # type: ignore[index]
+    inverse = 1 / torch.bincount(masks, minlength=6)
+    torch.testing.assert_close(data.class_weights, 1000 * inverse / inverse.sum())
+    figure = data.plot(data.train_dataset[0])  # type: ignore[index]
+    assert [ax.get_title() for ax in figure.axes][0] == 'S2 2020-07-06'
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'batch_size': 5}, r'batch_size is 5, but split "train" .* has only 4 patches.*make it 4'),
+        ({'batch_size': 0}, 'batch_size is 0; it must be 1 or more'),
+        ({'num_workers': -1}, 'num_workers is -1; it must be 0 or more'),
+        ({'patch_size': 0}, r'patch_size is \(0, 0\); it must be 1 or more'),
+        ({'patch_size': (8, 13)}, r'patch_size \(8, 13\) is larger than the patches, \(12, 12\)'),
+        ({'splits': {'val': ['32ULU']}}, "no split 'train'; choose one of val, all"),
+        ({'splits': SPLITS | {'val': ['31UFP']}}, "split 'val' has no patch"),
+        ({'sensors': ['s3']}, 'no such sensor'),
+    ],
+)
+def test_bad_settings(root: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer().fit(Recorder(), datamodule(root, **options))
+
+
+def test_a_raster_that_differs_is_not_taken_for_missing_patches(tmp_path: Path) -> None:
+    write_patch(tmp_path, '31UEQ', size=8)
+    write_patch(tmp_path, '32ULU', size=8)
+    path = tmp_path / 's2' / f'31UEQ_{S2_DATES[0]}_S2_0_0.tif'
+    path.write_bytes((tmp_path / 's1' / f'31UEQ_{S1_DATES[0]}_S1_0_0.tif').read_bytes())
+    with pytest.raises(ValueError, match=r'has \(bands, width, height\) \(2, 8, 8\)'):
+        datamodule(tmp_path).prepare_data()
+
+
+def test_statistics_travel_in_checkpoints(root: Path, tmp_path: Path) -> None:
+    task, data = Recorder(), datamodule(root)
+    first = trainer()
+    first.fit(task, data)
+    first.save_checkpoint(tmp_path / 'last.ckpt')
+    elsewhere = tmp_path / 'elsewhere'
+    write_patch(elsewhere, '32ULU', size=SIZE)
+    other = datamodule(elsewhere, splits={'test': ['32ULU']})
+    with pytest.raises(ValueError, match='no training patches to compute statistics from'):
+        trainer().test(Recorder(), other, verbose=False)
+    fresh = Recorder()
+    trainer().test(fresh, other, ckpt_path=tmp_path / 'last.ckpt', verbose=False)
+    assert other.statistics == data.statistics
+    raw = other.test_dataset[0]['image']  # type: ignore[index]
+    mean, std = (
+        torch.tensor(v).view(-1, 1, 1) for v in (data.statistics.mean, data.statistics.std)
+    )  # type: ignore[union-attr]
+    torch.testing.assert_close(fresh.batches['test'][0]['image'][0], (raw - mean) / std)
+    fewer = datamodule(elsewhere, splits={'test': ['32ULU']}, sensors=['s1'])
+    with pytest.raises(ValueError, match=r"the data module reads \('VV', 'VH'\); give the bands"):
+        trainer().test(Recorder(), fewer, ckpt_path=tmp_path / 'last.ckpt', verbose=False)
+
+
+def test_a_given_file_of_statistics_wins(root: Path, tmp_path: Path) -> None:
+    data = datamodule(root)
+    data.setup('fit')
+    assert data.statistics is not None
+    path = tmp_path / 'mine.json'
+    data.statistics.save(path)
+    path.write_text(path.read_text().replace(str(data.statistics.mean[0]), '7.5'))
+    mine = datamodule(root, statistics=path)
+    mine.setup('test')
+    assert mine.statistics is not None
+    assert mine.statistics.mean == (7.5, *data.statistics.mean[1:])
+    mine.load_state_dict(data.state_dict())
+    assert mine.statistics.mean[0] == 7.5
+
+
+def test_an_unreadable_raster_in_the_middle_of_an_epoch_names_itself(tmp_path: Path) -> None:
+    for x in range(0, 36, 9):
+        write_patch(tmp_path, '31UEQ', x, size=8)
+    write_patch(tmp_path, '32ULU', size=8)
+    data = datamodule(tmp_path, batch_size=1, num_workers=1)
+    data.prepare_data()
+    data.setup('fit')
+    path = tmp_path / 's1' / f'31UEQ_{S1_DATES[3]}_S1_27_0.tif'
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(OSError, match='Fetch the file again') as error:
+        trainer().fit(Recorder(), data)
+    assert str(path) in str(error.value)
+
+
+def test_another_data_set_in_the_same_layout(tmp_path: Path) -> None:
+    write_patch(tmp_path, '31UEQ', size=8, labels=np.full((8, 8), 15, np.uint8))
+    data = MultiSenGEDataModule(
+        tmp_path, 1, classes=15, splits={'train': ['31UEQ'], 'val': ['31UEQ']},
+        dataset_class=MultiSenNA,
+    )  # fmt: skip
+    data.setup('fit')
+    assert data.class_weights.nonzero().tolist() == [[14]]
