@@ -120,15 +120,20 @@ def test_other_settings_have_another_file(noise: Path) -> None:
 
 @pytest.mark.parametrize(
     'content',
-    ['', '[]', '{"bands": ["VV"]}', '{"bands": ["VV"], "mean": 1, "std": [1], "pixels": [1]}']
-    + ['{"bands": ["VV"], "mean": [1, 2], "std": [1], "pixels": [1]}']
-    + ['{"bands": ["VV"], "mean": ["x"], "std": [1], "pixels": [1]}']
-    + ['{"bands": ["VV"], "mean": [1], "std": [0], "pixels": [1]}'],
+    [
+        '',
+        '[]',
+        '{"bands": ["VV"]}',
+        '{"bands": ["VV"], "mean": 1, "std": [1], "pixels": [1]}',
+        '{"bands": ["VV"], "mean": [1, 2], "std": [1], "pixels": [1]}',
+        '{"bands": ["VV"], "mean": ["x"], "std": [1], "pixels": [1]}',
+        '{"bands": ["VV"], "mean": [1], "std": [0], "pixels": [1]}',
+    ],
 )
 def test_malformed_file_names_itself(tmp_path: Path, content: str) -> None:
     path = tmp_path / 'statistics_0.json'
     path.write_text(content)
-    with pytest.raises(ValueError, match='is not a file of statistics.*delete it') as error:
+    with pytest.raises(ValueError, match=r'is not a file of statistics.*delete it') as error:
         Statistics.load(path)
     assert str(path) in str(error.value)
 

@@ -16,11 +16,21 @@ from torchgeo.datasets import stack_samples
 from torchgeo.samplers import (
     GriddedPatchSampler,
     RandomPatchSampler,
+    RandomPeriodSampler,
     RandomTimedeltaSampler,
+    SequentialPeriodSampler,
     SequentialTimedeltaSampler,
 )
 
-from torchgeo_s1s2.datasets import MonthlySeries, MultiSenGE, MultiSenNA
+from torchgeo_s1s2.datasets import (
+    AllDates,
+    DateRule,
+    EvenlySpaced,
+    MonthlySeries,
+    MultiSenGE,
+    MultiSenNA,
+    RandomDates,
+)
 
 LABELS_6_2 = torch.where(torch.arange(32) < 16, 5, 1).expand(32, 32)
 
@@ -205,36 +215,89 @@ def test_window_outside(two_zones: Path) -> None:
         dataset[0:100, 0:100]
 
 
-@pytest.mark.parametrize(
-    'sampler',
-    [
-        lambda ds: RandomPatchSampler(ds, size=8, length=4),
-        lambda ds: GriddedPatchSampler(ds, size=16, stride=16),
-        lambda ds: (
-            RandomPatchSampler(ds, size=8, length=4)
-            @ RandomTimedeltaSampler(ds, delta=pd.Timedelta(days=30), length=4)
-        ),
-        lambda ds: (
-            GriddedPatchSampler(ds, size=16, stride=16)
-            @ SequentialTimedeltaSampler(
-                ds, delta=pd.Timedelta(days=90), stride=pd.Timedelta(days=90)
-            )
-        ),
-    ],
+SAMPLERS: dict[str, Callable[[MultiSenGE], Any]] = {
+    'random': lambda ds: RandomPatchSampler(ds, size=8, length=4),
+    'gridded': lambda ds: GriddedPatchSampler(ds, size=16, stride=16),
+    'random timedelta': lambda ds: (
+        RandomPatchSampler(ds, size=8, length=4)
+        @ RandomTimedeltaSampler(ds, delta=pd.Timedelta('60D'), length=4)
+    ),
+    'sequential timedelta': lambda ds: (
+        GriddedPatchSampler(ds, size=16, stride=16)
+        @ SequentialTimedeltaSampler(ds, delta=pd.Timedelta('90D'), stride=pd.Timedelta('90D'))
+    ),
+    'random period': lambda ds: (
+        RandomPatchSampler(ds, size=8, length=4) @ RandomPeriodSampler(ds, freq='Q', length=4)
+    ),
+    'sequential period': lambda ds: (
+        GriddedPatchSampler(ds, size=32, stride=32) @ SequentialPeriodSampler(ds, freq='M')
+    ),
+}
+RULES = (
+    MonthlySeries(missing='keep'),
+    EvenlySpaced(n=2, missing='keep'),
+    RandomDates(n=2, missing='keep'),
+    AllDates(max_length=3, missing='keep'),
 )
-@pytest.mark.parametrize('split', ['test', 'all'])
+
+
+@pytest.fixture(scope='module')
+def shared_zones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp('zones')
+    for tile, x in (('31UEQ', 0), ('31UEQ', 33), ('32ULU', 0)):
+        write_patch(root, tile, x)
+    return root
+
+
+@pytest.mark.parametrize('rule', RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize('sampler', SAMPLERS.values(), ids=SAMPLERS.keys())
 def test_samplers_of_torchgeo(
-    two_zones: Path, split: str, sampler: Callable[[MultiSenGE], Any]
+    shared_zones: Path, sampler: Callable[[MultiSenGE], Any], rule: DateRule
 ) -> None:
-    dataset = MultiSenGE(two_zones, split=split, series=MonthlySeries(missing='keep'))
-    loader = DataLoader(dataset, 2, sampler=sampler(dataset), collate_fn=stack_samples)
-    batches = list(loader)
-    seen = torch.cat([batch['valid'].flatten() for batch in batches])
-    labelled = torch.cat([(batch['mask'] != 255).flatten() for batch in batches])
+    dataset = MultiSenGE(shared_zones, split='all', series=rule)
+    batches = list(DataLoader(dataset, 2, sampler=sampler(dataset), collate_fn=stack_samples))
     assert len(batches) >= 2
-    assert {batch['image'].shape[1:3] for batch in batches} == {(4, 12)}
+    assert {batch['image'].shape[1:3] for batch in batches} == {(rule.length, 12)}
+    assert torch.cat([(batch['mask'] != 255).flatten() for batch in batches]).any()
+    bounds = torch.cat([batch['bounds'] for batch in batches])
+    times = torch.cat([batch['acquisition_times'] for batch in batches])
+    seen = times >= 0
     assert seen.any()
-    assert labelled.any()
+    assert (times >= bounds[:, 6, None, None])[seen].all()
+    assert (times <= bounds[:, 7, None, None])[seen].all()
+
+
+def test_a_period_is_chosen_from_as_if_there_were_no_other_dates(shared_zones: Path) -> None:
+    from_august = pd.Timestamp(2020, 8, 1)
+    s2 = seconds(S2_DATES)
+    expected: dict[DateRule, list[int]] = {
+        EvenlySpaced(n=2): [s2[1], s2[3]],
+        EvenlySpaced(n=3): s2[1:],
+        AllDates(max_length=5): [*s2[1:], -1, -1],
+        RandomDates(n=3): s2[1:],
+    }
+    for rule, times in expected.items():
+        dataset = MultiSenGE(shared_zones, split='test', series=rule)
+        sample = dataset[500000:500320, 5499680:5500000, from_august:]
+        assert sample['acquisition_times'][:, 0].tolist() == times
+
+
+def test_random_dates_are_drawn_anew_each_epoch(shared_zones: Path) -> None:
+    dataset = MultiSenGE(shared_zones, split='all', series=RandomDates(n=2))
+
+    def dates() -> torch.Tensor:
+        return torch.stack([dataset[i]['acquisition_times'] for i in range(3)])
+
+    first = dates()
+    dataset.epoch = 1
+    second = dates()
+    assert not torch.equal(first, second)
+    # Each patch has its own draw.
+    assert len({tuple(t[:, 0].tolist()) for t in (*first, *second)}) > 2
+    dataset.epoch = 0
+    assert torch.equal(dates(), first)
+    again = MultiSenGE(shared_zones, split='test', series=RandomDates(n=2))
+    assert torch.equal(again[1]['acquisition_times'], first[1])
 
 
 def test_split_without_patches_names_the_tiles(two_zones: Path) -> None:

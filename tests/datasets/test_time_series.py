@@ -1,12 +1,22 @@
 from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from torchgeo_s1s2.datasets import Catalog, MonthlySeries, MultiSenGE, NoSeriesError
+from torchgeo_s1s2.datasets import (
+    AllDates,
+    Catalog,
+    DateRule,
+    EvenlySpaced,
+    MonthlySeries,
+    MultiSenGE,
+    NoSeriesError,
+    RandomDates,
+)
 from torchgeo_s1s2.datasets.time_series import Times
 
 
@@ -14,7 +24,7 @@ def days(*dates: str) -> Times:
     return np.array(sorted(dates), 'datetime64[s]')
 
 
-def chosen(rule: MonthlySeries, s2: Times, s1: Times | None = None) -> dict[str, list[list[str]]]:
+def chosen(rule: DateRule, s2: Times, s1: Times | None = None) -> dict[str, list[list[str]]]:
     times = {'s2': s2} if s1 is None else {'s2': s2, 's1': s1}
     return {
         sensor: [[str(times[sensor][p])[:10] for p in slot] for slot in slots]
@@ -22,7 +32,7 @@ def chosen(rule: MonthlySeries, s2: Times, s1: Times | None = None) -> dict[str,
     }
 
 
-def s2_of(rule: MonthlySeries, *dates: str) -> list[str]:
+def s2_of(rule: DateRule, *dates: str) -> list[str]:
     return [slot[0] if slot else '' for slot in chosen(rule, days(*dates))['s2']]
 
 
@@ -144,3 +154,150 @@ def test_training_set_of_the_paper_has_3369_patches(real_labels: Path, s1: Any) 
             continue
         count[split.get(tile, 'unused')] += 1
     assert count['train'] == 3369
+
+
+DAY_0 = np.datetime64('2020-03-01', 's')
+
+
+def numbered(*numbers: int) -> Times:
+    return DAY_0 + np.array(numbers, 'timedelta64[D]')
+
+
+def numbers_of(rule: DateRule, *numbers: int, draw: int = 0) -> list[int | None]:
+    """Days since day 0 of the slots, None where empty."""
+    slots = rule.select({'s2': numbered(*numbers)}, draw)['s2']
+    return [numbers[slot[0]] if slot else None for slot in slots]
+
+
+@pytest.mark.parametrize(
+    ('n', 'numbers', 'expected'),
+    [
+        (3, (0, 1, 2, 50, 100), [0, 50, 100]),
+        (3, (0, 4, 95, 100), [0, 95, 100]),  # 95 is 45 days from 50, and 4 is 46
+        (1, (0, 40, 90, 100), [40]),
+        # Targets 0, 33, 67, 100: 3 is nearest to both in the middle, and each needs its own.
+        (4, (0, 1, 2, 3, 100), [0, 2, 3, 100]),
+        (5, (0, 1, 2, 3, 100), [0, 1, 2, 3, 100]),
+    ],
+)
+def test_evenly_spaced_by_hand(n: int, numbers: tuple[int, ...], expected: list[int]) -> None:
+    assert numbers_of(EvenlySpaced(n=n), *numbers) == expected
+
+
+def test_evenly_spaced_is_the_best_of_all_choices() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        n, days_ = int(rng.integers(2, 6)), np.sort(rng.choice(200, 9, replace=False))
+        targets = np.linspace(days_[0], days_[-1], n)
+        found = np.array(numbers_of(EvenlySpaced(n=n), *days_.tolist()))
+        least = min(np.abs(np.array(c) - targets).sum() for c in combinations(days_, n))
+        assert np.abs(found - targets).sum() == pytest.approx(least, abs=1e-3)
+
+
+def test_evenly_spaced_with_too_few_dates() -> None:
+    """Targets 0, 25, 50, 75 and 100."""
+    numbers = 0, 20, 100
+    with pytest.raises(NoSeriesError, match='fewer than 5 S2 dates'):
+        numbers_of(EvenlySpaced(n=5), *numbers)
+    assert numbers_of(EvenlySpaced(n=5, missing='keep'), *numbers) == [0, 20, None, None, 100]
+    nearest = EvenlySpaced(n=5, missing='nearest', max_days=30)
+    assert numbers_of(nearest, *numbers) == [0, 20, 20, 100, 100]
+    with pytest.raises(NoSeriesError, match='no S2 date within 29 days'):
+        numbers_of(EvenlySpaced(n=5, missing='nearest', max_days=29), *numbers)
+
+
+def test_evenly_spaced_gives_s1_dates_to_slots() -> None:
+    """The slots reach from day 0 to 25, to 75 and to 100."""
+    times = {'s2': numbered(0, 40, 100), 's1': numbered(-5, 1, 24, 26, 44, 80)}
+    nearest = EvenlySpaced(n=3).select(times)
+    assert nearest == {'s2': ((0,), (1,), (2,)), 's1': ((1,), (4,), (5,))}
+    assert EvenlySpaced(n=3, s1='first').select(times)['s1'] == ((0,), (3,), (5,))
+    assert EvenlySpaced(n=3, s1_per_slot=2).select(times)['s1'] == ((0, 1), (3, 4), (4, 5))
+    by_s1 = EvenlySpaced(n=2, leader='s1').select(times)
+    assert by_s1 == {'s2': ((0,), (2,)), 's1': ((0,), (5,))}
+    times['s2'] = numbered(0, 100)
+    empty = EvenlySpaced(n=3, missing='keep').select(times)
+    assert empty == {'s2': ((0,), (), (1,)), 's1': ((1,), (4,), (5,))}
+
+
+def test_random_dates_are_a_draw_without_replacement() -> None:
+    numbers, rule = (0, 3, 10, 20, 50), RandomDates(n=3)
+    draws = [numbers_of(rule, *numbers, draw=draw) for draw in range(400)]
+    assert {tuple(draw) for draw in draws} == set(combinations(numbers, 3))
+    share = Counter(number for draw in draws for number in draw)
+    # Each date is in 3/5 of the draws; four standard deviations of 400 draws are 0.1.
+    assert all(abs(share[number] / 400 - 0.6) < 0.1 for number in numbers)
+    assert numbers_of(rule, *numbers, draw=7) == draws[7]
+    other = [numbers_of(RandomDates(n=3, seed=1), *numbers, draw=draw) for draw in range(20)]
+    assert other != draws[:20]
+
+
+def test_random_dates_with_too_few_dates() -> None:
+    with pytest.raises(NoSeriesError, match='fewer than 3 S2 dates'):
+        numbers_of(RandomDates(n=3), 0, 9)
+    assert numbers_of(RandomDates(n=3, missing='keep'), 0, 9) == [0, 9, None]
+    again = {tuple(numbers_of(RandomDates(n=3, missing='nearest'), 0, 9, draw=d)) for d in range(9)}
+    assert again == {(0, 0, 9), (0, 9, 9)}
+    assert numbers_of(RandomDates(n=2, missing='keep')) == [None, None]
+    with pytest.raises(NoSeriesError, match='no S2 date'):
+        RandomDates(missing='nearest').select({'s2': numbered(), 's1': numbered(3)})
+
+
+def test_all_dates_and_empty_slots_after_them() -> None:
+    rule = AllDates(max_length=5)
+    times = {'s2': numbered(0, 3, 50), 's1': numbered(1, 30)}
+    assert rule.select(times) == {
+        's2': ((0,), (1,), (2,), (), ()),
+        's1': ((0,), (0,), (1,), (), ()),
+    }
+    # Half way between the dates are days 1.5 and 26.5, and day 3 sees no Sentinel-1 of its own.
+    with pytest.raises(NoSeriesError, match='no S1 date for slot 2'):
+        AllDates(max_length=5, s1='first').select(times)
+    kept = AllDates(max_length=5, s1='first', missing='keep').select(times)
+    assert kept['s1'] == ((0,), (), (1,), (), ())
+    by_s1 = AllDates(max_length=3, leader='s1').select(times)
+    assert by_s1 == {'s2': ((0,), (2,), ()), 's1': ((0,), (1,), ())}
+
+
+@pytest.mark.parametrize(
+    ('max_length', 'expected'), [(10, [*range(10)]), (4, [0, 3, 6, 9]), (2, [0, 9]), (1, [0])]
+)
+def test_too_many_dates_are_thinned_evenly(max_length: int, expected: list[int]) -> None:
+    numbers = tuple(number**2 for number in range(10))
+    rule = AllDates(max_length=max_length)
+    assert numbers_of(rule, *numbers) == [number**2 for number in expected]
+
+
+@pytest.mark.parametrize('missing', ['drop', 'nearest', 'keep'])
+@pytest.mark.parametrize('rule', [EvenlySpaced, AllDates, RandomDates])
+def test_patch_without_a_date_of_the_leader(rule: Any, missing: Any) -> None:
+    times = {'s2': numbered(), 's1': numbered(1, 2)}
+    chosen_rule = rule(missing=missing)
+    if missing == 'keep':
+        nothing = ((),) * chosen_rule.length
+        assert chosen_rule.select(times) == {'s2': nothing, 's1': nothing}
+    else:
+        with pytest.raises(NoSeriesError, match='no S2 date'):
+            chosen_rule.select(times)
+
+
+@pytest.mark.parametrize(
+    ('rule', 'options', 'message'),
+    [
+        (EvenlySpaced, {'n': 0}, 'n is 0; it must be 1 or more'),
+        (RandomDates, {'n': 0}, 'n is 0; it must be 1 or more'),
+        (RandomDates, {'seed': -1}, 'seed is -1; it must be 0 or more'),
+        (
+            RandomDates,
+            {'s1': 'first'},
+            "slots of random dates have no days of their own; take 'nea",
+        ),
+        (AllDates, {'max_length': 0}, 'max_length is 0; it must be 1 or more'),
+        (AllDates, {'max_days': -1}, 'max_days is -1; it must be 0 or more'),
+    ],
+)
+def test_other_rules_refuse_what_they_do_not_know(
+    rule: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        rule(**options)

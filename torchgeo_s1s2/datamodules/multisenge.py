@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from pyproj import CRS
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,6 +20,25 @@ from torchgeo_s1s2.datasets.multisenge import MultiSenGE, NoPatchesError, Sample
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
 from torchgeo_s1s2.transforms import AugmentSeries, NormalizeSeries
+
+
+class _FollowEpochs(Callback):
+    """Tells the training patches the epoch; Lightning has no such hook for data modules."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        dataset: Any = trainer.datamodule.train_dataset  # type: ignore[attr-defined]
+        dataset.epoch = trainer.current_epoch
+
+
+def _next_epoch(trainer: Trainer) -> int:
+    """Epoch of the next training batch, also of one that resumes from a checkpoint.
+
+    Lightning lets worker processes begin before ``on_train_epoch_start``, and the checkpoint of a
+    validation at an epoch's end does not count that epoch as processed yet.
+    """
+    loop: Any = trainer.fit_loop
+    progress = loop.epoch_progress.current
+    return progress.ready if loop.epoch_loop.batch_progress.is_last_batch else progress.processed
 
 
 class MultiSenGEDataModule(NonGeoDataModule):
@@ -149,6 +169,7 @@ class MultiSenGEDataModule(NonGeoDataModule):
         if stage == 'fit':
             self.train_dataset = self._dataset('train')
             self._check_batch_size()
+            self._follow_epochs()
         if stage in ('fit', 'validate'):
             self.val_dataset = self._dataset('val')
         if stage == 'test':
@@ -172,6 +193,12 @@ class MultiSenGEDataModule(NonGeoDataModule):
             )
             for dataset, sampler in zip(datasets, self.predict_sampler, strict=True)
         ]
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Loader of the training patches; it starts to read in the epoch that comes next."""
+        if self.trainer:
+            self.train_dataset.epoch = _next_epoch(self.trainer)  # type: ignore[union-attr]
+        return super().train_dataloader()
 
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Normalise a batch, and augment it in training.
@@ -213,6 +240,11 @@ class MultiSenGEDataModule(NonGeoDataModule):
         """
         if state_dict and self.statistics_path is None:
             self._use(Statistics(**state_dict))
+
+    def _follow_epochs(self) -> None:
+        callbacks = getattr(self.trainer, 'callbacks', None)
+        if callbacks is not None and not any(isinstance(c, _FollowEpochs) for c in callbacks):
+            callbacks.append(_FollowEpochs())
 
     def _dataset(self, split: str) -> MultiSenGE:
         if self._catalog is None:

@@ -3,18 +3,28 @@
 from torchgeo_s1s2.datasets.catalog import Catalog
 from torchgeo_s1s2.datasets.classes import NO_LABEL, SCHEMES, ClassScheme, LandCoverClass
 from torchgeo_s1s2.datasets.multisenge import SENSOR_BANDS, MultiSenGE, MultiSenNA
-from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, NoSeriesError
+from torchgeo_s1s2.datasets.time_series import (
+    AllDates,
+    DateRule,
+    EvenlySpaced,
+    MonthlySeries,
+    NoSeriesError,
+    RandomDates,
+)
 
 __all__ = (
     'NO_LABEL',
     'SCHEMES',
     'SENSOR_BANDS',
+    'AllDates',
     'Catalog',
     'ClassScheme',
     'DateRule',
+    'EvenlySpaced',
     'LandCoverClass',
     'MonthlySeries',
     'MultiSenGE',
     'MultiSenNA',
     'NoSeriesError',
+    'RandomDates',
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from zlib import crc32
 
 import geopandas as gpd
 import numpy as np
@@ -171,6 +172,9 @@ class MultiSenGE(GeoDataset):
         self.raw = raw
         self.splits = dict(splits or type(self).splits)  # type: ignore[misc]
         self.catalog = catalog or Catalog(self.root)
+        self._names = self.catalog.patches['name'].tolist()
+        # Workers that outlive an epoch see a change in shared memory only.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._patches = self._choose_patches()
         self.index = self._index(crs)
         self._lookup = torch.from_numpy(self.classes.lookup.astype(np.int64))
@@ -206,7 +210,16 @@ class MultiSenGE(GeoDataset):
 
     def name(self, index: int) -> str:
         """Name of patch ``index``: TILE_X_Y."""
-        return str(self.catalog.patches['name'].iat[self._patches[index]])
+        return str(self._names[self._patches[index]])
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch, from which date rules draw that draw; worker processes see it."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def plot(self, sample: Sample, show_titles: bool = True, suptitle: str | None = None) -> Figure:
         """Plot the series, the mask and, if there is one, the prediction.
@@ -239,7 +252,7 @@ class MultiSenGE(GeoDataset):
                 continue
             chosen.append(row)
         if not chosen:
-            why = '; '.join(f'{n} patches have {reason}' for reason, n in failed.most_common())
+            why = '; '.join(f'{n} patches have {reason}' for reason, n in failed.most_common(3))
             raise NoPatchesError(
                 f'none of the {len(rows)} patches of split {self.split!r} in {self.root} has the '
                 f'series {self.series}: {why}. Choose another series, or missing="keep"'
@@ -300,7 +313,8 @@ class MultiSenGE(GeoDataset):
             t = self.catalog.times(row, sensor)
             start, stop = _within(t, period) if period else (0, len(t))
             times[sensor], first[sensor] = t[start:stop], start
-        return self.series.select(times), first
+        draw = crc32(f'{self._names[row]} {self.epoch}'.encode())
+        return self.series.select(times, draw), first
 
     def _patch(self, index: int) -> Sample:
         if not -len(self) <= index < len(self):

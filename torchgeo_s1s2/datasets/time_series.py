@@ -31,12 +31,14 @@ class Slot:
     """One time slot of the leading sensor.
 
     Attributes:
+        name: What the slot is called in messages.
         position: Position in the sorted times, None where no acquisition fits.
-        start: First day that the slot stands for.
-        end: Day after the last one.
+        start: First moment that the slot stands for.
+        end: First moment that it no longer stands for.
         time: What other sensors are matched with: the acquisition, or else the slot's middle.
     """
 
+    name: str
     position: int | None
     start: np.datetime64
     end: np.datetime64
@@ -47,11 +49,30 @@ class Slot:
 class DateRule(ABC):
     """Chooses T time slots for the leading sensor and gives the other sensor's dates to each.
 
+    A rule sees the acquisitions of one patch. Of a window ``dataset[x, y, tmin:tmax]`` it sees
+    those from ``tmin`` to ``tmax`` only, and chooses among them as if there were no others. That
+    is what TorchGeo's temporal samplers mean for a series:
+
+    - ``RandomPatchSampler @ RandomTimedeltaSampler`` and ``SequentialTimedeltaSampler`` lay a
+      period of fixed duration anywhere over the year. :class:`EvenlySpaced`,
+      :class:`RandomDates` and :class:`AllDates` make their T slots from whatever lies in it.
+      :class:`MonthlySeries` fills the months that it covers, of the first year that it reaches.
+    - ``RandomPeriodSampler`` and ``SequentialPeriodSampler`` cut at the borders of calendar
+      periods: with ``freq='Y'`` a series is of one year, with ``freq='Q'`` of one quarter.
+
+    T does not change with the period, so these samples make batches. A period may hold fewer
+    acquisitions than the rule needs, or none: ``missing='keep'`` leaves their slots empty, the
+    others end with an IndexError.
+
     Attributes:
-        missing: What to do where no acquisition fits a slot: ``'drop'`` leaves the patch out,
-            ``'keep'`` leaves the slot empty, ``'nearest'`` takes the nearest acquisition within
-            ``max_days`` and leaves the patch out where there is none.
-        max_days: How many days outside a slot an acquisition may lie with ``missing='nearest'``.
+        missing: What to do where acquisitions of the leading sensor are missing: ``'drop'`` leaves
+            the patch out, ``'keep'`` leaves slots empty, ``'nearest'`` takes other acquisitions
+            instead. Each rule says what these are, and which slots stay empty.
+            A date of the other sensor that is missing leaves the patch out, or with ``'keep'`` its
+            slot empty.
+        max_days: How many days away these other acquisitions may lie, in the rules whose slots
+            stand for days: from the days of the slot or its target. A patch without any is left
+            out.
         leader: Sensor whose acquisitions make the slots, ``'s2'`` or ``'s1'``.
         s1: Which Sentinel-1 acquisitions go with a slot: the ``'nearest'`` to the Sentinel-2 date
             (the earlier one of two as near), or the ``'first'`` within the slot's days. A slot
@@ -73,8 +94,8 @@ class DateRule(ABC):
         _check_choice('missing', self.missing, ('drop', 'keep', 'nearest'))
         _check_choice('leader', self.leader, ('s2', 's1'))
         _check_choice('s1', self.s1, ('nearest', 'first'))
-        if self.s1_per_slot < 1:
-            raise ValueError(f's1_per_slot is {self.s1_per_slot}; it must be 1 or more')
+        _check_at_least('s1_per_slot', self.s1_per_slot, 1)
+        _check_at_least('max_days', self.max_days, 0)
 
     @property
     @abstractmethod
@@ -82,22 +103,25 @@ class DateRule(ABC):
         """Number of slots T."""
 
     @abstractmethod
-    def slots(self, times: Times, span: Span) -> list[Slot]:
-        """Slots of the leading sensor.
+    def slots(self, times: Times, span: Span, draw: int) -> list[Slot]:
+        """Slots of the leading sensor, at most T; the others come after them and stay empty.
 
         Args:
             times: Its sorted acquisition times.
             span: First and last acquisition of any sensor.
+            draw: Number of the random draw, for rules that draw. Whether there is a series must
+                not depend on it.
 
         Raises:
             NoSeriesError: If a slot that must not stay empty cannot be filled.
         """
 
-    def select(self, times: Mapping[str, Times]) -> Slots:
+    def select(self, times: Mapping[str, Times], draw: int = 0) -> Slots:
         """Choose the acquisitions of one patch.
 
         Args:
             times: Sorted acquisition times of each sensor in use; the leader must be among them.
+            draw: Number of the random draw; the same number makes the same choice.
 
         Returns:
             T slots for each of these sensors.
@@ -111,12 +135,14 @@ class DateRule(ABC):
                 raise NoSeriesError('no acquisition at all')
             return dict.fromkeys(times, ((),) * self.length)
         span = min(t[0] for t in seen), max(t[-1] for t in seen)
-        slots = self.slots(times[self.leader], span)
+        slots = self.slots(times[self.leader], span, draw)
+        unused = ((),) * (self.length - len(slots))
         return {
             sensor: tuple(
                 _alone(slot.position) if sensor == self.leader else self._match(sensor, t, slot)
                 for slot in slots
             )
+            + unused
             for sensor, t in times.items()
         }
 
@@ -129,8 +155,14 @@ class DateRule(ABC):
         count = self.s1_per_slot if sensor == 's1' else 1
         chosen = np.sort(candidates[np.argsort(distance, kind='stable')[:count]])
         if not len(chosen) and self.missing != 'keep':
-            raise NoSeriesError(f'no {sensor.upper()} date for {_label(slot.start)}')
+            raise NoSeriesError(f'no {sensor.upper()} date for {slot.name}')
         return tuple(chosen.tolist())
+
+    def _too_few(self, times: Times, least: int) -> NoSeriesError:
+        leader = self.leader.upper()
+        return NoSeriesError(
+            f'fewer than {least} {leader} dates' if len(times) else f'no {leader} date'
+        )
 
 
 @dataclass(frozen=True)
@@ -145,6 +177,8 @@ class MonthlySeries(DateRule):
     Attributes:
         months: Month of each slot, 1..12.
         min_gap_days: Least number of days between dates of consecutive slots.
+        missing: As in DateRule; ``'nearest'`` takes the acquisition with the fewest days to the
+            month, which keeps the gap and lies within ``max_days`` of the month.
         year: Year of the first month; None takes the first year with a full series (or, where
             slots may stay empty, the first of those with the most dates).
     """
@@ -165,7 +199,7 @@ class MonthlySeries(DateRule):
         """Number of slots T, one a month."""
         return len(self.months)
 
-    def slots(self, times: Times, span: Span) -> list[Slot]:
+    def slots(self, times: Times, span: Span, draw: int) -> list[Slot]:
         """Slots of the first year that fits; see DateRule."""
         best: list[Slot] = []
         failed: NoSeriesError | None = None
@@ -200,11 +234,192 @@ class MonthlySeries(DateRule):
             if position is None:
                 if self.missing != 'keep':
                     raise NoSeriesError(f'no {self.leader.upper()} date for {_label(start)}')
-                slots.append(Slot(None, start, end, start + (end - start) // 2))
+                slots.append(Slot(_label(start), None, start, end, start + (end - start) // 2))
                 continue
-            slots.append(Slot(position, start, end, times[position]))
+            slots.append(Slot(_label(start), position, start, end, times[position]))
             not_before = times[position] + self.min_gap_days * _DAY
         return slots
+
+
+@dataclass(frozen=True)
+class EvenlySpaced(DateRule):
+    """A number of acquisitions as evenly apart as the dates of a patch allow.
+
+    The targets lie at equal steps from the leading sensor's first acquisition to its last; a
+    single one lies half way. Each gets an acquisition of its own, in order, so that the sum of the
+    days between targets and acquisitions is least.
+
+    Attributes:
+        n: Number of slots T.
+        missing: What to do with a patch that has fewer dates than slots: ``'drop'`` leaves it out;
+            ``'keep'`` gives each date to a slot in the same way and leaves the other slots empty;
+            ``'nearest'`` takes for each target the nearest acquisition within ``max_days``, also
+            if another slot has it.
+        s1: The days of a slot reach half way to the targets of its neighbours.
+    """
+
+    n: int = 4
+
+    def __post_init__(self) -> None:
+        """Check what a configuration can get wrong."""
+        super().__post_init__()
+        _check_at_least('n', self.n, 1)
+
+    @property
+    def length(self) -> int:
+        """Number of slots T."""
+        return self.n
+
+    def slots(self, times: Times, span: Span, draw: int) -> list[Slot]:
+        """Slots around evenly spaced targets; see DateRule."""
+        if not len(times) or (len(times) < self.n and self.missing == 'drop'):
+            if self.missing == 'keep':
+                return []
+            raise self._too_few(times, self.n)
+        targets = _evenly(times[0], times[-1], self.n)
+        if len(times) >= self.n:
+            positions: list[int | None] = [*_assign(targets, times)]
+        elif self.missing == 'nearest':
+            positions = [self._nearest(times, target) for target in targets]
+        else:
+            positions = [None] * self.n
+            for position, slot in enumerate(_assign(times, targets)):
+                positions[slot] = position
+        return _slots_around(targets, positions, times, span)
+
+    def _nearest(self, times: Times, target: np.datetime64) -> int:
+        distance = np.abs(times - target)
+        nearest = int(distance.argmin())
+        if distance[nearest] > self.max_days * _DAY:
+            raise NoSeriesError(f'no {self.leader.upper()} date within {self.max_days} days')
+        return nearest
+
+
+@dataclass(frozen=True)
+class RandomDates(DateRule):
+    """A number of acquisitions drawn without replacement, in order of time.
+
+    In training :class:`~torchgeo_s1s2.datamodules.MultiSenGEDataModule` makes every epoch a new
+    draw; in evaluation it is always the same. A draw depends on the seed, the name of the patch
+    and the epoch only, so it is the same in every process and in every replay, and all windows of
+    a patch share it.
+
+    Attributes:
+        n: Number of slots T.
+        seed: Seed of all draws.
+        missing: What to do with a patch that has fewer dates than slots: ``'drop'`` leaves it out;
+            ``'keep'`` takes all of its dates and leaves the last slots empty; ``'nearest'`` takes
+            all and draws as many of them again as it needs, in order of time; ``max_days`` has no
+            meaning here. A patch without any date is left out, or with ``'keep'`` empty.
+        s1: ``'nearest'`` only.
+    """
+
+    n: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what a configuration can get wrong."""
+        super().__post_init__()
+        _check_at_least('n', self.n, 1)
+        _check_at_least('seed', self.seed, 0)
+        if self.s1 != 'nearest':
+            raise ValueError(
+                f's1 is {self.s1!r}, but the slots of random dates have no days of their own; '
+                "take 'nearest'"
+            )
+
+    @property
+    def length(self) -> int:
+        """Number of slots T."""
+        return self.n
+
+    def slots(self, times: Times, span: Span, draw: int) -> list[Slot]:
+        """Slots of the dates that are drawn; see DateRule."""
+        if self.missing != 'keep' and len(times) < (self.n if self.missing == 'drop' else 1):
+            raise self._too_few(times, self.n)
+        rng = np.random.default_rng((self.seed, draw))
+        chosen = rng.choice(len(times), min(self.n, len(times)), replace=False)
+        if self.missing == 'nearest':
+            again = rng.choice(len(times), self.n - len(chosen))
+            chosen = np.concatenate([chosen, again])
+        positions = sorted(chosen.tolist())
+        return _slots_around(times[positions], positions, times, span)
+
+
+@dataclass(frozen=True)
+class AllDates(DateRule):
+    """Every acquisition, and empty slots up to a fixed length.
+
+    A patch with more dates than slots keeps a selection that is evenly spread over their order:
+    the first, the last, and those at equal steps between them (a single slot keeps the first).
+
+    Attributes:
+        max_length: Number of slots T; those that a patch does not need are its last, and empty.
+        missing: Slots are never filled with other dates. A patch without any date is left out, or
+            with ``'keep'`` empty.
+        s1: The days of a slot reach half way to the dates of its neighbours.
+    """
+
+    max_length: int = 24
+
+    def __post_init__(self) -> None:
+        """Check what a configuration can get wrong."""
+        super().__post_init__()
+        _check_at_least('max_length', self.max_length, 1)
+
+    @property
+    def length(self) -> int:
+        """Number of slots T."""
+        return self.max_length
+
+    def slots(self, times: Times, span: Span, draw: int) -> list[Slot]:
+        """One slot for each date; see DateRule."""
+        if not len(times) and self.missing != 'keep':
+            raise self._too_few(times, 1)
+        count = min(len(times), self.max_length)
+        positions = np.linspace(0, max(len(times) - 1, 0), count).round().astype(int).tolist()
+        return _slots_around(times[positions], positions, times, span)
+
+
+def _evenly(first: np.datetime64, last: np.datetime64, count: int) -> Times:
+    """Moments at equal steps from the first to the last, or half way if there is but one."""
+    shares = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
+    return first + ((last - first).astype('timedelta64[s]') * shares).astype('timedelta64[s]')
+
+
+def _assign(few: Times, many: Times) -> list[int]:
+    """A position in ``many`` for each of ``few``, increasing, with the least sum of distances.
+
+    ``total[j]`` is the least sum up to one of the few if that one gets date j, and ``steps`` keep
+    which date the one before it then has.
+    """
+    distance = np.abs(few[:, None] - many).astype('timedelta64[s]').astype(float)
+    total, steps = distance[0], []
+    for row in distance[1:]:
+        best = np.minimum.accumulate(total)
+        before = np.concatenate([[np.inf], best[:-1]])
+        steps.append(np.maximum.accumulate(np.where(total < before, np.arange(len(many)), 0)))
+        total = row + before
+    positions = [int(total.argmin())]
+    for step in reversed(steps):
+        positions.append(int(step[positions[-1] - 1]))
+    return positions[::-1]
+
+
+def _slots_around(
+    centers: Times, positions: Sequence[int | None], times: Times, span: Span
+) -> list[Slot]:
+    """Slots whose days reach half way to their neighbours, and to the ends of the span."""
+    if not len(centers):
+        return []
+    between = centers[:-1] + (centers[1:] - centers[:-1]) // 2
+    borders = [span[0], *between, span[1] + _DAY]
+    return [
+        Slot(f'slot {i + 1}', p, start, end, center if p is None else times[p])
+        for i, (p, center, (start, end)) in enumerate(
+            zip(positions, centers, pairwise(borders), strict=True)
+        )
+    ]
 
 
 def _months_from(year: int, months: Sequence[int]) -> list[np.datetime64]:
@@ -236,6 +451,11 @@ def _alone(position: int | None) -> tuple[int, ...]:
 
 def _label(day: np.datetime64) -> str:
     return day.astype(object).strftime('%B')
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f'{name} is {value}; it must be {least} or more')
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

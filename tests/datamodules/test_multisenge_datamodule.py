@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import S1_DATES, S2_DATES, write_patch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
-from torchgeo_s1s2.datasets import MultiSenNA
+from torchgeo_s1s2.datasets import MultiSenNA, RandomDates
 
 SPLITS = {'train': ['31UEQ'], 'val': ['32ULU'], 'test': ['32ULU']}
 SIZE = 12
@@ -70,7 +71,8 @@ def trainer(**options: Any) -> Trainer:
 
 
 def datamodule(root: Path, **options: Any) -> MultiSenGEDataModule:
-    return MultiSenGEDataModule(root, **({'batch_size': 2, 'splits': SPLITS} | options))
+    settings: dict[str, Any] = {'batch_size': 2, 'splits': SPLITS} | options
+    return MultiSenGEDataModule(root, **settings)
 
 
 def test_training_patches_are_normalised_and_filled(root: Path) -> None:
@@ -140,7 +142,7 @@ def test_what_is_known_of_the_data(root: Path) -> None:
     inverse = 1 / torch.bincount(masks, minlength=6)
     torch.testing.assert_close(data.class_weights, 1000 * inverse / inverse.sum())
     figure = data.plot(data.train_dataset[0])  # type: ignore[index]
-    assert [ax.get_title() for ax in figure.axes][0] == 'S2 2020-07-06'
+    assert figure.axes[0].get_title() == 'S2 2020-07-06'
 
 
 @pytest.mark.parametrize(
@@ -184,9 +186,10 @@ def test_statistics_travel_in_checkpoints(root: Path, tmp_path: Path) -> None:
     trainer().test(fresh, other, ckpt_path=tmp_path / 'last.ckpt', verbose=False)
     assert other.statistics == data.statistics
     raw = other.test_dataset[0]['image']  # type: ignore[index]
+    assert data.statistics is not None
     mean, std = (
-        torch.tensor(v).view(-1, 1, 1) for v in (data.statistics.mean, data.statistics.std)
-    )  # type: ignore[union-attr]
+        torch.tensor(v)[:, None, None] for v in (data.statistics.mean, data.statistics.std)
+    )
     torch.testing.assert_close(fresh.batches['test'][0]['image'][0], (raw - mean) / std)
     fewer = datamodule(elsewhere, splits={'test': ['32ULU']}, sensors=['s1'])
     with pytest.raises(ValueError, match=r"the data module reads \('VV', 'VH'\); give the bands"):
@@ -230,3 +233,65 @@ def test_another_data_set_in_the_same_layout(tmp_path: Path) -> None:
     )  # fmt: skip
     data.setup('fit')
     assert data.class_weights.nonzero().tolist() == [[14]]
+
+
+Draws = dict[int, dict[int, list[int]]]
+
+
+class Dates(Recorder):
+    """Keeps the Sentinel-2 dates of each patch in each epoch, of training and validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.train_dates: Draws = {}
+        self.val_dates: Draws = {}
+
+    def _record(self, stage: str, batch: dict[str, Any]) -> torch.Tensor:
+        dates = (self.train_dates if stage == 'train' else self.val_dates).setdefault(
+            self.current_epoch, {}
+        )
+        dates |= {
+            int(i): t[:, 0].tolist()
+            for i, t in zip(batch['index'], batch['acquisition_times'], strict=True)
+        }
+        return super()._record(stage, batch)
+
+
+def draws(root: Path, workers: int = 0, ckpt_path: Path | None = None, **options: Any) -> Dates:
+    task = Dates()
+    data = datamodule(root, batch_size=1, num_workers=workers, series=RandomDates(n=2))
+    trainer(**({'max_epochs': 4} | options)).fit(task, data, ckpt_path=ckpt_path)
+    return task
+
+
+def test_random_dates_change_with_the_epoch_and_nothing_else(root: Path) -> None:
+    task = draws(root)
+    assert sorted(task.train_dates) == [0, 1, 2, 3]
+    assert all(sorted(dates) == [0, 1, 2, 3] for dates in task.train_dates.values())
+    assert len({str(sorted(dates.items())) for dates in task.train_dates.values()}) == 4
+    assert all(dates == task.val_dates[0] for dates in task.val_dates.values())
+    assert draws(root).train_dates == task.train_dates
+    with_worker = draws(root, workers=1)
+    assert with_worker.train_dates == task.train_dates
+    assert with_worker.val_dates == task.val_dates
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('after_validation', [True, False])
+def test_a_resumed_training_draws_as_if_it_had_not_stopped(
+    root: Path, tmp_path: Path, workers: int, after_validation: bool
+) -> None:
+    saver = ModelCheckpoint(tmp_path, '{epoch}', save_on_train_epoch_end=not after_validation)
+    draws(root, max_epochs=2, enable_checkpointing=True, callbacks=[saver])
+    path = tmp_path / 'epoch=1.ckpt'
+    resumed = draws(root, workers, path).train_dates
+    assert sorted(resumed) == [2, 3]
+    complete = draws(root).train_dates
+    assert resumed == {epoch: complete[epoch] for epoch in (2, 3)}
+
+
+def test_a_second_fit_follows_the_epochs_once(root: Path) -> None:
+    data, runner = datamodule(root, series=RandomDates(n=2)), trainer()
+    for _ in range(2):
+        runner.fit(Recorder(), data)
+    assert [type(c).__name__ for c in runner.callbacks].count('_FollowEpochs') == 1  # type: ignore[attr-defined]
