@@ -11,6 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchgeo.main import main
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:LightningCLI's args", 'ignore:The number of training'
+)
 CONF = Path(__file__).parent / 'conf'
 FRONT = {
     'stock_unet': ('encoder.convlstm.s2.', 'encoder.convlstm.s1.', 'encoder.inception.'),
