@@ -16,8 +16,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 CONF = Path(__file__).parent / 'conf'
 FRONT = {
-    'stock_unet': ('encoder.convlstm.s2.', 'encoder.convlstm.s1.', 'encoder.inception.'),
-    'stock_spatiotemporal': ('cell_list.0.',),
+    'stock_unet': ('model.encoder.convlstm.', 'model.encoder.inception.'),
+    'stock_spatiotemporal': ('model.cell_list.0.',),
 }
 
 
@@ -30,10 +30,10 @@ class Recorder(Callback):
     predictions: ClassVar[list[Any]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.before.update({k: v.clone() for k, v in pl_module.model.state_dict().items()})
+        self.before.update({k: v.clone() for k, v in pl_module.state_dict().items()})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.after.update(pl_module.model.state_dict())
+        self.after.update(pl_module.state_dict())
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any

@@ -140,7 +140,8 @@ def test_training_against_the_plain_model_in_double_precision() -> None:
         expected = gradients[1][name]
         assert gradient is not None
         assert expected is not None
-        assert (gradient - expected).norm() < 1e-4 * expected.norm(), name
+        # A shift that the next batch norm takes away has no gradient but rounding.
+        assert (gradient - expected).norm() < 1e-4 * expected.norm() + 1e-6, name
 
 
 def test_classes_last_on_request(model: FuseLSTM) -> None:
