@@ -319,7 +319,8 @@ def test_torchgeo_knows_the_names() -> None:
     assert 'vgg16_convlstm_inception' in torchgeo.models.list_models()
     model = torchgeo.models.get_model('resnet18_convlstm_inception_doy')
     assert model.sensors == {'s2': 12, 's1': 4}
-    assert len(torchgeo.models.get_model_weights('vgg16_convlstm_inception')) == 0
+    weights: Any = torchgeo.models.get_model_weights('vgg16_convlstm_inception')
+    assert list(weights) == []
     model = torchgeo.models.get_model('resnet18_convlstm_s1').eval()
     assert model(make_series(c=2))[0].shape == (2, 32, 32, 32)
     with pytest.raises(ValueError, match='nothing is not a valid'):
