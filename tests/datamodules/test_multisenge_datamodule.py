@@ -8,6 +8,7 @@ from conftest import S1_DATES, S2_DATES, write_patch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
 from torchgeo_s1s2.datasets import MultiSenNA, RandomDates
@@ -257,10 +258,22 @@ class Dates(Recorder):
         return super()._record(stage, batch)
 
 
+class Starts(MultiSenGEDataModule):
+    """Keeps the epoch in which worker processes would begin to read."""
+
+    epoch = -1
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        loader = super().train_dataloader()
+        self.epoch = self.train_dataset.epoch  # type: ignore[union-attr]
+        return loader
+
+
 def draws(root: Path, workers: int = 0, ckpt_path: Path | None = None, **options: Any) -> Dates:
     task = Dates()
-    data = datamodule(root, batch_size=1, num_workers=workers, series=RandomDates(n=2))
+    data = Starts(root, 1, workers, splits=SPLITS, series=RandomDates(n=2))
     trainer(**({'max_epochs': 4} | options)).fit(task, data, ckpt_path=ckpt_path)
+    assert data.epoch == min(task.train_dates)
     return task
 
 
