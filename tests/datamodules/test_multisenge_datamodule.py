@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
 from torchgeo_s1s2.datasets import MultiSenNA, RandomDates
+from torchgeo_s1s2.transforms import SeriesDropout
 
 SPLITS = {'train': ['31UEQ'], 'val': ['32ULU'], 'test': ['32ULU']}
 SIZE = 12
@@ -234,6 +235,39 @@ def test_another_data_set_in_the_same_layout(tmp_path: Path) -> None:
     )  # fmt: skip
     data.setup('fit')
     assert data.class_weights.nonzero().tolist() == [[14]]
+
+
+def test_day_of_year_comes_after_each_sensor(root: Path) -> None:
+    task, data, plain = Recorder(), datamodule(root, day_of_year=True), datamodule(root)
+    trainer().fit(task, data)
+    assert data.channels == {'s2': 12, 's1': 4}
+    assert data.mean.shape == data.std.shape == (4 * 16,)
+    batch = task.batches['val'][0]
+    assert batch['image'].shape == (2, 4, 16, SIZE, SIZE)
+    days = torch.tensor([188, 218, 248, 313])  # 6 July, 5 August, 4 September, 8 November 2020
+    sine = torch.sin(2 * torch.pi * days / 365.25)
+    expected = sine[:, None, None].expand(4, SIZE, SIZE)
+    torch.testing.assert_close(batch['image'][0, :, 10], expected)
+    plain.setup('fit')
+    sample = {'image': batch['image'][1], 'acquisition_times': batch['acquisition_times'][1]}
+    back = data.denormalize(sample)
+    torch.testing.assert_close(back['image'][:, 10], expected)
+    raw = data.val_dataset[1]  # type: ignore[index]
+    shown = [data.plot(s).axes[4].images[0].get_array() for s in (back, raw)]
+    np.testing.assert_allclose(shown[0], shown[1], atol=1e-3)
+
+
+def test_dropout_is_of_training_only(root: Path) -> None:
+    task, data = Recorder(), datamodule(root, dropout=SeriesDropout(date=1), day_of_year=True)
+    trainer().fit(task, data)
+    for batch in task.batches['train']:
+        assert (batch['valid'].flatten(1).sum(1) == 1).all()
+        slots = torch.stack(
+            [batch['image'][:, :, :12], batch['image'][:, :, 12:].repeat(1, 1, 3, 1, 1)]
+        )
+        # What is dropped is 0 in every plane, as the backbones expect of what nobody saw.
+        assert torch.equal(slots.flatten(3).any(-1).permute(1, 2, 0), batch['valid'])
+    assert task.batches['val'][0]['valid'].all()
 
 
 Draws = dict[int, dict[int, list[int]]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from torchgeo_s1s2.transforms import AugmentSeries, NormalizeSeries
+from torchgeo_s1s2.transforms import AugmentSeries, DayOfYear, NormalizeSeries, SeriesDropout
 
 Array = NDArray[np.float32]
 
@@ -107,3 +107,103 @@ def test_the_seed_decides() -> None:
         return mask
 
     assert torch.equal(once(), once())
+
+
+def observed(size: int, valid: Any = True) -> dict[str, Any]:
+    """Batch of three slots, with three channels of one sensor and one of another."""
+    seen = torch.as_tensor(valid).expand(size, 3, 2)
+    times = torch.tensor([[10, 11], [20, 21], [30, 31]]).expand(size, 3, 2)
+    image = torch.ones(size, 3, 4, 2, 2)
+    image[:, :, :3][~seen[..., 0]] = torch.nan
+    image[:, :, 3:][~seen[..., 1]] = torch.nan
+    return {'image': image, 'valid': seen, 'acquisition_times': times.where(seen, -1)}
+
+
+def test_dropout_of_nothing_changes_nothing() -> None:
+    batch = observed(50, [[True, False], [True, True], [False, True]])
+    out = SeriesDropout(date=0, sensor=0)(batch, (3, 1))
+    for key, value in batch.items():
+        torch.testing.assert_close(out[key], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_dropped_looks_as_if_it_had_not_been_seen() -> None:
+    torch.manual_seed(0)
+    batch = observed(400, [[True, True], [True, True], [False, True]])
+    out = SeriesDropout(date=0.5, sensor=0.3)(batch, (3, 1))
+    valid = out['valid']
+    assert not (valid & ~batch['valid']).any()
+    assert torch.equal(out['acquisition_times'], batch['acquisition_times'].where(valid, -1))
+    seen = torch.cat([valid[..., :1].expand(-1, -1, 3), valid[..., 1:]], 2)
+    assert torch.equal(out['image'].isfinite(), seen[..., None, None].expand(400, 3, 4, 2, 2))
+    assert valid.flatten(1).any(1).all()
+
+
+def test_dropping_every_sensor_keeps_one_of_them() -> None:
+    torch.manual_seed(0)
+    valid = SeriesDropout(date=0, sensor=1)(observed(2000), (3, 1))['valid']
+    per_sensor = valid.sum(1)
+    assert (per_sensor.sum(1) == 3).all()
+    # Either is kept in one half; four standard deviations of 2000 draws are 0.045.
+    assert (per_sensor[:, 0] == 3).float().mean() == pytest.approx(0.5, abs=0.045)
+
+
+def test_dropping_every_date_keeps_one_of_them() -> None:
+    torch.manual_seed(0)
+    valid = SeriesDropout(date=1, sensor=0)(observed(6000), (3, 1))['valid']
+    assert (valid.flatten(1).sum(1) == 1).all()
+    # Each of the six with probability 1/6; four standard deviations of 6000 draws are 0.019.
+    assert ((valid.float().mean(0) - 1 / 6).abs() < 0.019).all()
+
+
+def test_shares_of_dropped_sensors_and_dates() -> None:
+    torch.manual_seed(0)
+    sensors = SeriesDropout(date=0, sensor=0.4)(observed(8000), (3, 1))['valid'].any(1)
+    # Gone alone, or with the other and then not the one that is kept: 0.4 - 0.4^2 / 2.
+    assert (1 - sensors.float().mean(0)).tolist() == pytest.approx([0.32, 0.32], abs=0.021)
+    dates = SeriesDropout(date=0.2, sensor=0)(observed(8000), (3, 1))['valid']
+    assert (1 - dates.float().mean()).item() == pytest.approx(0.2, abs=0.01)
+
+
+def test_the_only_sensor_and_the_only_date_stay() -> None:
+    batch = observed(100, [[False, False], [False, True], [False, False]])
+    out = SeriesDropout(date=1, sensor=1)(batch, (3, 1))
+    assert torch.equal(out['valid'], batch['valid'])
+    nothing = SeriesDropout(date=1, sensor=1)(observed(3, False), (3, 1))
+    assert not nothing['valid'].any()
+
+
+def test_dropout_is_seeded_and_keeps_its_input() -> None:
+    batch = observed(64)
+
+    def once() -> torch.Tensor:
+        torch.manual_seed(5)
+        valid: torch.Tensor = SeriesDropout(0.5, 0.5)(batch, (3, 1))['valid']
+        return valid
+
+    assert torch.equal(once(), once())
+    assert batch['valid'].all()
+    assert batch['image'].isfinite().all()
+
+
+@pytest.mark.parametrize(('date', 'sensor', 'name'), [(1.1, 0, 'date'), (0, -0.1, 'sensor')])
+def test_dropout_refuses_what_is_no_probability(date: float, sensor: float, name: str) -> None:
+    with pytest.raises(ValueError, match=f'{name} is .*; a probability lies in 0..1'):
+        SeriesDropout(date, sensor)
+
+
+def test_day_of_year_by_hand() -> None:
+    """1 January is day 1, and 31 December of a leap year, in its last second, day 366."""
+    stamps = ['2020-01-01T00:00:00', '2020-12-31T23:59:59', '2021-03-01T12:00:00']
+    days = np.array([1, 366, 60])
+    seconds = torch.from_numpy(np.array(stamps, 'datetime64[s]').astype(np.int64))
+    times = torch.stack([seconds, torch.tensor([-1, -1, 86400])], 1)[None]
+    image = torch.arange(3 * 4 * 6.0).view(1, 3, 4, 2, 3)
+    out = DayOfYear()({'image': image, 'acquisition_times': times}, (3, 1))['image']
+    assert out.shape == (1, 3, 8, 2, 3)
+    assert torch.equal(out[:, :, [0, 1, 2, 5]], image)
+    angle = 2 * np.pi * days / 365.25
+    expected = np.stack([np.sin(angle), np.cos(angle)], 1)[..., None, None] * np.ones((2, 3))
+    np.testing.assert_allclose(out[0, :, 3:5], expected, atol=1e-6)
+    assert not out[0, :2, 6:].any()
+    # 2 January 1970 is day 2.
+    np.testing.assert_allclose(out[0, 2, 6, 0, 0], np.sin(4 * np.pi / 365.25), rtol=1e-5)

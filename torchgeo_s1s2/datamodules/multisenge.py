@@ -19,7 +19,7 @@ from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE, NoPatchesError, Sample, Splits
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
-from torchgeo_s1s2.transforms import AugmentSeries, NormalizeSeries
+from torchgeo_s1s2.transforms import AugmentSeries, DayOfYear, NormalizeSeries, SeriesDropout
 
 
 class _FollowEpochs(Callback):
@@ -51,7 +51,7 @@ class MultiSenGEDataModule(NonGeoDataModule):
 
     Attributes:
         classes: Class scheme of the masks.
-        channels: Number of bands of each sensor.
+        channels: Number of channels of each sensor: its bands, and two for the day of the year.
         series_length: Number of time slots T.
     """
 
@@ -70,6 +70,8 @@ class MultiSenGEDataModule(NonGeoDataModule):
         predict_patch_size: int | tuple[int, int] | None = None,
         predict_stride: int | tuple[int, int] | None = None,
         augment: bool = True,
+        dropout: SeriesDropout | None = None,
+        day_of_year: bool = False,
         statistics: str | Path | None = None,
         synthetic: bool | Mapping[str, Any] = False,
         dataset_class: type[MultiSenGE] = MultiSenGE,
@@ -92,7 +94,10 @@ class MultiSenGEDataModule(NonGeoDataModule):
                 patches unless given.
             predict_stride: Rows and columns from one of these windows to the next; half of
                 ``predict_patch_size`` unless given.
-            augment: Flip and turn the training patches.
+            augment: Mirror and turn the training patches.
+            dropout: Drop dates and sensors of the training patches at random.
+            day_of_year: Append the day of the year to each sensor's bands, as two planes; see
+                :class:`~torchgeo_s1s2.transforms.DayOfYear`.
             statistics: File of statistics to normalise with, in place of those beside the data.
             synthetic: Write a synthetic data set to root unless it is there; a mapping holds
                 arguments of :func:`~torchgeo_s1s2.datasets.synthetic.write_synthetic`.
@@ -125,6 +130,8 @@ class MultiSenGEDataModule(NonGeoDataModule):
         )
         self.collate_fn = stack_samples
         self.augment = AugmentSeries(patch_size, turns=augment)
+        self.dropout = dropout
+        self.day_of_year = DayOfYear() if day_of_year else None
         self._catalog: Catalog | None = None
 
     @property
@@ -134,8 +141,13 @@ class MultiSenGEDataModule(NonGeoDataModule):
 
     @property
     def channels(self) -> dict[str, int]:
-        """Number of bands of each sensor; known after ``setup``."""
-        return {sensor: len(bands) for sensor, bands in self._any_dataset.bands.items()}
+        """Number of channels of each sensor; known after ``setup``."""
+        added = 2 if self.day_of_year else 0
+        return {s: len(bands) + added for s, bands in self._any_dataset.bands.items()}
+
+    @property
+    def _band_counts(self) -> list[int]:
+        return [len(bands) for bands in self._any_dataset.bands.values()]
 
     @property
     def series_length(self) -> int:
@@ -201,29 +213,45 @@ class MultiSenGEDataModule(NonGeoDataModule):
         return super().train_dataloader()
 
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
-        """Normalise a batch, and augment it in training.
+        """Normalise a batch, thin and augment it in training, and append the day of the year.
 
         Args:
             batch: A batch as the data set gives it.
             dataloader_idx: Number of the loader.
         """
         self._known_statistics()
+        training = self.trainer is not None and self.trainer.training
+        if training and self.dropout:
+            batch = self.dropout(batch, self._band_counts)
         batch = self.normalize(batch)
-        return self.augment(batch) if self.trainer and self.trainer.training else batch
+        if training:
+            batch = self.augment(batch)
+        return self.day_of_year(batch, self._band_counts) if self.day_of_year else batch
 
     def plot(self, sample: Sample, **kwargs: Any) -> Any:
         """Plot a sample of any split; see :meth:`MultiSenGE.plot`."""
-        return self._any_dataset.plot(sample, **kwargs)
+        return self._any_dataset.plot(self._bands_only(sample), **kwargs)
 
     def denormalize(self, sample: Sample) -> Sample:
         """Bring the image of a sample back to reflectance and dB.
 
         Args:
             sample: A sample with a normalised ``image`` (T, C, H, W).
+
+        Returns:
+            The sample; the planes of the day of the year stay as they are.
         """
         image = sample['image']
-        shape = -1, image.shape[1], 1, 1
-        return {**sample, 'image': image * self.std.view(shape) + self.mean.view(shape)}
+        mean, std = (v.view(len(image), -1, 1, 1).to(image) for v in (self.mean, self.std))
+        return {**sample, 'image': image * std + mean}
+
+    def _bands_only(self, sample: Sample) -> Sample:
+        """The sample without planes of the day of the year."""
+        image = sample['image']
+        if not self.day_of_year or image.shape[-3] == sum(self._band_counts):
+            return sample
+        parts = image.split(list(self.channels.values()), -3)
+        return {**sample, 'image': torch.cat([part[..., :-2, :, :] for part in parts], -3)}
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics, so that a checkpoint normalises as in its training."""
@@ -311,8 +339,14 @@ class MultiSenGEDataModule(NonGeoDataModule):
         self.statistics = statistics
         self.normalize = NormalizeSeries(statistics.mean, statistics.std)
         # TorchGeo denormalises images whose time is folded into the channels.
-        self.mean = torch.tensor(statistics.mean).repeat(self.series_length)
-        self.std = torch.tensor(statistics.std).repeat(self.series_length)
+        self.mean = self._with_day(statistics.mean, 0.0).repeat(self.series_length)
+        self.std = self._with_day(statistics.std, 1.0).repeat(self.series_length)
+
+    def _with_day(self, values: Sequence[float], neutral: float) -> Tensor:
+        """Values of the channels, with one that changes nothing for those without statistics."""
+        added = [neutral] * 2 if self.day_of_year else []
+        parts = torch.tensor(values).split(self._band_counts)
+        return torch.cat([torch.cat([part, torch.tensor(added)]) for part in parts])
 
     def _known_statistics(self) -> Statistics:
         if self.statistics is None:

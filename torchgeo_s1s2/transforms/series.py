@@ -1,8 +1,10 @@
 """Normalisation and augmentation of batches of series."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,90 @@ class NormalizeSeries(nn.Module):
         image = batch['image']
         normalized = (image - self.mean.to(image)) / self.std.to(image)
         return {**batch, 'image': normalized.nan_to_num_(0.0)}
+
+
+class SeriesDropout(nn.Module):
+    """Drop dates and whole sensors at random, never everything of a sample.
+
+    A model that is trained with it reads Sentinel-1 alone, Sentinel-2 alone, or both, and series
+    with gaps. What is dropped looks as if it had never been observed: NaN in the image, False in
+    ``valid`` and -1 in ``acquisition_times``, so it comes before the normalisation.
+
+    Each sensor that saw a sample is dropped with probability ``sensor``; if that took all of them,
+    one is kept, each with the same chance. Each date of the sensors that stay is dropped with
+    probability ``date``; if that took all of them, one date of one sensor is kept, each with the
+    same chance. With two sensors a sample therefore lacks a given one with probability
+    p - p^2 / 2. Draws come from PyTorch's generator, which ``seed_everything`` seeds.
+    """
+
+    def __init__(self, date: float = 0.1, sensor: float = 0.1) -> None:
+        """Keep the probabilities.
+
+        Args:
+            date: Probability of each date of each sensor, 0..1.
+            sensor: Probability of each sensor, 0..1.
+
+        Raises:
+            ValueError: If a probability is out of range.
+        """
+        super().__init__()
+        for name, value in (('date', date), ('sensor', sensor)):
+            if not 0 <= value <= 1:
+                raise ValueError(f'{name} is {value}; a probability lies in 0..1')
+        self.date, self.sensor = date, sensor
+
+    def forward(self, batch: dict[str, Any], channels: Sequence[int]) -> dict[str, Any]:
+        """Drop from a batch.
+
+        Args:
+            batch: A batch with ``image`` (B, T, C, H, W), ``valid`` and ``acquisition_times``
+                (B, T, S).
+            channels: Number of channels of each of the S sensors, in their order.
+
+        Returns:
+            The batch with fewer observations.
+        """
+        valid = batch['valid']
+        keep = _thin(valid.any(1), self.sensor)[:, None] & valid
+        keep = _thin(keep.flatten(1), self.date).view_as(valid)
+        counts = torch.tensor(channels, device=valid.device)
+        seen = keep.repeat_interleave(counts, 2)[..., None, None]
+        return {
+            **batch,
+            'image': batch['image'].where(seen, torch.nan),
+            'valid': keep,
+            'acquisition_times': batch['acquisition_times'].where(keep, -1),
+        }
+
+
+class DayOfYear(nn.Module):
+    """Append to the bands of each sensor when in the year it saw each slot.
+
+    Two planes, sin(a) and cos(a) with a = 2 pi d / 365.25, where d is the UTC day of the year and
+    1 for 1 January. They are 0, as are the bands, where the sensor did not see the slot; so this
+    comes after the normalisation.
+    """
+
+    def forward(self, batch: dict[str, Any], channels: Sequence[int]) -> dict[str, Any]:
+        """Append the planes.
+
+        Args:
+            batch: A batch with ``image`` (B, T, C, H, W) and ``acquisition_times`` (B, T, S).
+            channels: Number of bands of each of the S sensors, in their order.
+
+        Returns:
+            The batch with an ``image`` (B, T, C + 2 * S, H, W).
+        """
+        image, times = batch['image'], batch['acquisition_times']
+        angle = 2 * math.pi / 365.25 * _day_of_year(times)
+        planes = torch.stack([angle.sin(), angle.cos()], -1).where(times[..., None] >= 0, 0)
+        planes = planes.to(image)[..., None, None].expand(*planes.shape, *image.shape[-2:])
+        parts = [
+            part
+            for s, bands in enumerate(image.split(list(channels), 2))
+            for part in (bands, planes[:, :, s])
+        ]
+        return {**batch, 'image': torch.cat(parts, 2)}
 
 
 class AugmentSeries(nn.Module):
@@ -114,6 +200,20 @@ class _Move(NamedTuple):
         """Move an image (..., H, W)."""
         image = image[..., *self.window]
         return (image.flip(-1) if self.mirror else image).rot90(self.turns, (-2, -1))
+
+
+def _thin(candidates: Tensor, probability: float) -> Tensor:
+    """Drop candidates (B, N) with a probability, but never all of a row."""
+    score = torch.rand(candidates.shape, device=candidates.device).where(candidates, -1)
+    best = score == score.amax(1, keepdim=True)
+    return candidates & ((score >= probability) | best)
+
+
+def _day_of_year(seconds: Tensor) -> Tensor:
+    """UTC day of the year, 1..366, of seconds since 1970."""
+    times = seconds.cpu().numpy().astype('datetime64[s]')
+    days = times.astype('datetime64[D]') - times.astype('datetime64[Y]').astype('datetime64[D]')
+    return torch.from_numpy(days.astype(np.int64) + 1).to(seconds.device)
 
 
 def _randint(high: int) -> int:
