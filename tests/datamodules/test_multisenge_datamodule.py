@@ -3,12 +3,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from conftest import S1_DATES, S2_DATES, write_patch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 from torch.utils.data import DataLoader
+from torchgeo.datamodules import BaseDataModule
 
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
 from torchgeo_s1s2.datasets import MultiSenNA, RandomDates
@@ -235,6 +238,68 @@ def test_another_data_set_in_the_same_layout(tmp_path: Path) -> None:
     )  # fmt: skip
     data.setup('fit')
     assert data.class_weights.nonzero().tolist() == [[14]]
+
+
+OWN_DATA = """
+data:
+  class_path: torchgeo_s1s2.datamodules.MultiSenGEDataModule
+  init_args:
+    root: {root}
+    batch_size: 1
+    classes: {classes}
+    splits: {{train: [31UEQ], val: [32ULU]}}
+    series: {{class_path: torchgeo_s1s2.datasets.EvenlySpaced, init_args: {{n: 3}}}}
+    dropout: {{class_path: torchgeo_s1s2.transforms.SeriesDropout, init_args: {{sensor: 0.5}}}}
+"""
+OWN_CLASSES = """
+      class_path: torchgeo_s1s2.datasets.ClassScheme
+      init_args:
+        ids: [10, 20, 30]
+        classes:
+          - {name: Town, color: "#9e0020", labels: [1, 2, 3, 4, 5]}
+          - {name: Arable, color: [255, 236, 150], labels: [6]}
+          - {name: Forest, color: forestgreen, labels: [10, 11]}"""
+
+
+def from_yaml(root: Path, classes: str) -> MultiSenGEDataModule:
+    parser = LightningArgumentParser()
+    parser.add_subclass_arguments(BaseDataModule, 'data')
+    config = parser.parse_string(OWN_DATA.format(root=root, classes=classes))
+    data = parser.instantiate(config).data
+    assert isinstance(data, MultiSenGEDataModule)
+    data.setup('fit')
+    return data
+
+
+def test_a_configuration_describes_data_of_ones_own(root: Path) -> None:
+    data = from_yaml(root, OWN_CLASSES)
+    assert data.classes.names == ('Town', 'Arable', 'Forest')
+    assert data.classes.ids == (10, 20, 30)
+    assert data.classes.colors == ((158, 0, 32), (255, 236, 150), (34, 139, 34))
+    with rasterio.open(root / 'ground_reference' / '31UEQ_GR_13_0.tif') as src:
+        labels = src.read(1)
+    expected = np.select([labels <= 5, labels == 6, np.isin(labels, (10, 11))], [0, 1, 2], 255)
+    assert np.array_equal(data.train_dataset[1]['mask'], expected)  # type: ignore[index]
+    assert [len(d) for d in (data.train_dataset, data.val_dataset)] == [4, 2]  # type: ignore[arg-type]
+    assert data.series_length == 3
+    assert len(data.class_weights) == 3
+    assert data.dropout is not None
+    assert (data.dropout.date, data.dropout.sensor) == (0.1, 0.5)
+
+
+def test_a_configuration_may_still_name_a_number_of_classes(root: Path) -> None:
+    assert len(from_yaml(root, '6').classes) == 6
+    with pytest.raises(ValueError, match=r'no scheme of 7 classes; choose one of \(6, 10, 14\)'):
+        from_yaml(root, '7')
+
+
+def test_a_mistake_in_the_classes_of_a_configuration_is_named(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((SystemExit, ValueError)) as error:
+        from_yaml(root, OWN_CLASSES.replace('labels: [6]', 'labels: [5]'))
+    said = str(error.value) + capsys.readouterr().err
+    assert 'label [5] is given to more than one class' in said
 
 
 def test_day_of_year_comes_after_each_sensor(root: Path) -> None:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -56,3 +58,18 @@ def test_contradictory_schemes_are_refused(
 def test_unknown_scheme_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r'no scheme of 7 classes; choose one of \(6, 10, 14\)'):
         class_scheme(7, (6, 10, 14))
+
+
+def test_colors_may_be_written_in_hexadecimal() -> None:
+    scheme = ClassScheme(
+        (LandCoverClass('a', '#9e0020', (1,)), LandCoverClass('b', (1, 2, 3), (2,)))
+    )
+    assert scheme.colors == ((158, 0, 32), (1, 2, 3))
+
+
+@pytest.mark.parametrize('color', ['9e0020', 'blurple', (0, 0, 256), (0, 0), (0.5, 0.5, 0.5)])
+def test_what_is_no_color_is_refused(color: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"class 'town' has the colour .*; expected red, green and"
+    ):
+        LandCoverClass('town', color, (1,))

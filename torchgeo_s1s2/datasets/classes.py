@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, is_color_like, to_rgb
 
 NO_LABEL = 255
 """Mask value of a pixel without a label."""
@@ -21,18 +21,52 @@ class LandCoverClass:
 
     Attributes:
         name: Name shown in legends and written into maps.
-        color: Red, green, blue, each 0..255.
-        labels: Values of the label raster that belong to the class, each 1..254.
+        color: Red, green and blue, each 0..255, or a colour as Matplotlib spells it, such as
+            ``'#1e64d2'``.
+        labels: Values of the label raster that belong to the class, each 0..254.
+
+    Raises:
+        ValueError: If the colour is none.
     """
 
     name: str
-    color: Color
+    color: Color | str
     labels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Check the colour."""
+        if not (isinstance(self.color, str) and is_color_like(self.color)) and not (
+            len(self.color) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in self.color)
+        ):
+            raise ValueError(
+                f'class {self.name!r} has the colour {self.color!r}; expected red, green and blue, '
+                "each 0..255, or a string such as '#1e64d2'"
+            )
+        object.__setattr__(self, 'labels', tuple(self.labels))
+
+    @property
+    def rgb(self) -> Color:
+        """Red, green, blue, each 0..255."""
+        if not isinstance(self.color, str):
+            return self.color
+        red, green, blue = (round(255 * v) for v in to_rgb(self.color))
+        return red, green, blue
 
 
 @dataclass(frozen=True)
 class ClassScheme:
     """Classes in their order: index 0..K-1 in a mask, number 1..K in a map.
+
+    Labels that no class claims count as unlabelled. A configuration of LightningCLI can spell a
+    scheme out, for data of your own or another merging::
+
+        classes:
+          class_path: torchgeo_s1s2.datasets.ClassScheme
+          init_args:
+            ids: [10, 20]
+            classes:
+              - {name: Built-up, color: "#9e0020", labels: [1, 2, 3, 4, 5]}
+              - {name: Forest, color: [20, 110, 45], labels: [11]}
 
     Attributes:
         classes: The K classes.
@@ -47,6 +81,8 @@ class ClassScheme:
 
     def __post_init__(self) -> None:
         """Number the classes and check that nothing is claimed twice."""
+        object.__setattr__(self, 'classes', tuple(self.classes))
+        object.__setattr__(self, 'ids', tuple(self.ids))
         if not self.classes:
             raise ValueError('a class scheme needs at least one class')
         if not self.ids:
@@ -68,7 +104,7 @@ class ClassScheme:
     @property
     def colors(self) -> tuple[Color, ...]:
         """Class colours in order."""
-        return tuple(c.color for c in self.classes)
+        return tuple(c.rgb for c in self.classes)
 
     @property
     def cmap(self) -> ListedColormap:
@@ -126,7 +162,7 @@ _CLASSES_15 = (
 def _merge(name: str, *labels: int, color: int | None = None) -> LandCoverClass:
     """Merge original classes; the colour is that of ``color`` or of the first label."""
     shown = _CLASSES_15[(color or labels[0]) - 1]
-    return LandCoverClass(name, shown.color, labels)
+    return LandCoverClass(name, shown.rgb, labels)
 
 
 SCHEMES: dict[int, ClassScheme] = {
