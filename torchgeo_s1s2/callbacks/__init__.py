@@ -1,6 +1,7 @@
-"""Lightning callbacks that put predictions on the map."""
+"""Lightning callbacks: maps of the predictions, and fine-tuning in stages."""
 
+from torchgeo_s1s2.callbacks.finetuning import GradualUnfreezing, Stage
 from torchgeo_s1s2.callbacks.geotiff import GeoTIFFWriter, MapWriter
 from torchgeo_s1s2.callbacks.scene import SceneWriter
 
-__all__ = ('GeoTIFFWriter', 'MapWriter', 'SceneWriter')
+__all__ = ('GeoTIFFWriter', 'GradualUnfreezing', 'MapWriter', 'SceneWriter', 'Stage')

@@ -1,0 +1,200 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from torchgeo_s1s2.callbacks import GradualUnfreezing, Stage
+from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
+
+STAGES = [
+    Stage(0, ['segmentation_head']),
+    Stage(1, ['decoder']),
+    Stage(2, ['encoder'], lr_factor=0.1),
+]
+
+
+class Changes(Callback):
+    """Notes after each epoch which parts changed, and the learning rates."""
+
+    def __init__(self) -> None:
+        self.parameters: list[set[str]] = []
+        self.statistics: list[set[str]] = []
+        self.rates: list[list[float]] = []
+        self.before: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.before = self.state(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        now = self.state(pl_module)
+        changed = {k for k in now if not now[k].equal(self.before[k])}
+        is_statistic = ('running_mean', 'running_var', 'num_batches_tracked')
+        statistics = {k for k in changed if k.endswith(is_statistic)}
+        self.statistics.append({k.split('.')[0] for k in statistics})
+        self.parameters.append({k.split('.')[0] for k in changed - statistics})
+        self.rates.append([group['lr'] for group in trainer.optimizers[0].param_groups])
+        self.before = now
+
+    @staticmethod
+    def state(pl_module: Any) -> dict[str, Tensor]:
+        return {k: v.clone() for k, v in pl_module.model.state_dict().items()}
+
+
+def task_of(**options: Any) -> S1S2SemanticSegmentation:
+    torch.manual_seed(0)
+    defaults: dict[str, Any] = {
+        'backbone': 'resnet18_convlstm_inception',
+        'in_channels': 12,
+        'num_classes': 3,
+    }
+    return S1S2SemanticSegmentation(**(defaults | options))
+
+
+def fit(
+    root: Path,
+    task: S1S2SemanticSegmentation,
+    *callbacks: Callback,
+    epochs: int = 3,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> Trainer:
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        'image': torch.randn(2, 1, 12, 32, 32, generator=generator) + 1,
+        'mask': torch.randint(0, 3, (2, 32, 32), generator=generator),
+    }
+    loader: Any = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    trainer = Trainer(
+        default_root_dir=root,
+        accelerator='cpu',
+        max_epochs=epochs,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **options,
+    )
+    trainer.fit(task, loader, loader, ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_parts_learn_from_their_stage_on(tmp_path: Path) -> None:
+    changes = Changes()
+    fit(tmp_path, task_of(), GradualUnfreezing(STAGES), changes, enable_checkpointing=False)
+    assert changes.parameters == [
+        {'segmentation_head'},
+        {'segmentation_head', 'decoder'},
+        {'segmentation_head', 'decoder', 'encoder'},
+    ]
+    assert changes.statistics == [set(), {'decoder'}, {'decoder', 'encoder'}]
+    assert changes.rates == [[1e-3], [1e-3, 1e-3], pytest.approx([1e-3, 1e-3, 1e-4])]
+
+
+def test_every_parameter_learns_in_the_end(tmp_path: Path) -> None:
+    """Also those that start from the same values as others, such as batch norms."""
+    task = task_of()
+    trainer = fit(tmp_path, task, GradualUnfreezing(STAGES), enable_checkpointing=False)
+    groups = trainer.optimizers[0].param_groups
+    optimized = [id(p) for group in groups for p in group['params']]
+    assert sorted(optimized) == sorted(id(p) for p in task.model.parameters())
+    assert all(p.requires_grad for p in task.model.parameters())
+
+
+def test_a_frozen_batch_norm_normalises_with_its_statistics(tmp_path: Path) -> None:
+    """In the first epoch the model computes in training what it computes in evaluation."""
+    task = task_of()
+    features: list[Tensor] = []
+    hook = task.model.decoder.register_forward_hook(
+        lambda _, __, out: features.append(out.detach())
+    )
+    fit(
+        tmp_path,
+        task,
+        GradualUnfreezing(STAGES[:1]),
+        epochs=1,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+    )
+    hook.remove()
+    training, validation = features
+    torch.testing.assert_close(training, validation)
+
+
+def test_a_part_of_a_part_can_be_named(tmp_path: Path) -> None:
+    task = task_of()
+    before = {k: v.clone() for k, v in task.model.encoder.state_dict().items()}
+    stages = [Stage(0, ['segmentation_head', 'encoder.convlstm'])]
+    fit(tmp_path, task, GradualUnfreezing(stages), epochs=1, enable_checkpointing=False)
+    after = task.model.encoder.state_dict()
+    changed = {k.split('.')[0] for k in after if not after[k].equal(before[k])}
+    assert changed == {'convlstm'}
+
+
+def test_the_rates_of_all_stages_drop_on_a_plateau(tmp_path: Path) -> None:
+    task = task_of(patience=0, lr=1e-30)  # nothing is learnt, so the loss stays where it is
+    changes = Changes()
+    fit(tmp_path, task, GradualUnfreezing(STAGES[:2]), changes, enable_checkpointing=False)
+    assert changes.rates[1] == pytest.approx([1e-30, 1e-30])
+    assert changes.rates[2] == pytest.approx([1e-31, 1e-31])
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    whole = task_of()
+    fit(tmp_path, whole, GradualUnfreezing(STAGES), enable_checkpointing=False)
+    checkpoint = ModelCheckpoint(tmp_path, filename='{epoch}', save_top_k=-1)
+    fit(tmp_path, task_of(), GradualUnfreezing(STAGES), checkpoint, epochs=2)
+    resumed, changes = task_of(), Changes()
+    path = tmp_path / 'epoch=1.ckpt'
+    fit(tmp_path, resumed, GradualUnfreezing(STAGES), changes, ckpt_path=path)
+    assert changes.rates == [pytest.approx([1e-3, 1e-3, 1e-4])]
+    for (name, a), b in zip(
+        whole.model.named_parameters(), resumed.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize(
+    ('stages', 'message'),
+    [
+        ([], 'does not start at epoch 0; add what learns from the start'),
+        ([Stage(2, ['decoder'])], 'does not start at epoch 0'),
+        ([Stage(0, [])], 'needs a list of names in train'),
+        ([Stage(0, 'decoder')], 'needs a list of names in train'),
+        ([Stage(0, ['decoder']), Stage(1, ['encoder'], 0)], 'an lr_factor above 0'),
+        ([Stage(0, ['decoder'], 0.5)], 'is the first stage: give the task its rate as lr'),
+    ],
+)
+def test_stages_that_make_no_sense_are_refused(stages: list[Stage], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GradualUnfreezing(stages)
+
+
+def test_unknown_parts_are_refused_before_training(tmp_path: Path) -> None:
+    stages = [Stage(0, ['segmentation_head']), Stage(1, ['head'])]
+    with pytest.raises(ValueError, match='name some of encoder, decoder, segmentation_head'):
+        fit(tmp_path, task_of(), GradualUnfreezing(stages))
+
+
+def test_the_task_must_not_freeze_too(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='leave freeze_backbone out'):
+        fit(tmp_path, task_of(freeze_backbone=True), GradualUnfreezing(STAGES))
+
+
+def test_several_devices_are_refused() -> None:
+    class Two:
+        world_size = 2
+
+    trainer: Any = Two()
+    with pytest.raises(ValueError, match='works with one device'):
+        GradualUnfreezing(STAGES).setup(trainer, task_of(), 'fit')
+
+
+def test_evaluation_freezes_nothing() -> None:
+    task, trainer = task_of(), Trainer(accelerator='cpu', logger=False)
+    GradualUnfreezing(STAGES).setup(trainer, task, 'test')
+    assert all(p.requires_grad for p in task.parameters())

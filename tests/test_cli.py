@@ -1,0 +1,219 @@
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import chdir
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from torchgeo.main import main
+
+import torchgeo_s1s2
+
+CONF = Path(__file__).parent / 'conf' / 'multisenge.yaml'
+SHIPPED = Path(torchgeo_s1s2.__file__).parent / 'conf'
+CHECKPOINT = '--ckpt_path=outputs/best.ckpt'
+
+
+def command(folder: Path, subcommand: str, *options: str, conf: Path = CONF) -> None:
+    """What ``torchgeo`` runs, in a folder of its own."""
+    with chdir(folder):
+        main([subcommand, f'--config={conf}', *options])
+
+
+def logged(path: Path, prefix: str) -> dict[str, str]:
+    """The last row of a metrics file that has metrics of that prefix, as written."""
+    rows = [
+        {k: v for k, v in row.items() if k.startswith(prefix) and v}
+        for row in csv.DictReader(path.open())
+    ]
+    return [row for row in rows if row][-1]
+
+
+@pytest.fixture(scope='module')
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with data and the outputs of ``torchgeo fit``."""
+    folder = tmp_path_factory.mktemp('cli')
+    command(folder, 'fit')
+    return folder
+
+
+@pytest.fixture
+def data(fitted: Path, tmp_path: Path) -> Path:
+    """A copy of the data alone."""
+    shutil.copytree(fitted / 'data', tmp_path / 'data')
+    return tmp_path
+
+
+def test_fit_leaves_checkpoint_metrics_and_pictures(fitted: Path) -> None:
+    checkpoint = torch.load(fitted / 'outputs' / 'best.ckpt', weights_only=True)
+    assert checkpoint['global_step'] == 2
+    assert checkpoint['hyper_parameters']['labels'][0] == 'Dense Built-Up'
+    metrics = logged(fitted / 'outputs' / 'metrics.csv', 'val_')
+    assert len(metrics) == 1 + 7 + 3 * 10
+    pictures = {path.name for path in (fitted / 'outputs' / 'figures').iterdir()}
+    assert pictures == {'val_sample_0.png', 'val_confusion_matrix.png'}
+
+
+def test_validate_repeats_the_last_validation_exactly(fitted: Path) -> None:
+    command(fitted, 'validate', CHECKPOINT, '--trainer.logger.init_args.save_dir=validated')
+    before = logged(fitted / 'outputs' / 'metrics.csv', 'val_')
+    assert logged(fitted / 'validated' / 'metrics.csv', 'val_') == before
+
+
+def test_test_writes_metrics_and_pictures(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(fitted, 'test', CHECKPOINT, '--trainer.logger.init_args.save_dir=tested')
+    metrics = logged(fitted / 'tested' / 'metrics.csv', 'test_')
+    assert f'{float(metrics["test_WeightedF1Score"]):8.4f}' in capsys.readouterr().out
+    assert (fitted / 'tested' / 'figures' / 'test_confusion_matrix.png').exists()
+
+
+def test_a_checkpoint_of_four_dates_tests_three(fitted: Path) -> None:
+    three = (
+        '--trainer.logger.init_args.save_dir=three',
+        '--data.init_args.series=torchgeo_s1s2.datasets.MonthlySeries',
+        '--data.init_args.series.init_args.months=[7, 8, 9]',
+    )
+    command(fitted, 'test', CHECKPOINT, *three)
+    metrics = logged(fitted / 'three' / 'metrics.csv', 'test_')
+    assert 0 <= float(metrics['test_OverallAccuracy']) <= 1
+
+
+def test_command_maps_each_patch_on_the_grid_of_its_images(fitted: Path) -> None:
+    """The real command, in a process of its own."""
+    torchgeo = Path(sys.executable).with_name('torchgeo')
+    arguments = [str(torchgeo), 'predict', f'--config={CONF}', CHECKPOINT]
+    done = subprocess.run(arguments, cwd=fitted, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert '2 maps written to outputs/maps' in done.stdout
+    check_maps(fitted)
+
+
+def check_maps(folder: Path) -> None:
+    maps = sorted((folder / 'outputs' / 'maps').glob('*_[0-9]*.tif'))
+    patches = sorted(p.stem for p in (folder / 'data' / 'labels').glob('31UEQ_*.json'))
+    assert len(patches) == 2
+    assert [path.stem for path in maps if 'confidence' not in path.stem] == patches
+    for name in patches:
+        tile, xy = name.split('_', 1)
+        image = next((folder / 'data' / 's2').glob(f'{tile}_*_S2_{xy}.tif'))
+        with rasterio.open(image) as s2, rasterio.open(maps[0].with_stem(name)) as land_cover:
+            assert land_cover.transform == s2.transform
+            assert land_cover.crs == s2.crs
+            assert land_cover.shape == s2.shape
+            assert set(np.unique(land_cover.read())) <= set(range(1, 11))
+
+
+@pytest.mark.parametrize(
+    ('subcommand', 'options', 'message'),
+    [
+        (
+            'fit',
+            ['--data.init_args.root=empty', '--data.init_args.synthetic=false'],
+            "empty has no folder 's2'; .* Give the folder that holds them as root",
+        ),
+        (
+            'fit',
+            ['--data.init_args.classes=7'],
+            r'no scheme of 7 classes; choose one of \(6, 10, 14\)',
+        ),
+        (
+            'predict',
+            ['--data.init_args.predict_split=tset'],
+            "no split 'tset'; choose one of train, val, test, all",
+        ),
+        (
+            'fit',
+            [
+                '--data.init_args.series=torchgeo_s1s2.datasets.MonthlySeries',
+                '--data.init_args.series.init_args.months=[1, 2]',
+            ],
+            "none of the 4 patches of split 'train' in data has the series .*Choose another series",
+        ),
+        (
+            'fit',
+            ['--model.init_args.num_classes=14'],
+            'the model has num_classes=14, the data have 10 classes; give .* the same number',
+        ),
+        (
+            'fit',
+            ['--data.init_args.batch_size=64'],
+            'batch_size is 64, but split "train" of data has only 4 patches',
+        ),
+        (
+            'fit',
+            ['--model.init_args.weights=gone.ckpt'],
+            'there is no checkpoint gone.ckpt; correct the path in weights',
+        ),
+    ],
+)
+def test_bad_input_is_named_before_training(
+    data: Path, subcommand: str, options: list[str], message: str
+) -> None:
+    (data / 'empty').mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        command(data, subcommand, *options)
+    assert not (data / 'outputs' / 'metrics.csv').exists()
+
+
+def test_two_processes_measure_and_map_as_one(data: Path) -> None:
+    """Fit and predict with two processes, then validate with one."""
+    script = data / 'two.py'
+    script.write_text(
+        'from torchgeo.main import main\n'
+        f"common = ['--config={CONF}', '--trainer.devices=2', '--trainer.strategy=ddp']\n"
+        "main(['fit', *common])\n"
+        f"main(['predict', *common, '{CHECKPOINT}'])\n"
+    )
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=data,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('val metrics') == 1
+    assert '2 maps written' in done.stdout
+    check_maps(data)
+    # A weighted loss is a mean over batches, so the one process gets the same batches.
+    one_each = ('--data.init_args.batch_size=1', '--trainer.logger.init_args.save_dir=one')
+    command(data, 'validate', CHECKPOINT, *one_each)
+    one, two = (logged(data / name / 'metrics.csv', 'val_') for name in ('one', 'outputs'))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert float(two[name]) == pytest.approx(float(value), abs=1e-6), name
+
+
+def test_demonstration_runs_and_is_carried_to_another_region(tmp_path: Path) -> None:
+    tiny = (
+        '--data.init_args.synthetic.size=32',
+        '--data.init_args.synthetic.patches={31UFQ: 4, 31UFP: 4, 31UEQ: 4}',
+        '--trainer.max_epochs=1',
+        '--trainer.enable_progress_bar=false',
+    )
+    command(tmp_path, 'fit', *tiny, conf=SHIPPED / 'demo.yaml')
+    with pytest.warns(UserWarning, match=r'of another shape: segmentation_head.0.weight'):
+        command(tmp_path, 'fit', *tiny, conf=SHIPPED / 'transfer.yaml')
+    before, after = (weights(tmp_path / 'outputs' / name) for name in ('demo', 'transfer'))
+    assert after['model.segmentation_head.0.bias'].shape == (15,)
+    # One epoch trains the head alone.
+    kept = {k for k in before if after[k].shape == before[k].shape and after[k].equal(before[k])}
+    assert set(before) - kept == {
+        'model.segmentation_head.0.weight',
+        'model.segmentation_head.0.bias',
+        'criterion.weight',
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(folder / 'best.ckpt', weights_only=True)[
+        'state_dict'
+    ]
+    return state

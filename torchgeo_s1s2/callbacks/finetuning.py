@@ -1,0 +1,143 @@
+"""Fine-tuning in stages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch import nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Parts of a model that start to learn at an epoch.
+
+    Attributes:
+        epoch: First epoch, from 0, in which they learn.
+        train: Names of the parts in the task's ``model``, such as ``'segmentation_head'``,
+            ``'decoder'``, ``'encoder'`` or ``'encoder.convlstm'``.
+        lr_factor: Their learning rate as a multiple of that of the first stage, above 0.
+    """
+
+    epoch: int
+    train: Sequence[str]
+    lr_factor: float = 1.0
+
+
+class GradualUnfreezing(BaseFinetuning):
+    """Freezes a model, and unfreezes its parts stage by stage.
+
+    What is frozen keeps its weights and its batch-norm statistics, with which it normalises. In a
+    configuration::
+
+        class_path: torchgeo_s1s2.callbacks.GradualUnfreezing
+        init_args:
+          stages:
+            - {epoch: 0, train: [segmentation_head]}
+            - {epoch: 5, train: [decoder]}
+            - {epoch: 10, train: [encoder], lr_factor: 0.1}
+
+    Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", ACL 2018,
+    https://arxiv.org/abs/1801.06146.
+    """
+
+    def __init__(self, stages: list[Stage]) -> None:
+        """Keep the stages.
+
+        Args:
+            stages: The stages, one of them from epoch 0.
+
+        Raises:
+            ValueError: If nothing would learn in epoch 0, or a stage has no such value.
+        """
+        super().__init__()
+        self.stages = sorted(stages, key=lambda stage: stage.epoch)
+        if not stages or self.stages[0].epoch != 0:
+            raise ValueError(
+                f'the first of the stages {self.stages} does not start at epoch 0; add what learns '
+                'from the start, for instance {epoch: 0, train: [segmentation_head]}'
+            )
+        if self.stages[0].lr_factor != 1:
+            raise ValueError(f'{self.stages[0]} is the first stage: give the task its rate as lr')
+        for stage in stages:
+            if not stage.train or isinstance(stage.train, str) or stage.lr_factor <= 0:
+                raise ValueError(
+                    f'{stage} needs a list of names in train, and an lr_factor above 0'
+                )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Freeze what is not of the first stage, before the optimizer is made.
+
+        Raises:
+            ValueError: If the model has no such part, the task freezes parts too, or stages follow
+                in a distributed run.
+        """
+        if stage != 'fit':
+            return
+        if trainer.world_size > 1 and self.stages[-1].epoch > 0:
+            raise ValueError(
+                'GradualUnfreezing works with one device: distributed training averages the '
+                'gradients of those parameters only that learn from the start. Give devices: 1'
+            )
+        super().setup(trainer, pl_module, stage)
+
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        """Freeze the model but for the parts of epoch 0."""
+        for option in ('freeze_backbone', 'freeze_decoder'):
+            if pl_module.hparams.get(option):
+                raise ValueError(f'GradualUnfreezing decides what is frozen; leave {option} out')
+        for stage in self.stages:
+            self._parts(pl_module, stage)  # an unknown name shall not stop a run halfway
+        self.freeze(self._model(pl_module), train_bn=False)
+        self._unfreeze(pl_module, self.stages[:1])
+
+    def finetune_function(
+        self, pl_module: LightningModule, epoch: int, optimizer: Optimizer
+    ) -> None:
+        """Unfreeze the parts of the stages that have begun.
+
+        Args:
+            pl_module: The task.
+            epoch: The epoch that begins.
+            optimizer: The optimizer, which gets the parameters it does not have yet.
+        """
+        begun = [stage for stage in self.stages if stage.epoch <= epoch]
+        self._unfreeze(pl_module, begun)
+        for stage in begun:
+            for part in self._parts(pl_module, stage):
+                self._optimize(part, optimizer, stage.lr_factor)
+
+    def _unfreeze(self, pl_module: LightningModule, stages: Sequence[Stage]) -> None:
+        """Let the parts of these stages learn; all others normalise with what they have seen."""
+        self._model(pl_module).eval()
+        for stage in stages:
+            for part in self._parts(pl_module, stage):
+                self.make_trainable(part)
+                part.train()
+
+    @staticmethod
+    def _optimize(part: nn.Module, optimizer: Optimizer, lr_factor: float) -> None:
+        # Lightning's unfreeze_and_add_param_group takes parameters of equal values for the same.
+        known = {id(p) for group in optimizer.param_groups for p in group['params']}
+        new = [p for p in part.parameters() if id(p) not in known]
+        if new:
+            lr = optimizer.param_groups[0]['lr'] * lr_factor
+            optimizer.add_param_group({'params': new, 'lr': lr})
+
+    @staticmethod
+    def _model(pl_module: LightningModule) -> nn.Module:
+        model: Any = pl_module.model
+        return model
+
+    def _parts(self, pl_module: LightningModule, stage: Stage) -> list[nn.Module]:
+        model = self._model(pl_module)
+        try:
+            return [model.get_submodule(name) for name in stage.train]
+        except AttributeError as error:
+            parts = ', '.join(part for part, _ in model.named_children())
+            raise ValueError(
+                f'{stage} names what the model does not have ({error}); name some of {parts}, or '
+                'parts of theirs as in encoder.convlstm'
+            ) from error
