@@ -105,8 +105,8 @@ class OneMonth(MonthlySeries):
     def length(self) -> int:
         return 1
 
-    def slots(self, times: Times, span: Span) -> list[Slot]:
-        return super().slots(times, span)[self.slot : self.slot + 1]
+    def slots(self, times: Times, span: Span, draw: int) -> list[Slot]:
+        return super().slots(times, span, draw)[self.slot : self.slot + 1]
 
 
 def _series(x: Tensor) -> np.ndarray:
