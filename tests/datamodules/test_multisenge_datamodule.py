@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 from torchgeo.datamodules import BaseDataModule
 
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
-from torchgeo_s1s2.datasets import MultiSenNA, RandomDates
+from torchgeo_s1s2.datasets import Catalog, MultiSenNA, RandomDates
 from torchgeo_s1s2.transforms import SeriesDropout
 
 SPLITS = {'train': ['31UEQ'], 'val': ['32ULU'], 'test': ['32ULU']}
 SIZE = 12
+KEYS = ('transform', 'crs', 'valid_count')
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +56,7 @@ class Recorder(LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._record('test', batch)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         self._record('predict', batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -124,6 +125,29 @@ def test_predict_reads_the_split_that_is_asked_for(root: Path) -> None:
     assert index.tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="no split 'all of it'; choose one of train, val, test"):
         datamodule(root, predict_split='all of it').setup('predict')
+
+
+def test_windows_cover_the_scenes_of_each_zone(root: Path) -> None:
+    task = Recorder()
+    data = datamodule(root, predict_split='all', splits=None, predict_patch_size=8)
+    trainer().predict(task, data, return_predictions=False)
+    catalog = Catalog(root).patches
+    expected = {epsg: np.zeros((SIZE, 51), int) for epsg in (32631, 32632)}
+    for patch in catalog.itertuples():
+        count = np.full((SIZE, SIZE), 8)  # four dates of two sensors
+        count[:3] = 7  # S2 did not see these rows on one date
+        expected[patch.epsg][:, patch.x : patch.x + SIZE] = count
+    covered = {epsg: np.full((SIZE, 51), -1) for epsg in expected}
+    for batch in task.batches['predict']:
+        for transform, crs, count in zip(*(batch[k] for k in KEYS), strict=True):
+            bounds = catalog[catalog['epsg'] == int(crs)]
+            col = round((float(transform[2]) - bounds['xmin'].min()) / 10)
+            row = round((bounds['ymax'].max() - float(transform[5])) / 10)
+            rows, cols = np.mgrid[row : row + 8, col : col + 8]
+            inside = (rows >= 0) & (rows < SIZE) & (cols >= 0) & (cols < 51)
+            covered[int(crs)][rows[inside], cols[inside]] = count.numpy()[inside]
+    np.testing.assert_array_equal(covered[32631], expected[32631])
+    np.testing.assert_array_equal(covered[32632][:, :25], expected[32632][:, :25])
 
 
 def test_workers_give_the_same_batches(root: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from torchgeo_s1s2.transforms import AugmentSeries, DayOfYear, NormalizeSeries, SeriesDropout
+from torchgeo_s1s2.transforms.series import count_observations
 
 Array = NDArray[np.float32]
 
@@ -207,3 +208,12 @@ def test_day_of_year_by_hand() -> None:
     assert not out[0, :2, 6:].any()
     # 2 January 1970 is day 2.
     np.testing.assert_allclose(out[0, 2, 6, 0, 0], np.sin(4 * np.pi / 365.25), rtol=1e-5)
+
+
+def test_observations_are_counted_pixel_by_pixel() -> None:
+    image = torch.zeros(1, 3, 3, 1, 4)  # three dates, two bands of one sensor and one of another
+    image[0, 0, 0, 0, 1] = torch.nan  # one band is left
+    image[0, 0, :2, 0, 2] = torch.nan
+    image[0, :, :, 0, 3] = torch.nan
+    image[0, 1, 2, 0, 2] = torch.nan
+    assert count_observations(image, [2, 1]).tolist() == [[[6, 6, 4, 0]]]

@@ -20,6 +20,7 @@ from torchgeo_s1s2.datasets.multisenge import MultiSenGE, NoPatchesError, Sample
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
 from torchgeo_s1s2.transforms import AugmentSeries, DayOfYear, NormalizeSeries, SeriesDropout
+from torchgeo_s1s2.transforms.series import count_observations
 
 
 class _FollowEpochs(Callback):
@@ -215,6 +216,8 @@ class MultiSenGEDataModule(NonGeoDataModule):
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Normalise a batch, thin and augment it in training, and append the day of the year.
 
+        For maps, ``valid_count`` (B, H, W) tells on how many dates a sensor saw each pixel.
+
         Args:
             batch: A batch as the data set gives it.
             dataloader_idx: Number of the loader.
@@ -223,6 +226,8 @@ class MultiSenGEDataModule(NonGeoDataModule):
         training = self.trainer is not None and self.trainer.training
         if training and self.dropout:
             batch = self.dropout(batch, self._band_counts)
+        if self.trainer is not None and self.trainer.predicting:
+            batch['valid_count'] = count_observations(batch['image'], self._band_counts)
         batch = self.normalize(batch)
         if training:
             batch = self.augment(batch)

@@ -218,3 +218,17 @@ def _day_of_year(seconds: Tensor) -> Tensor:
 
 def _randint(high: int) -> int:
     return int(torch.randint(high, ()))
+
+
+def count_observations(image: Tensor, channels: Sequence[int]) -> Tensor:
+    """Count the dates on which a sensor saw a pixel, over all sensors.
+
+    Args:
+        image: (B, T, C, H, W), NaN where missing.
+        channels: Number of channels of each sensor, in their order.
+
+    Returns:
+        Integers of shape (B, H, W), 0..T * number of sensors.
+    """
+    seen = [part.isfinite().any(2) for part in image.split(list(channels), 2)]
+    return torch.stack(seen).sum((0, 2))
