@@ -17,6 +17,8 @@ import torchgeo_s1s2
 CONF = Path(__file__).parent / 'conf' / 'multisenge.yaml'
 SHIPPED = Path(torchgeo_s1s2.__file__).parent / 'conf'
 CHECKPOINT = '--ckpt_path=outputs/best.ckpt'
+# A CSV logger clears its folder at the start of a run.
+ELSEWHERE = '--trainer.logger.init_args.save_dir=predicted'
 
 
 def command(folder: Path, subcommand: str, *options: str, conf: Path = CONF) -> None:
@@ -86,7 +88,7 @@ def test_a_checkpoint_of_four_dates_tests_three(fitted: Path) -> None:
 def test_command_maps_each_patch_on_the_grid_of_its_images(fitted: Path) -> None:
     """The real command, in a process of its own."""
     torchgeo = Path(sys.executable).with_name('torchgeo')
-    arguments = [str(torchgeo), 'predict', f'--config={CONF}', CHECKPOINT]
+    arguments = [str(torchgeo), 'predict', f'--config={CONF}', CHECKPOINT, ELSEWHERE]
     done = subprocess.run(arguments, cwd=fitted, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert '2 maps written to outputs/maps' in done.stdout
@@ -167,7 +169,7 @@ def test_two_processes_measure_and_map_as_one(data: Path) -> None:
         'from torchgeo.main import main\n'
         f"common = ['--config={CONF}', '--trainer.devices=2', '--trainer.strategy=ddp']\n"
         "main(['fit', *common])\n"
-        f"main(['predict', *common, '{CHECKPOINT}'])\n"
+        f"main(['predict', *common, '{CHECKPOINT}', '{ELSEWHERE}'])\n"
     )
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
     done = subprocess.run(
