@@ -1,3 +1,4 @@
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,14 @@ def test_random_dates_are_drawn_anew_each_epoch(shared_zones: Path) -> None:
     assert torch.equal(dates(), first)
     again = MultiSenGE(shared_zones, split='test', series=RandomDates(n=2))
     assert torch.equal(again[1]['acquisition_times'], first[1])
+
+
+def test_a_copy_in_another_process_reads_the_same(two_zones: Path) -> None:
+    """Worker processes that are spawned get the data set as a pickle."""
+    dataset = MultiSenGE(two_zones, split='all')
+    copy = pickle.loads(pickle.dumps(dataset))
+    for key, value in dataset[2].items():
+        assert torch.equal(copy[2][key], value)
 
 
 def test_split_without_patches_names_the_tiles(two_zones: Path) -> None:

@@ -53,7 +53,7 @@ class _Grid:
     """Pixels to be filled: where they lie and how many."""
 
     epsg: int | None
-    crs: CRS
+    crs: rasterio.CRS
     transform: Affine
     width: int
     height: int
@@ -321,14 +321,10 @@ class MultiSenGE(GeoDataset):
             raise IndexError(f'index: {index} not found in dataset with {len(self)} patches')
         index %= len(self)
         row = int(self._patches[index])
-        patch = self.catalog.patches.iloc[row]
-        grid = _Grid(
-            int(patch['epsg']),
-            CRS.from_epsg(int(patch['epsg'])),
-            Affine(self.res[0], 0, patch['xmin'], 0, -self.res[1], patch['ymax']),
-            int(patch['width']),
-            int(patch['height']),
-        )
+        patch = self.catalog.patch(row)
+        origin = Affine(self.res[0], 0, patch.xmin, 0, -self.res[1], patch.ymax)
+        crs = rasterio.CRS.from_epsg(patch.epsg)
+        grid = _Grid(patch.epsg, crs, origin, patch.width, patch.height)
         times = self.index.index[index]
         period = slice(times.left, times.right, 1)
         sample = self._sample(grid, period, [(row, *self._select(row))])
@@ -338,7 +334,8 @@ class MultiSenGE(GeoDataset):
         x, y, t = self._disambiguate_slice(index)
         width, height = round((x.stop - x.start) / x.step), round((y.stop - y.start) / y.step)
         origin = Affine(x.step, 0, x.start, 0, -y.step, y.stop)
-        grid = _Grid(self.crs.to_epsg(), self.crs, origin, width, height)
+        crs = rasterio.CRS.from_wkt(self.crs.to_wkt())
+        grid = _Grid(self.crs.to_epsg(), crs, origin, width, height)
         found = self.index.sindex.query(box(*grid.bounds), 'intersects', sort=True)
         chosen, failed = [], Counter[str]()
         for row in self._patches[found]:
@@ -389,14 +386,15 @@ class MultiSenGE(GeoDataset):
         for s, (sensor, bands) in enumerate(self.bands.items()):
             for t, positions in enumerate(slots[sensor]):
                 target = image[t, channel : channel + len(bands)]
-                if not positions or not np.isnan(target).any():
+                empty = times[t, s] < 0
+                if not positions or not (empty or np.isnan(target).any()):
                     continue
                 at = [first[sensor] + p for p in positions]
                 value = self._read_slot(row, sensor, at, grid)
                 if np.isnan(value).all():
                     continue
-                np.copyto(target, value, where=np.isnan(target))
-                if times[t, s] < 0:
+                np.copyto(target, value, where=empty or np.isnan(target))
+                if empty:
                     times[t, s] = self.catalog.times(row, sensor)[at[0]].astype(np.int64)
             channel += len(bands)
 
@@ -438,19 +436,19 @@ class MultiSenGE(GeoDataset):
                 ) from error
 
     def _check(self, path: Path, src: rasterio.DatasetReader, row: int, count: int) -> None:
-        patch = self.catalog.patches.iloc[row]
+        patch = self.catalog.patch(row)
         got = src.count, src.width, src.height
-        expected = count, int(patch['width']), int(patch['height'])
+        expected = count, patch.width, patch.height
         if got != expected:
             raise ValueError(
                 f'{path} has (bands, width, height) {got}, expected {expected} as the other '
-                f'rasters of patch {patch["name"]}; fetch or write the file again'
+                f'rasters of patch {patch.name}; fetch or write the file again'
             )
         t = src.transform
-        if abs(t.c - patch['xmin']) + abs(t.f - patch['ymax']) > 1e-3:
+        if abs(t.c - patch.xmin) + abs(t.f - patch.ymax) > 1e-3:
             raise ValueError(
                 f'{path} has its upper left corner at {t.c}, {t.f}; the other rasters place patch '
-                f'{patch["name"]} at {patch["xmin"]}, {patch["ymax"]}'
+                f'{patch.name} at {patch.xmin}, {patch.ymax}'
             )
 
 
@@ -528,7 +526,7 @@ def _warp(src: rasterio.DatasetReader, grid: _Grid, nodata: int) -> WarpedVRT:
     is_label = nodata == NO_LABEL
     return WarpedVRT(
         src,
-        crs=grid.crs.to_wkt(),
+        crs=grid.crs,
         transform=grid.transform,
         width=grid.width,
         height=grid.height,
