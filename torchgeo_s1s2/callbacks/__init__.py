@@ -2,6 +2,14 @@
 
 from torchgeo_s1s2.callbacks.finetuning import GradualUnfreezing, Stage
 from torchgeo_s1s2.callbacks.geotiff import GeoTIFFWriter, MapWriter
+from torchgeo_s1s2.callbacks.published import PublishedResults
 from torchgeo_s1s2.callbacks.scene import SceneWriter
 
-__all__ = ('GeoTIFFWriter', 'GradualUnfreezing', 'MapWriter', 'SceneWriter', 'Stage')
+__all__ = (
+    'GeoTIFFWriter',
+    'GradualUnfreezing',
+    'MapWriter',
+    'PublishedResults',
+    'SceneWriter',
+    'Stage',
+)

@@ -1,0 +1,27 @@
+import pytest
+
+from torchgeo_s1s2.callbacks.published import comparison
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'row'),
+    [
+        ('vgg16_convlstm_s2', 'ConvLSTM-S2 0.8696 0.7445 0.5000 0.2500'),
+        ('resnet18_convlstm', 'ConvLSTM-S1S2 0.8600 0.7482 0.5000 0.2500'),
+        ('vgg16_convlstm_inception', 'ConvLSTM+Inception-S1S2 0.8851 0.7945 0.5000 0.2500'),
+        ('resnet18', 'resnet18 - - 0.5000 0.2500'),
+    ],
+)
+def test_result_stands_beside_what_is_published(backbone: str, row: str) -> None:
+    hparams = {'backbone': backbone, 'num_classes': 10}
+    text = comparison(hparams, {'test_WeightedF1Score': 0.5, 'test_Kappa': 0.25})
+    rows = [' '.join(line.split()) for line in text.splitlines()]
+    assert row in rows
+    assert rows[2] == 'ConvLSTM-S1 0.8055 0.6422 - -'
+    assert sum('0.5000' in r for r in rows) == 1
+
+
+def test_nothing_is_published_for_other_numbers_of_classes() -> None:
+    assert comparison({'backbone': 'x', 'num_classes': 14}, {}) == (
+        'nothing is published for 14 classes, only for 6 and 10'
+    )

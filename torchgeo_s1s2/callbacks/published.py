@@ -1,0 +1,72 @@
+"""Published results beside those of a test."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+# Wenger et al., Remote Sensing 2023, 15(1), 151, test tile 31UEQ: weighted F1 and Cohen's kappa.
+PUBLISHED: dict[int, dict[str, tuple[float, float]]] = {
+    6: {
+        'ConvLSTM-S1': (0.9001, 0.3929),
+        'ConvLSTM-S2': (0.8958, 0.4223),
+        'ConvLSTM-S1S2': (0.8875, 0.3852),
+        'ConvLSTM+Inception-S1S2': (0.9018, 0.4186),
+    },
+    10: {
+        'ConvLSTM-S1': (0.8055, 0.6422),
+        'ConvLSTM-S2': (0.8696, 0.7445),
+        'ConvLSTM-S1S2': (0.8600, 0.7482),
+        'ConvLSTM+Inception-S1S2': (0.8851, 0.7945),
+    },
+}
+"""Published figures by number of classes and model, not measured here."""
+
+_BACKBONES = {
+    'convlstm_s1': 'ConvLSTM-S1',
+    'convlstm_s2': 'ConvLSTM-S2',
+    'convlstm': 'ConvLSTM-S1S2',
+    'convlstm_inception': 'ConvLSTM+Inception-S1S2',
+}
+
+
+class PublishedResults(Callback):
+    """Prints after ``torchgeo test`` what Wenger et al. 2023 published, with the result beside it.
+
+    The published figures are of the test tile 31UEQ of MultiSenGE with 6 or 10 classes
+    (https://doi.org/10.3390/rs15010151), so the two compare only on that tile.
+    """
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table on the first process."""
+        if trainer.is_global_zero:
+            print(comparison(pl_module.hparams, trainer.callback_metrics))
+
+
+def comparison(hparams: Any, metrics: Any) -> str:
+    """Table of the published figures and of a test.
+
+    Args:
+        hparams: ``backbone`` and ``num_classes`` of the task.
+        metrics: ``test_WeightedF1Score`` and ``test_Kappa``.
+
+    Returns:
+        Lines of text; the result stands in the row of its model, or in one of its own.
+    """
+    published = PUBLISHED.get(hparams['num_classes'])
+    if published is None:
+        return f'nothing is published for {hparams["num_classes"]} classes, only for 6 and 10'
+    suffix = hparams['backbone'][hparams['backbone'].find('convlstm') :]
+    ours = _BACKBONES.get(suffix, hparams['backbone'])
+    result = float(metrics['test_WeightedF1Score']), float(metrics['test_Kappa'])
+    lines = [
+        f'{"":<26}{"published (31UEQ)":>20}{"this test":>20}',
+        f'{"model":<26}' + f'{"weighted F1":>12}{"kappa":>8}' * 2,
+    ]
+    for model in dict.fromkeys((*published, ours)):
+        cells = (published.get(model), result if model == ours else None)
+        lines.append(f'{model:<26}' + ''.join(map(_scores, cells)))
+    return '\n'.join(lines)
+
+
+def _scores(values: tuple[float, float] | None) -> str:
+    return f'{"-":>12}{"-":>8}' if values is None else f'{values[0]:12.4f}{values[1]:8.4f}'
