@@ -2,6 +2,7 @@
 
 from torchgeo_s1s2.datasets.catalog import Catalog
 from torchgeo_s1s2.datasets.classes import NO_LABEL, SCHEMES, ClassScheme, LandCoverClass
+from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.multisenge import SENSOR_BANDS, MultiSenGE, MultiSenNA
 from torchgeo_s1s2.datasets.time_series import (
     AllDates,
@@ -27,4 +28,5 @@ __all__ = (
     'MultiSenNA',
     'NoSeriesError',
     'RandomDates',
+    'write_label_files',
 )

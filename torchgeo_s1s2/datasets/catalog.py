@@ -25,7 +25,7 @@ SENSORS = ('s2', 's1')
 """Names of the sensors, which are also the names of their folders."""
 
 LABELS, GROUND_REFERENCE = 'labels', 'ground_reference'
-_KEYS = {'s2': 'corresponding_s2', 's1': 'corresponding_s1'}
+KEYS = {'s2': 'corresponding_s2', 's1': 'corresponding_s1'}
 _PATCH = re.compile(r'(?P<tile>\w+)_(?P<x>\d+)_(?P<y>\d+)')
 _EPSG = re.compile(r'AUTHORITY\["EPSG","(\d+)"\]\]\s*$')
 
@@ -303,9 +303,9 @@ def _read_label(path: Path) -> _Label:
         content = json.loads(path.read_bytes())
         epsg = _epsg(content['projection'])
         classes = tuple(int(c) for c in content['labels'].split(';') if c)
-        listed = {sensor: content[key].split(';') for sensor, key in _KEYS.items()}
+        listed = {sensor: content[key].split(';') for sensor, key in KEYS.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        keys = ', '.join([*_KEYS.values(), 'projection', 'labels'])
+        keys = ', '.join([*KEYS.values(), 'projection', 'labels'])
         raise ValueError(
             f'{path} is malformed ({type(error).__name__}: {error}); expected a JSON object with '
             f'the strings {keys}. Fetch the file again or delete it'

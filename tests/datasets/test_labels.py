@@ -1,0 +1,57 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import S1_DATES, S2_DATES, write_raster
+from pandas.testing import assert_frame_equal
+
+from torchgeo_s1s2.datasets import Catalog, MonthlySeries, MultiSenGE, write_label_files
+
+
+def test_label_files_tell_what_those_of_the_data_set_tell(two_zones: Path) -> None:
+    given = Catalog(two_zones)
+    for path in (two_zones / 'labels').iterdir():
+        path.unlink()
+    assert write_label_files(two_zones, progress=False) == 3
+    made = Catalog(two_zones)
+    assert_frame_equal(made.acquisitions, given.acquisitions)
+    assert_frame_equal(made.patches, given.patches)
+
+
+def test_label_files_that_are_there_stay(two_zones: Path) -> None:
+    path = two_zones / 'labels' / '31UEQ_0_0.json'
+    before = path.read_text()
+    (two_zones / 'labels' / '31UEQ_33_0.json').unlink()
+    (two_zones / 's2' / f'31UEQ_{S2_DATES[0]}_S2_0_0.tif').unlink()
+    assert write_label_files(two_zones, progress=False) == 1
+    assert path.read_text() == before
+    assert write_label_files(two_zones, overwrite=True, progress=False) == 3
+    expected = ';'.join(f'31UEQ_{date}_S2_0_0.tif' for date in S2_DATES[1:])
+    assert json.loads(path.read_text())['corresponding_s2'] == expected
+
+
+def test_a_scene_of_one_sensor_without_labels(tmp_path: Path) -> None:
+    (tmp_path / 's2').mkdir()
+    for date in S1_DATES:
+        image = np.full((2, 8, 8), 0.1, np.float32)
+        write_raster(tmp_path / 's1' / f'my_town_{date}_S1_0_0.tif', image, 32631, 500000, 5500000)
+    assert write_label_files(tmp_path, progress=False) == 1
+    series = MonthlySeries(leader='s1')
+    with pytest.warns(UserWarning, match='1 of ground_reference'):
+        dataset = MultiSenGE(tmp_path, split='all', sensors=['s1'], series=series)
+    assert dataset.name(0) == 'my_town_0_0'
+    assert (dataset[0]['mask'] == 255).all()
+    assert (dataset[0]['image'] == -10).all()
+
+
+def test_other_names_and_missing_images_are_refused(two_zones: Path, tmp_path: Path) -> None:
+    (two_zones / 's1' / 'mosaic.tif').write_bytes(b'')
+    with pytest.raises(ValueError, match=r'mosaic.tif is not named TILE_YYYYMMDD_S1_X_Y.tif'):
+        write_label_files(two_zones)
+    (tmp_path / 'empty' / 's2').mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r'no folder .*empty/s1; make it'):
+        write_label_files(tmp_path / 'empty')
+    (tmp_path / 'empty' / 's1').mkdir()
+    with pytest.raises(FileNotFoundError, match='has no image; expected s2/TILE_YYYYMMDD_S2_X_Y'):
+        write_label_files(tmp_path / 'empty')
