@@ -77,7 +77,7 @@ class Catalog:
     turns out to lie elsewhere or to have another size is an error when it is read.
 
     Nothing is cached on disk: the 8,157 label files and the listing of a million images of
-    MultiSenGE take about 5 s on a local disk, and a cache could not tell that a file has gone.
+    MultiSenGE take about 5 s on a fast disk, and a cache could not tell that a file has gone.
 
     Attributes:
         root: Folder of the data set.

@@ -28,9 +28,9 @@ def write_label_files(
 ) -> int:
     """Write the label file of each patch that has images, from the rasters that are there.
 
-    The tile of a patch is any name of letters, digits and ``_``, x and y say where the patch lies in it, in
-    pixels: ``mytile_0_0`` is the whole of a scene. One image a patch is opened for its CRS, and
-    its label raster, if there is one, is read for the labels present.
+    The tile of a patch is any name of letters, digits and ``_``; x and y say where the patch lies
+    in it, in pixels: ``mytile_0_0`` is the whole of a scene. One image a patch is opened for its
+    CRS, and its label raster, if there is one, is read for the labels present.
 
     Args:
         root: Folder with ``s2`` and ``s1``, one of which may be empty, and ``ground_reference``
