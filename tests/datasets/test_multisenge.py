@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import rasterio
 import torch
-from conftest import S1_DATES, S2_DATES, write_patch, write_raster
-from pyproj import CRS
+from conftest import ORIGINS, S1_DATES, S2_DATES, write_patch, write_raster
+from pyproj import CRS, Transformer
 from rasterio.enums import Resampling
 from rasterio.warp import reproject
 from torch.utils.data import DataLoader
@@ -244,9 +244,13 @@ RULES = (
 
 @pytest.fixture(scope='module')
 def shared_zones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two patches of zone 31 and one of zone 32 beside them, so that random windows hit one."""
     root = tmp_path_factory.mktemp('zones')
-    for tile, x in (('31UEQ', 0), ('31UEQ', 33), ('32ULU', 0)):
-        write_patch(root, tile, x)
+    x, y = Transformer.from_crs(32631, 32632).transform(500700, 5500000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ORIGINS, '32ULU', (32632, round(x, -1), round(y, -1)))
+        for tile, column in (('31UEQ', 0), ('31UEQ', 33), ('32ULU', 0)):
+            write_patch(root, tile, column)
     return root
 
 
