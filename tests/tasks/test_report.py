@@ -35,9 +35,10 @@ def test_summary_lists_metrics_classes_and_files() -> None:
         'train_loss': 9.0,
     }
     tensors = {name: torch.tensor(value) for name, value in metrics.items()}
-    text = summary('val', tensors, ['Town'], Path('out'), [Path('out/best.ckpt')])
+    files = [Path('out/best.ckpt')]
+    text = summary('val', tensors, ['Town'], Path('out'), files, ' of the last epoch')
     assert [line.split() for line in text.splitlines()] == [
-        ['val', 'metrics'],
+        ['val', 'metrics', 'of', 'the', 'last', 'epoch'],
         ['loss', '0.5000'],
         ['Kappa', '0.2500'],
         ['class', 'precision', 'recall', 'F1'],

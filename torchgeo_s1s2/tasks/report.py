@@ -44,6 +44,7 @@ def summary(
     labels: Sequence[str],
     folder: Path,
     files: Sequence[Path],
+    when: str = '',
 ) -> str:
     """Text that ends a run.
 
@@ -53,6 +54,7 @@ def summary(
         labels: Names of the classes.
         folder: Where everything is.
         files: Pictures and checkpoints.
+        when: Which evaluation the metrics are of, where there was more than one.
 
     Returns:
         Lines with the metrics, those of each class, the folder and the files.
@@ -62,14 +64,13 @@ def summary(
         for name, value in metrics.items()
         if name.startswith(f'{stage}_')
     }
-    lines = [*_table(stage, values, labels)] if values else []
+    lines = [f'{stage} metrics{when}', *_table(values, labels)] if values else []
     return '\n'.join([*lines, f'results in {folder}', *(f'  {path}' for path in files)])
 
 
-def _table(stage: str, values: Mapping[str, float], labels: Sequence[str]) -> Iterator[str]:
+def _table(values: Mapping[str, float], labels: Sequence[str]) -> Iterator[str]:
     scores = ('Precision', 'Recall', 'F1Score')
     each = {f'{score}_{label}' for score in scores for label in labels}
-    yield f'{stage} metrics'
     for name, value in values.items():
         if name not in each:
             yield f'  {name:<24}{value:8.4f}'

@@ -436,8 +436,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             return
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asks every process
         if self.trainer.is_global_zero:
-            files = self._files(stage, folder)
-            print(summary(stage, self.trainer.callback_metrics, self._labels, folder, files))
+            files, metrics = self._files(stage, folder), self.trainer.callback_metrics
+            when = ' of the last epoch' if self.trainer.state.fn == TrainerFn.FITTING else ''
+            print(summary(stage, metrics, self._labels, folder, files, when))
 
     def _files(self, stage: str, folder: Path) -> list[Path]:
         """Write the figures; their paths, after that of the best checkpoint of a fit."""
