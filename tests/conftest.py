@@ -1,3 +1,4 @@
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -6,11 +7,15 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import rasterio
+import torch
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
 
 mpl.use('agg')
+# Workers of pytest-xdist share the cores.
+WORKERS = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
 SHARED = Path(__file__).parents[2] / 'shared'
 ORIGINS = {'31UEQ': (32631, 500000.0, 5500000.0), '32ULU': (32632, 300000.0, 5400000.0)}

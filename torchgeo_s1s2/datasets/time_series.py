@@ -229,7 +229,10 @@ class MonthlySeries(DateRule):
         not_before = np.datetime64('0001-01-01')
         reach = self.max_days if self.missing == 'nearest' else 0
         for month in _months_from(year, self.months):
-            start, end = month.astype('datetime64[D]'), (month + 1).astype('datetime64[D]')
+            start, end = (
+                month.astype('datetime64[D]'),
+                (month + np.timedelta64(1, 'M')).astype('datetime64[D]'),
+            )
             position = _earliest(times, start, end, not_before, reach)
             if position is None:
                 if self.missing != 'keep':
