@@ -16,6 +16,7 @@ import torchgeo_s1s2
 
 CONF = Path(__file__).parent / 'conf' / 'multisenge.yaml'
 SHIPPED = Path(torchgeo_s1s2.__file__).parent / 'conf'
+SCENE = CONF.with_name('scene.yaml')
 CHECKPOINT = '--ckpt_path=outputs/best.ckpt'
 # A CSV logger clears its folder at the start of a run.
 ELSEWHERE = '--trainer.logger.init_args.save_dir=predicted'
@@ -170,6 +171,7 @@ def test_two_processes_measure_and_map_as_one(data: Path) -> None:
         f"common = ['--config={CONF}', '--trainer.devices=2', '--trainer.strategy=ddp']\n"
         "main(['fit', *common])\n"
         f"main(['predict', *common, '{CHECKPOINT}', '{ELSEWHERE}'])\n"
+        f"main(['predict', *common, '--config={SCENE}', '{CHECKPOINT}'])\n"
     )
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
     done = subprocess.run(
@@ -191,11 +193,34 @@ def test_two_processes_measure_and_map_as_one(data: Path) -> None:
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert float(two[name]) == pytest.approx(float(value), abs=1e-6), name
+    check_scene(data)
+
+
+def check_scene(folder: Path) -> None:
+    """One process gives the scene that two have written."""
+    scene = folder / 'outputs' / 'scene'
+    two = scene.rename(folder / 'two')
+    command(folder, 'predict', CHECKPOINT, f'--config={SCENE}')
+    assert sorted(path.name for path in scene.iterdir()) == [
+        '32631.tif',
+        '32631.tif.aux.xml',
+        '32631_confidence.tif',
+        '32631_observations.tif',
+    ]
+    for path in scene.glob('*.tif'):
+        with rasterio.open(path) as one, rasterio.open(two / path.name) as other:
+            assert one.transform == other.transform
+            assert (one.read() != other.read()).mean() < 0.001
+    reference = next((folder / 'data' / 'ground_reference').glob('31UEQ_GR_0_0.tif'))
+    with rasterio.open(scene / '32631_observations.tif') as seen, rasterio.open(reference) as patch:
+        window = seen.window(*patch.bounds)
+        assert (seen.read(1, window=window) == 8).all()  # four dates of two sensors
 
 
 def test_demonstration_runs_and_is_carried_to_another_region(tmp_path: Path) -> None:
     tiny = (
         '--data.init_args.synthetic.size=32',
+        '--data.init_args.synthetic.incomplete=0',
         '--data.init_args.synthetic.patches={31UFQ: 4, 31UFP: 4, 31UEQ: 4}',
         '--trainer.max_epochs=1',
         '--trainer.enable_progress_bar=false',

@@ -296,13 +296,13 @@ def write_cogs(
 
 
 def _write_cog(layer: Layer, plain: Path, path: Path, shape: tuple[int, int]) -> None:
-    """Copy an uncompressed raster and its sidecar."""
+    """Copy an uncompressed raster, and write its sidecar."""
     expected = shape[0] * shape[1] * np.dtype(layer.dtype).itemsize
     if plain.stat().st_size < expected:  # GDAL does not report a disk that fills up on closing
         raise OSError(f'{plain} has less than its {expected} bytes; is the disk full?')
-    layer.write_category_names(plain)
     with whole(path) as temporary, rasterio.Env(**_GDAL_OPTIONS):
         rasterio.shutil.copy(plain, temporary, overview_resampling=layer.resampling, **_COG_OPTIONS)
+        layer.write_category_names(temporary)
 
 
 def write_mosaic(folder: Path, epsg: int, grids: Mapping[int, Grid], scheme: ClassScheme) -> None:
