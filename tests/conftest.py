@@ -13,9 +13,11 @@ from rasterio.crs import CRS
 from rasterio.transform import from_origin
 
 mpl.use('agg')
-# Workers of pytest-xdist share the cores.
+# Workers of pytest-xdist share the cores, and so do the commands that they start.
 WORKERS = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+torch.set_num_threads(THREADS)
+os.environ['OMP_NUM_THREADS'] = str(THREADS)
 
 SHARED = Path(__file__).parents[2] / 'shared'
 ORIGINS = {'31UEQ': (32631, 500000.0, 5500000.0), '32ULU': (32632, 300000.0, 5400000.0)}
