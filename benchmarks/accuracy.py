@@ -287,7 +287,7 @@ def _about() -> dict[str, str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         'date': date.today().isoformat(),
-        'hardware': f'{device}, {os.cpu_count()} cores, {platform.system()}',
+        'hardware': f'{device}, {torch.get_num_threads()} of {os.cpu_count()} cores, {platform.system()}',
         'commit': (commit or 'unknown') + ' and changes' * bool(dirty),
         'torch': torch.__version__,
     }
