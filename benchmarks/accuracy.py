@@ -285,9 +285,10 @@ def _about() -> dict[str, str]:
     commit = subprocess.run(git, cwd=CONF, capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run(['git', 'status', '--porcelain'], cwd=CONF, capture_output=True).stdout
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    threads = torch.get_num_threads()
     return {
         'date': date.today().isoformat(),
-        'hardware': f'{device}, {torch.get_num_threads()} of {os.cpu_count()} cores, {platform.system()}',
+        'hardware': f'{device}, {threads} of {os.cpu_count()} cores, {platform.system()}',
         'commit': (commit or 'unknown') + ' and changes' * bool(dirty),
         'torch': torch.__version__,
     }
