@@ -52,11 +52,13 @@ class Run:
         config: Its configuration, laid over ``base.yaml``.
         seed: Seed of weights, order and augmentation.
         folder: Where everything of the run is kept.
+        options: Options of ``torchgeo fit`` that are laid over its configuration.
     """
 
     config: Path
     seed: int
     folder: Path
+    options: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -72,7 +74,11 @@ class Run:
         """
         # A later option wins, so that a contestant may limit its epochs and no more.
         options = [f'--config={BASE}', f'--trainer.max_epochs={epochs}', f'--config={self.config}']
-        options += [f'--seed_everything={self.seed}', f'--data.init_args.root={root}']
+        options += [
+            f'--seed_everything={self.seed}',
+            f'--data.init_args.root={root}',
+            *self.options,
+        ]
         self._claim({'options': options, 'config': self.config.read_text()})
         if (self.folder / PREDICTIONS).exists():
             return
@@ -118,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything and write tables and figures."""
     args = _parser().parse_args(arguments)
     root, output = args.root.resolve(), args.output.resolve()
-    _prepare(root)
+    prepare(root)
     configs = args.configs or sorted(p for p in CONF.glob('*.yaml') if p != BASE)
     runs = [
         Run(c.resolve(), s, output / 'runs' / c.stem / f'seed_{s}')
@@ -141,7 +147,7 @@ def report(runs: Sequence[Run], output: Path, data: str, epochs: int) -> None:
         scheme = class_scheme(int(content['classes']))
     _check_same_test(runs)
     results = [run.result(scheme) for run in runs]
-    about = {'data': data, 'epochs': epochs, **_about()}
+    about = {'data': data, 'epochs': epochs, **provenance()}
     content = json.dumps({'about': about, 'runs': results}, indent=1)
     (output / 'results.json').write_text(content)
     (output / 'table.md').write_text(table(results, about, scheme))
@@ -272,15 +278,21 @@ def _confusion(runs: Sequence[Run], scheme: ClassScheme, title: str) -> plt.Figu
     return figure
 
 
-def _prepare(root: Path) -> None:
-    """Write the synthetic data set, or what is missing of it, where no real one is."""
+def prepare(root: Path, **options: Any) -> None:
+    """Write the synthetic data set, or what is missing of it, where no real one is.
+
+    Args:
+        root: Folder of the data set.
+        **options: Arguments of ``write_synthetic`` where there is none yet.
+    """
     if (root / MARKER).exists():
         write_synthetic(root, **json.loads((root / MARKER).read_text()))
     elif not (root / LABELS).is_dir():
-        write_synthetic(root)
+        write_synthetic(root, **options)
 
 
-def _about() -> dict[str, str]:
+def provenance() -> dict[str, str]:
+    """Date, hardware, commit and version of PyTorch of a measurement."""
     git = ['git', 'rev-parse', '--short', 'HEAD']
     commit = subprocess.run(git, cwd=CONF, capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run(['git', 'status', '--porcelain'], cwd=CONF, capture_output=True).stdout

@@ -168,6 +168,7 @@ def write_synthetic(
     haze: float = 0.2,
     seed: int = 0,
     progress: bool = True,
+    delay: float = 0,
 ) -> Path:
     """Write a synthetic data set, or what is missing of it.
 
@@ -180,6 +181,8 @@ def write_synthetic(
         haze: Share of Sentinel-2 images with a bank of haze.
         seed: Seed; a patch depends on the seed and its name only.
         progress: Show a progress bar.
+        delay: Days by which all seasons come later, or earlier if below 0. Landscapes, dates and
+            noise stay the same.
 
     Returns:
         Root.
@@ -195,6 +198,7 @@ def write_synthetic(
         'incomplete': incomplete,
         'haze': haze,
         'seed': seed,
+        'delay': delay,
     }
     unknown = set(patches) - set(TILES)
     if unknown:
@@ -228,7 +232,7 @@ def _claim(root: Path, settings: Mapping[str, object]) -> None:
     """Make the folders and record the settings, unless root holds something else."""
     marker = root / MARKER
     if marker.exists():
-        if json.loads(marker.read_text()) != settings:
+        if {'delay': 0, **json.loads(marker.read_text())} != settings:  # older sets have no delay
             raise ValueError(
                 f'{marker} says that the synthetic data there were written with other settings '
                 f'than {settings}; delete {root} or give another root'
@@ -256,7 +260,7 @@ def _write_patch(root: Path, name: tuple[str, int, int], settings: Mapping[str, 
     """Write the rasters of a patch and then its label file, which makes it part of the set."""
     tile, x, y = name
     rng = np.random.default_rng([settings['seed'], crc32('{}_{}_{}'.format(*name).encode())])
-    scene = _draw_scene(rng, settings['size'])
+    scene = _draw_scene(rng, settings['size'], settings['delay'])
     draw: dict[str, Callable[..., NDArray[Any]]] = {
         's2': partial(_reflectance, haze=settings['haze']),
         's1': _backscatter,
@@ -281,13 +285,13 @@ def _write_patch(root: Path, name: tuple[str, int, int], settings: Mapping[str, 
     _write_text(_label_path(root, name), json.dumps(content))
 
 
-def _draw_scene(rng: np.random.Generator, size: int) -> _Scene:
+def _draw_scene(rng: np.random.Generator, size: int, delay: float) -> _Scene:
     cover, parcel = _landscape(rng, size)
     spread = np.array([c.mottle for c in _COVERS])[cover]
     return _Scene(
         cover,
         parcel,
-        delay=_by_parcel(rng, parcel, 12),
+        delay=_by_parcel(rng, parcel, 12) + delay,
         vigour=np.exp(_by_parcel(rng, parcel, 0.15)),
         mottle=spread * rng.normal(size=cover.shape),
         brightness=np.exp(_by_parcel(rng, parcel, 0.15)),

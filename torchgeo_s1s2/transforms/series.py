@@ -89,14 +89,31 @@ class SeriesDropout(nn.Module):
         valid = batch['valid']
         keep = _thin(valid.any(1), self.sensor)[:, None] & valid
         keep = _thin(keep.flatten(1), self.date).view_as(valid)
-        counts = torch.tensor(channels, device=valid.device)
-        seen = keep.repeat_interleave(counts, 2)[..., None, None]
-        return {
-            **batch,
-            'image': batch['image'].where(seen, torch.nan),
-            'valid': keep,
-            'acquisition_times': batch['acquisition_times'].where(keep, -1),
-        }
+        return keep_observations(batch, keep, channels)
+
+
+def keep_observations(
+    batch: dict[str, Any], keep: Tensor, channels: Sequence[int]
+) -> dict[str, Any]:
+    """Make all other observations of a batch look as if they had never been made.
+
+    Args:
+        batch: A batch as :class:`SeriesDropout` takes it.
+        keep: Which observations to keep of those that were made, (B, T, S) or broadcast to it.
+        channels: Number of channels of each of the S sensors, in their order.
+
+    Returns:
+        The batch: NaN in ``image``, False in ``valid`` and -1 in ``acquisition_times`` elsewhere.
+    """
+    keep = keep & batch['valid']
+    counts = torch.tensor(channels, device=keep.device)
+    seen = keep.repeat_interleave(counts, 2)[..., None, None]
+    return {
+        **batch,
+        'image': batch['image'].where(seen, torch.nan),
+        'valid': keep,
+        'acquisition_times': batch['acquisition_times'].where(keep, -1),
+    }
 
 
 class DayOfYear(nn.Module):
