@@ -73,9 +73,8 @@ class FromJuly(AllDates):
 
     def slots(self, times: Times, span: Span, draw: int) -> list[Slot]:
         july = times[0].astype('datetime64[Y]') + np.timedelta64(6, 'M')
-        skipped = int(np.searchsorted(times, july))
-        slots = super().slots(times[skipped:], (july, span[1]), draw)
-        return [replace(slot, position=slot.position + skipped) for slot in slots]
+        slots = super().slots(times[times >= july], (july, span[1]), draw)
+        return [replace(slot, position=int(np.searchsorted(times, slot.time))) for slot in slots]
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,8 @@ def measure(condition: Condition, root: Path, mappers: dict[str, Mapper]) -> dic
     batch = condition.change(tile)
     result: dict[str, Any] = {'panel': condition.panel, 'condition': condition.label}
     for name, mapper in mappers.items():
-        pair = (t.numpy().astype(np.uint8) for t in (mapper(batch), batch['mask']))
-        measured = scores(*pair, scheme=class_scheme(CLASSES))
+        maps = [t.numpy().astype(np.uint8) for t in (mapper(batch), batch['mask'])]
+        measured = scores(maps[0], maps[1], class_scheme(CLASSES))
         result[name] = {key: measured[key] for key in ('f1', 'kappa')}
     return result
 

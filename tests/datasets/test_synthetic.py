@@ -105,6 +105,39 @@ def test_a_patch_without_november_has_no_series(tmp_path: Path) -> None:
         MultiSenGE(tmp_path)
 
 
+def test_a_late_season_changes_what_grows_and_nothing_else(tmp_path: Path) -> None:
+    wood = {'32ULU': 1}
+    usual, late = (
+        write_synthetic(tmp_path / f'{days}', 32, wood, seed=2, delay=days, progress=False)
+        for days in (0, 30)
+    )
+    label = 'ground_reference/32ULU_GR_0_0.tif'
+    assert contents(late)[label] == contents(usual)[label]
+    assert [*contents(late)] == [*contents(usual)]
+    # Leaves fall about day 300, 26 October: in November of a late year they are still there.
+    assert november_ndvi(late, label=11) > november_ndvi(usual, label=11) + 0.1
+
+
+def november_ndvi(root: Path, label: int) -> float:
+    """Mean NDVI in November of the pixels of a label."""
+    with rasterio.open(next((root / 'ground_reference').iterdir())) as src:
+        chosen = src.read(1) == label
+    with rasterio.open(next((root / 's2').glob('*_202011??_S2_*'))) as src:
+        red, nir = src.read([3, 7])[:, chosen].astype(float)
+    return float(((nir - red) / (nir + red)).mean())
+
+
+def test_settings_of_before_there_was_a_delay_are_valid(tmp_path: Path) -> None:
+    root = write_synthetic(tmp_path, 16, {'31UEQ': 1}, progress=False)
+    marker = root / 'synthetic.json'
+    settings = json.loads(marker.read_text())
+    assert settings.pop('delay') == 0
+    marker.write_text(json.dumps(settings))
+    write_synthetic(root, 16, {'31UEQ': 1}, progress=False)
+    with pytest.raises(ValueError, match='other settings'):
+        write_synthetic(root, 16, {'31UEQ': 1}, delay=10)
+
+
 def test_plants_grow_and_go() -> None:
     # Half has grown on the first day and half has gone on the last; 1 / (1 + e) at 8 days before.
     day = np.array([92.0, 100.0, 150.0, 200.0, 208.0])
