@@ -207,7 +207,7 @@ def plot(results: Sequence[dict[str, Any]]) -> plt.Figure:
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharey=True, layout='constrained')
     for panel, ax in zip(PANELS, axes.flat, strict=True):
         rows = [r for r in results if r['panel'] == panel]
-        labels = [r['condition'] for r in rows]
+        labels = [r['condition'].replace(' ', '\n') for r in rows]
         for name, line in zip(TRAININGS, ('o-', 's--'), strict=True):
             ax.plot(labels, [r[name]['f1'] for r in rows], line, label=f'training: {name}')
         ax.set(title=f'Synthetic data: {panel}', ylabel='weighted F1', ylim=(0, 1))
