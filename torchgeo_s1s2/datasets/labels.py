@@ -4,10 +4,11 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import rasterio
 from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.catalog import (
@@ -85,17 +86,31 @@ def _places(folder: Path, sensor: str) -> Iterator[tuple[str, _Place]]:
         yield path.name, (match['tile'], int(match['x']), int(match['y']))
 
 
-def _content(root: Path, place: _Place, images: dict[str, list[str]]) -> dict[str, str]:
+def label_content(
+    images: Mapping[str, Iterable[str]], crs: rasterio.CRS, labels: Iterable[int]
+) -> dict[str, str]:
+    """What the label file of a patch says.
+
+    Args:
+        images: File names of each sensor.
+        crs: CRS of the patch.
+        labels: Labels that its label raster holds.
+    """
+    return {
+        **{KEYS[sensor]: ';'.join(images[sensor]) for sensor in SENSORS},
+        'projection': crs.to_wkt(version='WKT1_GDAL'),
+        'labels': ';'.join(map(str, labels)),
+    }
+
+
+def _content(root: Path, place: _Place, images: Mapping[str, list[str]]) -> dict[str, str]:
     sensor = next(s for s in SENSORS if images[s])
     path = root / sensor / images[sensor][0]
     with open_raster(path) as src:
-        epsg = src.crs.to_epsg() if src.crs else None
-        if epsg is None:
-            raise ValueError(f'{path} has no CRS with an EPSG code ({src.crs}); warp it to one')
-        projection = src.crs.to_wkt(version='WKT1_GDAL')
-    listed = {KEYS[s]: ';'.join(names) for s, names in images.items()}
-    labels = ';'.join(map(str, _labels(root / GROUND_REFERENCE / reference_name(*place))))
-    return {**listed, 'projection': projection, 'labels': labels}
+        crs = src.crs
+    if crs is None or crs.to_epsg() is None:
+        raise ValueError(f'{path} has no CRS with an EPSG code ({crs}); warp it to one')
+    return label_content(images, crs, _labels(root / GROUND_REFERENCE / reference_name(*place)))
 
 
 def _labels(path: Path) -> list[int]:

@@ -39,6 +39,7 @@ from rasterio.transform import from_origin
 from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, SENSORS, reference_name
+from torchgeo_s1s2.datasets.labels import label_content
 
 Array = NDArray[np.float64]
 
@@ -276,12 +277,7 @@ def _write_patch(root: Path, name: tuple[str, int, int], settings: Mapping[str, 
             names[sensor].append(file)
     labels = scene.field('label').astype(np.uint8)
     _write_raster(root / GROUND_REFERENCE / reference_name(*name), labels[None], profile)
-    content = {
-        'corresponding_s2': ';'.join(names['s2']),
-        'corresponding_s1': ';'.join(names['s1']),
-        'projection': profile['crs'].to_wkt(version='WKT1_GDAL'),
-        'labels': ';'.join(map(str, np.unique(labels))),
-    }
+    content = label_content(names, profile['crs'], np.unique(labels))
     _write_text(_label_path(root, name), json.dumps(content))
 
 
