@@ -24,6 +24,7 @@ from torchgeo_s1s2.callbacks.scene import (
     Place,
     Remaining,
     blend_weights,
+    clip,
     locate,
     pieces,
     write_cogs,
@@ -74,7 +75,7 @@ def image(parts: Parts) -> list[NDArray[Any]]:
     """Class, confidence and observations of the whole extent."""
     extent = parts.extent(32631)
     out = [np.full((extent.height, extent.width), v, np.int64) for v in (0, 255, 0)]
-    for window, values in parts.pixels(32631, SCHEME.ids):
+    for window, values in parts.pixels(extent, SCHEME.ids):
         for layer, value in zip(out, values, strict=True):
             layer[window.toslices()] = value
     return out
@@ -297,7 +298,7 @@ def test_cog_validator_accepts_all_three(tmp_path: Path) -> None:
     cogeo = pytest.importorskip('rio_cogeo.cogeo', reason='rio-cogeo is not installed')
     values = np.broadcast_to(np.array([0.2, 0.7, 0.1], np.float32)[:, None, None], (3, 1100, 1100))
     parts = blended(tmp_path, 1100, [(0, 0, values)])
-    pixels = parts.pixels(32631, SCHEME.ids)
+    pixels = parts.pixels(parts.extent(32631), SCHEME.ids)
     write_cogs(tmp_path, 'scene', SCHEME, GRID, parts.extent(32631), pixels)
     files = sorted(tmp_path.glob('scene*.tif'))
     assert len(files) == 3
@@ -366,7 +367,7 @@ def test_mosaic_joins_two_zones(tmp_path: Path) -> None:
         folder = tmp_path / str(epsg)
         folder.mkdir()
         buffer.save(folder / 'part-0.npz')
-        pixels = Parts(folder).pixels(epsg, SCHEME.ids)
+        pixels = Parts(folder).pixels(place, SCHEME.ids)
         write_cogs(tmp_path, str(epsg), SCHEME, grid, place, pixels)
         grids[epsg] = grid
     write_mosaic(tmp_path, 32631, grids, SCHEME)
@@ -378,6 +379,15 @@ def test_mosaic_joins_two_zones(tmp_path: Path) -> None:
         assert src.transform.c % 10 == 0
     with rasterio.open(tmp_path / 'mosaic_confidence.tif') as src:
         assert [int(v[0]) for v in src.sample(points[:2])] == [60, 90]
+
+
+def test_an_extent_is_clipped_to_whole_pixels_of_the_data() -> None:
+    extent = Place(32631, -550010, 49990, 120, 120)  # ten pixels more on each side
+    exact = (LEFT, TOP - 1000, LEFT + 1000, TOP)
+    assert clip(extent, GRID, exact) == Place(32631, -550000, 50000, 100, 100)
+    assert clip(extent, GRID, (LEFT - 1e5, TOP - 1e5, LEFT + 1e5, TOP + 1e5)) == extent
+    partly = (LEFT + 14, TOP - 1000, LEFT + 986, TOP)  # a pixel that is cut stays
+    assert clip(extent, GRID, partly) == Place(32631, -550000, 50001, 100, 98)
 
 
 def test_buffer_size_must_be_positive() -> None:

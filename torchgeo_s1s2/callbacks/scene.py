@@ -21,6 +21,7 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 from torch.utils.data import Sampler
+from torchgeo.datasets import GeoDataset
 
 from torchgeo_s1s2.callbacks.geotiff import MapWriter, PredictedWindow
 from torchgeo_s1s2.callbacks.layers import (
@@ -96,6 +97,23 @@ def locate(epsg: int, transform: Affine, height: int, width: int) -> tuple[Grid,
     col, row = math.floor(x + 0.25), math.floor(y + 0.25)
     grid = Grid(epsg, transform.a, transform.e, x - col, y - row)
     return grid, Place(epsg, row, col, height, width)
+
+
+def clip(extent: Place, grid: Grid, bounds: tuple[float, float, float, float]) -> Place:
+    """Leave out the pixels of an extent that lie wholly beyond bounds.
+
+    Args:
+        extent: Pixels on the grid.
+        grid: Their pixel grid.
+        bounds: Least x and y, largest x and y.
+    """
+    xmin, ymin, xmax, ymax = bounds
+    left, right = (x / grid.xres - grid.x for x in (xmin, xmax))
+    top, bottom = (y / grid.yres - grid.y for y in (ymax, ymin))
+    row, col = max(extent.row, math.floor(top + 1e-3)), max(extent.col, math.floor(left + 1e-3))
+    last_row = min(extent.row + extent.height, math.ceil(bottom - 1e-3))
+    last_col = min(extent.col + extent.width, math.ceil(right - 1e-3))
+    return Place(extent.epsg, row, col, last_row - row, last_col - col)
 
 
 def blend_weights(height: int, width: int) -> NDArray[np.float32]:
@@ -226,17 +244,16 @@ class Parts:
         height, width = (places[:, 1:3] + places[:, 3:]).max(0) - (row, col)
         return Place(epsg, int(row), int(col), int(height), int(width))
 
-    def pixels(self, epsg: int, ids: Sequence[int]) -> Pixels:
-        """Read the map of a CRS block by block.
+    def pixels(self, extent: Place, ids: Sequence[int]) -> Pixels:
+        """Read a map block by block.
 
         Args:
-            epsg: EPSG code.
+            extent: Pixels of the map.
             ids: Number of each class in the map.
 
         Yields:
             A window of the extent, and its class, confidence and number of observations.
         """
-        extent = self.extent(epsg)
         for key, inside, outside in pieces(extent):
             if key in self._files:
                 block = self._sum(key)[:, *inside]
@@ -395,6 +412,7 @@ class Remaining(Sampler[Any]):
 class SceneWriter(MapWriter):
     """Blends overlapping windows into a map of the whole scene, one for each CRS.
 
+    The map has the extent of the data, or of the windows if these do not tell it.
     ``EPSG.tif`` holds the class numbers with colours and names, ``EPSG_confidence.tif`` the
     probability in percent and ``EPSG_observations.tif`` the number of valid observations (1 if
     the predictions do not say), all as Cloud-Optimized GeoTIFFs. Probabilities are weighted with a
@@ -482,14 +500,17 @@ class SceneWriter(MapWriter):
             self._save()
         trainer.strategy.barrier('all parts')
         if trainer.is_global_zero:
-            self._merge(self._scheme_of(trainer))
+            self._merge(trainer)
         trainer.strategy.barrier('scenes')
 
-    def _merge(self, scheme: ClassScheme) -> None:
-        folder, parts = self._folder, Parts(self._parts)
+    def _merge(self, trainer: Trainer) -> None:
+        folder, parts, scheme = self._folder, Parts(self._parts), self._scheme_of(trainer)
         for epsg, grid in parts.grids.items():
-            pixels = parts.pixels(epsg, scheme.ids)
-            write_cogs(folder, str(epsg), scheme, grid, parts.extent(epsg), pixels)
+            extent = parts.extent(epsg)
+            for bounds in _bounds_of_data(trainer, epsg):  # one, that of the zone
+                extent = clip(extent, grid, bounds)
+            pixels = parts.pixels(extent, scheme.ids)
+            write_cogs(folder, str(epsg), scheme, grid, extent, pixels)
             print(f'map of EPSG:{epsg} written to {folder / f"{epsg}.tif"}')
         if self.mosaic is not None and parts.grids:
             write_mosaic(folder, self.mosaic, parts.grids, scheme)
@@ -523,3 +544,14 @@ class SceneWriter(MapWriter):
     @property
     def _parts(self) -> Path:
         return self._folder / 'parts'
+
+
+def _bounds_of_data(trainer: Trainer, epsg: int) -> list[tuple[float, float, float, float]]:
+    """Bounds of the data sets of a CRS, where they are TorchGeo's."""
+    loaders: Any = trainer.predict_dataloaders
+    datasets = [x.dataset for x in (loaders if isinstance(loaders, Sequence) else [loaders])]
+    return [
+        tuple(dataset.index.total_bounds)
+        for dataset in datasets
+        if isinstance(dataset, GeoDataset) and dataset.crs.to_epsg() == epsg
+    ]
