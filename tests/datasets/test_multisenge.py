@@ -31,6 +31,7 @@ from torchgeo_s1s2.datasets import (
     MultiSenGE,
     MultiSenNA,
     RandomDates,
+    multisenge,
 )
 
 LABELS_6_2 = torch.where(torch.arange(32) < 16, 5, 1).expand(32, 32)
@@ -354,9 +355,27 @@ def test_raster_that_differs_names_itself(
 ) -> None:
     path = two_zones / 's2' / '31UEQ_20200904_S2_0_0.tif'
     write_raster(path, np.zeros(shape, np.int16), 32631, left, 5500000)
-    with pytest.raises(ValueError, match=message) as error:
-        MultiSenGE(two_zones, split='test')[0]
-    assert str(path) in str(error.value)
+    dataset = MultiSenGE(two_zones, split='test')
+    for read in (dataset.__getitem__, dataset.check):
+        with pytest.raises(ValueError, match=message) as error:
+            read(0)
+        assert str(path) in str(error.value)
+
+
+def test_a_check_reads_one_pixel_of_each_raster(
+    two_zones: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, read = MultiSenGE(two_zones, split='test'), []
+    real = multisenge._crop
+
+    def crop(*args: Any) -> Any:
+        image = real(*args)
+        read.append(image.shape)
+        return image
+
+    monkeypatch.setattr(multisenge, '_crop', crop)
+    dataset.check(1)
+    assert read == [(10, 1, 1)] * 4 + [(2, 1, 1)] * 4 + [(1, 1, 1)]
 
 
 def test_raster_cut_short_names_itself(two_zones: Path) -> None:

@@ -288,7 +288,7 @@ class MultiSenGEDataModule(NonGeoDataModule):
             self._catalog = Catalog(self.root)
         dataset_class: Any = self.dataset_class
         dataset: MultiSenGE = dataset_class(split=split, catalog=self._catalog, **self.kwargs)
-        dataset[0]
+        dataset.check()
         return dataset
 
     def _setup_predict(self) -> None:

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 from zlib import crc32
@@ -316,19 +316,39 @@ class MultiSenGE(GeoDataset):
         draw = crc32(f'{self._names[row]} {self.epoch}'.encode())
         return self.series.select(times, draw), first
 
+    def check(self, index: int = 0) -> None:
+        """Read one pixel of each raster of a patch, which costs little whatever its size.
+
+        Args:
+            index: Number of a patch.
+
+        Raises:
+            OSError: If a raster cannot be read; the message names it.
+            ValueError: If a raster has another size or number of bands than the others.
+        """
+        row = int(self._patches[index])
+        grid = replace(self._grid(row), width=1, height=1)
+        self._sample(grid, self._period(index), [(row, *self._select(row))])
+
     def _patch(self, index: int) -> Sample:
         if not -len(self) <= index < len(self):
             raise IndexError(f'index: {index} not found in dataset with {len(self)} patches')
         index %= len(self)
         row = int(self._patches[index])
+        series = [(row, *self._select(row))]
+        sample = self._sample(self._grid(row), self._period(index), series)
+        return sample | {'index': torch.tensor(index)}
+
+    def _grid(self, row: int) -> _Grid:
+        """Grid of a patch in its own zone."""
         patch = self.catalog.patch(row)
         origin = Affine(self.res[0], 0, patch.xmin, 0, -self.res[1], patch.ymax)
         crs = rasterio.CRS.from_epsg(patch.epsg)
-        grid = _Grid(patch.epsg, crs, origin, patch.width, patch.height)
+        return _Grid(patch.epsg, crs, origin, patch.width, patch.height)
+
+    def _period(self, index: int) -> slice:
         times = self.index.index[index]
-        period = slice(times.left, times.right, 1)
-        sample = self._sample(grid, period, [(row, *self._select(row))])
-        return sample | {'index': torch.tensor(index)}
+        return slice(times.left, times.right, 1)
 
     def _window(self, index: Any) -> Sample:
         x, y, t = self._disambiguate_slice(index)
