@@ -18,7 +18,7 @@ from torchgeo_s1s2.datasets.catalog import SENSORS, Catalog
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE, NoPatchesError, Sample, Splits
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
-from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
+from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, check_at_least
 from torchgeo_s1s2.transforms import AugmentSeries, DayOfYear, NormalizeSeries, SeriesDropout
 from torchgeo_s1s2.transforms.series import count_observations
 
@@ -111,8 +111,8 @@ class MultiSenGEDataModule(NonGeoDataModule):
         Raises:
             ValueError: If a number is out of range.
         """
-        _check_at_least('batch_size', batch_size, 1)
-        _check_at_least('num_workers', num_workers, 0)
+        check_at_least('batch_size', batch_size, 1)
+        check_at_least('num_workers', num_workers, 0)
         self.root = Path(root)
         self.predict_split = predict_split
         self.predict_patch_size = _pair(predict_patch_size) if predict_patch_size else None
@@ -368,8 +368,3 @@ class MultiSenGEDataModule(NonGeoDataModule):
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f'{name} is {value}; it must be {least} or more')

@@ -94,8 +94,8 @@ class DateRule(ABC):
         _check_choice('missing', self.missing, ('drop', 'keep', 'nearest'))
         _check_choice('leader', self.leader, ('s2', 's1'))
         _check_choice('s1', self.s1, ('nearest', 'first'))
-        _check_at_least('s1_per_slot', self.s1_per_slot, 1)
-        _check_at_least('max_days', self.max_days, 0)
+        check_at_least('s1_per_slot', self.s1_per_slot, 1)
+        check_at_least('max_days', self.max_days, 0)
 
     @property
     @abstractmethod
@@ -266,7 +266,7 @@ class EvenlySpaced(DateRule):
     def __post_init__(self) -> None:
         """Check what a configuration can get wrong."""
         super().__post_init__()
-        _check_at_least('n', self.n, 1)
+        check_at_least('n', self.n, 1)
 
     @property
     def length(self) -> int:
@@ -323,8 +323,8 @@ class RandomDates(DateRule):
     def __post_init__(self) -> None:
         """Check what a configuration can get wrong."""
         super().__post_init__()
-        _check_at_least('n', self.n, 1)
-        _check_at_least('seed', self.seed, 0)
+        check_at_least('n', self.n, 1)
+        check_at_least('seed', self.seed, 0)
         if self.s1 != 'nearest':
             raise ValueError(
                 f's1 is {self.s1!r}, but the slots of random dates have no days of their own; '
@@ -368,7 +368,7 @@ class AllDates(DateRule):
     def __post_init__(self) -> None:
         """Check what a configuration can get wrong."""
         super().__post_init__()
-        _check_at_least('max_length', self.max_length, 1)
+        check_at_least('max_length', self.max_length, 1)
 
     @property
     def length(self) -> int:
@@ -456,7 +456,8 @@ def _label(day: np.datetime64) -> str:
     return day.astype(object).strftime('%B')
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise a ValueError that names a value below the least one."""
     if value < least:
         raise ValueError(f'{name} is {value}; it must be {least} or more')
 
