@@ -155,7 +155,7 @@ class MapWriter(BasePredictionWriter):
         Raises:
             ValueError: If the predictions are not class probabilities with a georeference.
         """
-        dataset = _dataset(trainer, dataloader_idx)
+        dataset = predict_datasets(trainer)[dataloader_idx]
         scheme = self._scheme(dataset)
         for window in predicted_windows(prediction, batch):
             if len(window.probabilities) != len(scheme):
@@ -166,7 +166,7 @@ class MapWriter(BasePredictionWriter):
             self.write(window, scheme, dataset)
 
     def _scheme_of(self, trainer: Trainer) -> ClassScheme:
-        return self._scheme(_dataset(trainer, 0))
+        return self._scheme(predict_datasets(trainer)[0])
 
     def _scheme(self, dataset: Any) -> ClassScheme:
         scheme = self.classes or getattr(dataset, 'classes', None)
@@ -178,11 +178,14 @@ class MapWriter(BasePredictionWriter):
         return scheme
 
 
-def _dataset(trainer: Trainer, dataloader_idx: int) -> Any:
-    """Data set behind a loader, whose numbers the batches hold."""
+def predict_datasets(trainer: Trainer) -> list[Any]:
+    """Data sets behind the loaders, whose numbers the batches hold."""
     loaders: Any = trainer.predict_dataloaders
-    loader = loaders[dataloader_idx] if isinstance(loaders, Sequence) else loaders
-    dataset = getattr(loader, 'dataset', None)
+    loaders = loaders if isinstance(loaders, Sequence) else [loaders]
+    return [_whole_dataset(getattr(loader, 'dataset', None)) for loader in loaders]
+
+
+def _whole_dataset(dataset: Any) -> Any:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return dataset

@@ -23,7 +23,7 @@ from rasterio.windows import Window
 from torch.utils.data import Sampler
 from torchgeo.datasets import GeoDataset
 
-from torchgeo_s1s2.callbacks.geotiff import MapWriter, PredictedWindow
+from torchgeo_s1s2.callbacks.geotiff import MapWriter, PredictedWindow, predict_datasets
 from torchgeo_s1s2.callbacks.layers import (
     CONFIDENCE,
     OBSERVATIONS,
@@ -548,10 +548,8 @@ class SceneWriter(MapWriter):
 
 def _bounds_of_data(trainer: Trainer, epsg: int) -> list[tuple[float, float, float, float]]:
     """Bounds of the data sets of a CRS, where they are TorchGeo's."""
-    loaders: Any = trainer.predict_dataloaders
-    datasets = [x.dataset for x in (loaders if isinstance(loaders, Sequence) else [loaders])]
     return [
         tuple(dataset.index.total_bounds)
-        for dataset in datasets
+        for dataset in predict_datasets(trainer)
         if isinstance(dataset, GeoDataset) and dataset.crs.to_epsg() == epsg
     ]

@@ -283,11 +283,12 @@ class MultiSenGEDataModule(NonGeoDataModule):
         if callbacks is not None and not any(isinstance(c, _FollowEpochs) for c in callbacks):
             callbacks.append(_FollowEpochs())
 
-    def _dataset(self, split: str) -> MultiSenGE:
+    def _dataset(self, split: str, **changes: Any) -> MultiSenGE:
         if self._catalog is None:
             self._catalog = Catalog(self.root)
         dataset_class: Any = self.dataset_class
-        dataset: MultiSenGE = dataset_class(split=split, catalog=self._catalog, **self.kwargs)
+        options = {'split': split, 'catalog': self._catalog, **self.kwargs, **changes}
+        dataset: MultiSenGE = dataset_class(**options)
         dataset.check()
         return dataset
 
@@ -298,16 +299,12 @@ class MultiSenGEDataModule(NonGeoDataModule):
             return
         size = self.predict_patch_size
         stride = self.predict_stride or (size[0] // 2, size[1] // 2)
-        zones = [self._zone(epsg, tiles) for epsg, tiles in dataset.zones.items()]
+        zones = [
+            self._dataset('zone', splits={'zone': tiles}, crs=CRS.from_epsg(epsg))
+            for epsg, tiles in dataset.zones.items()
+        ]
         self.predict_dataset = zones  # type: ignore[assignment]
         self.predict_sampler = [GriddedPatchSampler(z, size=size, stride=stride) for z in zones]
-
-    def _zone(self, epsg: int, tiles: Sequence[str]) -> MultiSenGE:
-        """Patches of some tiles, in the CRS that they share."""
-        dataset_class: Any = self.dataset_class
-        options = {**self.kwargs, 'splits': {'zone': tiles}, 'crs': CRS.from_epsg(epsg)}
-        zone: MultiSenGE = dataset_class(split='zone', catalog=self._catalog, **options)
-        return zone
 
     @property
     def _any_dataset(self) -> MultiSenGE:
