@@ -1,8 +1,11 @@
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
 from sklearn.metrics import (
     cohen_kappa_score,
     f1_score,
@@ -13,6 +16,16 @@ from benchmarks import accuracy
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
 NAMES = 'torchgeo_convlstm', 'pixel_trees'
+
+
+class Die(Callback):
+    """Ends the process without a word amid the second epoch, the first time that it gets there."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        marker = Path(trainer.default_root_dir, 'died')
+        if trainer.current_epoch == 1 and not marker.exists():
+            marker.touch()
+            os._exit(1)
 
 
 @pytest.fixture(scope='module')
@@ -78,6 +91,21 @@ def test_only_what_is_unfinished_runs_again(output: Path, arguments: list[str]) 
     # The epoch was done, so nothing is trained again, and the predictions are the same.
     assert (interrupted / 'checkpoints' / 'last.ckpt').stat().st_mtime_ns == checkpoint
     assert json.loads((output / 'results.json').read_text())['runs'] == before
+
+
+def test_a_killed_run_goes_on_from_its_last_epoch(arguments: list[str], tmp_path: Path) -> None:
+    option = '--trainer.callbacks+=tests.benchmarks.test_accuracy.Die'
+    run = accuracy.Run(accuracy.CONF / 'torchgeo_convlstm.yaml', 0, tmp_path, (option,))
+    root = Path(arguments[1])
+    with pytest.raises(RuntimeError, match='failed; see'):
+        run.start(root, epochs=2)
+    assert not (tmp_path / 'predictions.npz').exists()
+    run.start(root, epochs=2)
+    fit = json.loads((tmp_path / 'fit.json').read_text())
+    # Four patches an epoch: the first epoch was not repeated, nor its samples counted twice.
+    assert len(fit['history']) == 2
+    assert fit['samples'] == 8
+    assert (tmp_path / 'predictions.npz').exists()
 
 
 def test_other_settings_and_other_test_patches_are_refused(
