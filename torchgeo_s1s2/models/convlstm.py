@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .traceable import read_series
+
 
 class ConvLSTM(nn.Module):
     """Convolutional LSTM that returns the last, batch-normalised hidden state.
@@ -57,6 +59,8 @@ class ConvLSTM(nn.Module):
         Returns:
             Last hidden state of shape (B, hidden_channels, H, W).
         """
+        if torch.compiler.is_compiling():
+            return read_series(self, x, valid)
         h = c = x.new_zeros(len(x), self.hidden_channels, *x.shape[-2:])
         started = False
         for t, rows in self._seen(x, valid):
@@ -81,6 +85,20 @@ class ConvLSTM(nn.Module):
 
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
         """Next normalised hidden state and next cell state."""
+        h, c = self.gate(x, h, c)
+        return self.batchnorm(h), c
+
+    def gate(self, x: Tensor, h: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Next hidden state, not yet normalised, and next cell state.
+
+        Args:
+            x: Slot of shape (B, C, H, W).
+            h: Hidden state of shape (B, hidden_channels, H, W), None for zeros.
+            c: Cell state of the same shape.
+
+        Returns:
+            Hidden and cell state.
+        """
         if h is None:
             weight = self.conv.weight[:, : self.in_channels]
             gates = F.conv2d(x, weight, self.conv.bias, padding=self.conv.padding)
@@ -88,4 +106,4 @@ class ConvLSTM(nn.Module):
             gates = self.conv(torch.cat([x, h], dim=1))
         i, f, g, o = gates.chunk(4, dim=1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return self.batchnorm(o.sigmoid() * c.tanh()), c
+        return o.sigmoid() * c.tanh(), c

@@ -226,7 +226,7 @@ def first_valid(series: Tensor, valid: Tensor) -> Tensor:
         Images of shape (B, C, H, W); slot 0 where no slot is valid.
     """
     first = valid.int().argmax(dim=1)
-    return series[torch.arange(len(series), device=series.device), first]
+    return series[torch.arange(series.shape[0], device=series.device), first]
 
 
 def spatial_encoders() -> list[str]:
