@@ -2,6 +2,7 @@
 
 from .convlstm import ConvLSTM
 from .encoder import ConvLSTMInceptionEncoder, register_encoder, register_encoders
+from .export import export_onnx, export_program
 from .fuselstm import FuseLSTM, fuselstm_to_unet, unet_to_fuselstm
 from .inception import Inception
 
@@ -10,6 +11,8 @@ __all__ = (
     'ConvLSTMInceptionEncoder',
     'FuseLSTM',
     'Inception',
+    'export_onnx',
+    'export_program',
     'fuselstm_to_unet',
     'register_encoder',
     'register_encoders',

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.scan import scan
 
 if TYPE_CHECKING:
     from torchgeo_s1s2.models.convlstm import ConvLSTM
@@ -37,6 +36,9 @@ def read_series(layer: 'ConvLSTM', x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _scan(layer: 'ConvLSTM', x: Tensor, valid: Tensor | None, zero: Tensor) -> Tensor:
+    # A prototype in PyTorch, imported from where it lives, and only by who exports.
+    from torch._higher_order_ops.scan import scan
+
     if valid is None:
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 

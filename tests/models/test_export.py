@@ -1,0 +1,203 @@
+"""What leaves eager PyTorch gives what eager PyTorch gives: compiled, exported, other formats."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torchgeo.datasets import DependencyNotFoundError
+
+from torchgeo_s1s2.models import ConvLSTM, FuseLSTM, export_onnx, export_program
+from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
+
+onnxruntime = pytest.importorskip('onnxruntime')
+
+# B, T, H, W: the exported example, a single slot, more of everything.
+SHAPES = [(2, 3, 64, 96), (1, 1, 64, 64), (3, 5, 96, 64)]
+
+
+def build(backbone: str = 'vgg16_convlstm_inception') -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = smp.create_model('unet', backbone, None, in_channels=12, classes=5)
+    for name, buffer in model.named_buffers():  # as if it had learnt
+        if name.endswith('running_mean'):
+            nn.init.normal_(buffer, std=0.2)
+    return model
+
+
+def make_image(b: int = 2, t: int = 3, h: int = 32, w: int = 32) -> Tensor:
+    """A series with gaps: slots that no sensor saw, or only one, and a sensor never seen."""
+    image = torch.randn(b, t, 12, h, w, generator=torch.Generator().manual_seed(1))
+    image[0, 0] = 0
+    image[-1, -1, :10] = 0
+    image[-1, :, 10:] = 0
+    return image
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def learn(model: nn.Module, run: nn.Module, image: Tensor) -> list[dict[str, Tensor]]:
+    """Output, gradients and buffers after a training step without the optimizer."""
+    output = run(image)
+    output.square().mean().backward()
+    return [{'output': output.detach()}, gradients(model), dict(model.named_buffers())]
+
+
+@pytest.fixture(scope='module')
+def model() -> nn.Module:
+    return build().eval()
+
+
+@pytest.fixture(scope='module')
+def small() -> nn.Module:
+    """Of a stride of 8 pixels."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {'encoder_depth': 3, 'decoder_channels': (32, 16, 8)}
+    backbone = 'resnet18_convlstm_inception'
+    return smp.Unet(backbone, encoder_weights=None, in_channels=12, **options).eval()
+
+
+@pytest.fixture(scope='module')
+def program(small: nn.Module) -> ExportedProgram:
+    return export_program(small)
+
+
+@pytest.fixture(scope='module')
+def onnx_file(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp('onnx') / 'new' / 'model.onnx'
+    export_onnx(model, path)
+    return path
+
+
+@torch.no_grad()
+def test_compiled_without_graph_breaks_in_evaluation(model: nn.Module) -> None:
+    compiled = torch.compile(model, fullgraph=True, backend='eager')
+    for t, size in ((3, 32), (2, 64)):
+        image = make_image(t=t, h=size)
+        torch.testing.assert_close(compiled(image), model(image), rtol=0, atol=1e-6)
+
+
+def test_compiled_without_graph_breaks_in_training() -> None:
+    image = make_image(h=64).double()
+    eager, traced = build().double().train(), build().double().train()
+    compiled = torch.compile(traced, fullgraph=True, backend='aot_eager')
+    expected, actual = learn(eager, eager, image), learn(traced, compiled, image)
+    assert len(expected[1]) == len(dict(eager.named_parameters()))
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-10)
+
+
+def test_model_of_the_task_compiles_in_place() -> None:
+    task = S1S2SemanticSegmentation(backbone='resnet18_convlstm_inception', num_classes=3).eval()
+    image = make_image()
+    expected = task(image)
+    names = list(task.state_dict())
+    task.model.compile(fullgraph=True, backend='eager')
+    torch.testing.assert_close(task(image), expected, rtol=0, atol=1e-5)
+    assert list(task.state_dict()) == names
+
+
+def test_compiled_to_kernels() -> None:
+    """By inductor, what torch.compile does unless told otherwise."""
+    layer = ConvLSTM(2, 4).eval()
+    x, valid = torch.randn(2, 2, 2, 16, 16), torch.tensor([[True, False], [True, True]])
+    with torch.no_grad():
+        actual = torch.compile(layer, fullgraph=True)(x, valid)
+        torch.testing.assert_close(actual, layer(x, valid), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@torch.no_grad()
+def test_exported_program(
+    small: nn.Module, program: ExportedProgram, shape: tuple[int, ...]
+) -> None:
+    image = make_image(*shape)
+    torch.testing.assert_close(program.module()(image), small(image), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', [*SHAPES, (1, 2, 32, 32)])
+@torch.no_grad()
+def test_onnx_file(model: nn.Module, onnx_file: Path, shape: tuple[int, ...]) -> None:
+    image = make_image(*shape)
+    session = onnxruntime.InferenceSession(onnx_file)
+    (actual,) = session.run(['logits'], {'image': image.numpy()})
+    expected = model(image)
+    assert expected.std() > 0.1  # far from what is allowed to differ
+    torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=0, atol=1e-4)
+
+
+def test_onnx_file_names_its_axes_and_stands_alone(onnx_file: Path) -> None:
+    session = onnxruntime.InferenceSession(onnx_file)
+    (image,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert image.shape == ['batch', 'slots', 12, 'height', 'width']
+    assert logits.shape == ['batch', 5, 'height', 'width']
+    assert [path.name for path in onnx_file.parent.iterdir()] == ['model.onnx']
+
+
+def test_export_in_training_mode_keeps_the_slots_fixed() -> None:
+    torch.manual_seed(0)
+    eager, traced = ConvLSTM(2, 3).double(), ConvLSTM(2, 3).double()
+    traced.load_state_dict(eager.state_dict())
+    x, valid = torch.randn(2, 3, 2, 8, 8).double(), torch.tensor([[True, False, True]] * 2)
+    valid[0, 0] = False
+    module = torch.export.export(traced, (x, valid)).module()
+    torch.testing.assert_close(module(x, valid), eager(x, valid), rtol=0, atol=1e-12)
+    buffers = dict(module.named_buffers())
+    for name, buffer in eager.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_drop_in_exports_with_series_of_any_length() -> None:
+    torch.manual_seed(0)
+    model = FuseLSTM(4).eval()
+    series = [torch.randn(1, 3, 32, 32, 10), torch.randn(1, 4, 32, 32, 2)]
+    stack = torch.randn(1, 32, 32, 12)
+    free = ({1: Dim('slots_s2')}, {1: Dim('slots_s1')}, {})
+    module = torch.export.export(model, (*series, stack), dynamic_shapes=free).module()
+    fewer = (series[0][:, :1], series[1][:, :2], stack)
+    torch.testing.assert_close(module(*fewer), model(*fewer), rtol=0, atol=1e-5)
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(TypeError, match='cannot export Unet, expected .* ConvLSTMInceptionEncoder'):
+        export_program(smp.Unet('resnet18', encoder_weights=None))
+    task = S1S2SemanticSegmentation(backbone='resnet18_convlstm_inception', num_classes=3)
+    with pytest.raises(TypeError, match=r'S1S2SemanticSegmentation.*task\.model'):
+        export_program(task)
+
+
+def test_missing_dependency_says_how_to_mend_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(DependencyNotFoundError, match=r"pip install 'torchgeo-s1s2\[onnx\]'"):
+        export_onnx(nn.Identity(), tmp_path / 'model.onnx')
+
+
+def test_autocast_to_bfloat16() -> None:
+    """Bfloat16 keeps 8 bits: outputs within a few 2^-8 of their spread, gradients alike."""
+    image = make_image(h=64)
+    exact, cast = build().train(), build().train()
+    expected = learn(exact, exact, image)
+    with torch.autocast('cpu', torch.bfloat16):
+        output = cast(image)
+        output.float().square().mean().backward()
+    assert output.dtype == torch.bfloat16
+    error = (output.float() - expected[0]['output']).std() / expected[0]['output'].std()
+    assert error < 0.05
+    for name, gradient in gradients(cast).items():
+        assert gradient.isfinite().all(), name
+
+
+def test_channels_last() -> None:
+    image = make_image(h=64).double()
+    plain, last = build().double().train(), build().double().train()
+    last = last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    flat = image.flatten(1, 2).to(memory_format=torch.channels_last)
+    expected, actual = learn(plain, plain, image), learn(last, last, flat)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-10)

@@ -1,0 +1,113 @@
+"""Models for use without this package: torch.export and ONNX."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torchgeo.datasets import DependencyNotFoundError
+
+from .encoder import ConvLSTMInceptionEncoder
+
+_AXES = {'batch': 0, 'slots': 1, 'height': 3, 'width': 4}
+
+
+def export_program(model: nn.Module) -> ExportedProgram:
+    """Export a segmentation model of series with :func:`torch.export.export`.
+
+    Takes an image of shape (B, T, C, H, W) and returns logits of shape (B, K, H, W). B, T, H and W
+    are free, H and W multiples of the encoder's stride; the program refuses images of a single
+    stride, such as 32 x 32 pixels.
+
+    Args:
+        model: smp model around a :class:`ConvLSTMInceptionEncoder`, or the ``model`` of a task.
+            It is left in evaluation mode.
+
+    Returns:
+        The program; :func:`torch.export.save` writes it.
+
+    Raises:
+        TypeError: If the encoder is another one.
+    """
+    encoder = _series_encoder(model)
+    steps = {'height': encoder.output_stride, 'width': encoder.output_stride}
+    free = {axis: steps.get(name, 1) * Dim(name) for name, axis in _AXES.items()}
+    # No size is 1, which would be fixed, or that of another axis, which would be taken for it.
+    image = _example(model, batch=2, slots=3, rows=2, columns=4)
+    return torch.export.export(model.eval(), (image,), dynamic_shapes=(free,))
+
+
+def export_onnx(model: nn.Module, path: str | Path) -> None:
+    """Write a segmentation model of series to an ONNX file, weights included.
+
+    Its input ``image`` has the shape (B, T, C, H, W): normalised, and 0 where something is missing,
+    as the data modules give it. Its output ``logits`` has the shape (B, K, H, W). B, T, H and W are
+    free, H and W multiples of the encoder's stride; the recurrence is an ONNX Scan. Before the file
+    is written, ONNX Runtime has to give the logits of the model for other sizes than those of the
+    export.
+
+    Needs the optional dependencies ``onnx``.
+
+    Args:
+        model: smp model around a :class:`ConvLSTMInceptionEncoder`, or the ``model`` of a task.
+            It is left in evaluation mode.
+        path: File to write.
+
+    Raises:
+        DependencyNotFoundError: If onnxscript or onnxruntime is not installed.
+        RuntimeError: If ONNX Runtime gives other logits.
+        TypeError: If the encoder is another one.
+    """
+    for name in ('onnxscript', 'onnxruntime'):
+        if importlib.util.find_spec(name) is None:
+            raise DependencyNotFoundError(
+                f"{name} is not installed; run: pip install 'torchgeo-s1s2[onnx]'"
+            )
+    onnx_program = torch.onnx.export(
+        export_program(model),
+        input_names=['image'],
+        output_names=['logits'],
+        dynamic_shapes=({axis: name for name, axis in _AXES.items()},),
+        verbose=False,
+    )
+    assert onnx_program is not None
+    _check_runtime(model, onnx_program.model_proto.SerializeToString())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    onnx_program.save(path, external_data=False)
+
+
+def _series_encoder(model: nn.Module) -> ConvLSTMInceptionEncoder:
+    encoder = getattr(model, 'encoder', None)
+    if isinstance(encoder, ConvLSTMInceptionEncoder):
+        return encoder
+    raise TypeError(
+        f'cannot export {type(model).__name__}, expected an smp model around a '
+        'ConvLSTMInceptionEncoder; of a task, give its model: task.model'
+    )
+
+
+def _example(model: nn.Module, batch: int, slots: int, rows: int, columns: int) -> Tensor:
+    """Random image of some strides in height and width, whose first slot is missing."""
+    encoder = _series_encoder(model)
+    size = rows * encoder.output_stride, columns * encoder.output_stride
+    image = next(model.parameters()).new_empty(batch, slots, encoder.channels, *size).normal_()
+    image[0, 0] = 0
+    return image
+
+
+@torch.no_grad()
+def _check_runtime(model: nn.Module, file: bytes) -> None:
+    """Compare ONNX Runtime with the model at sizes that the export did not see."""
+    import onnxruntime
+
+    image = _example(model, batch=1, slots=4, rows=4, columns=3)
+    (logits,) = onnxruntime.InferenceSession(file).run(None, {'image': image.cpu().numpy()})
+    expected = model(image).cpu()
+    error = (expected - torch.from_numpy(logits)).abs().max().item()
+    if not error <= 1e-4 * max(1, expected.abs().max().item()):
+        raise RuntimeError(
+            f'cannot export {type(model).__name__} with free sizes: ONNX Runtime differs from it '
+            f'by {error:.2g} for an image of shape {tuple(image.shape)}; use another architecture, '
+            'such as Unet'
+        )
