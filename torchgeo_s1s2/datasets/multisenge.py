@@ -242,15 +242,15 @@ class MultiSenGE(GeoDataset):
         """Rows of the catalogue in the split that have a footprint and a full series."""
         chosen, failed = [], Counter[str]()
         rows = self._rows_of_split()
+        reasons: dict[tuple[bytes, ...], str] = {}  # many patches have the same times
         for row in rows:
-            try:
-                slots, _ = self._select(row)
-                if not any(any(slots[sensor]) for sensor in self.sensors):
-                    raise NoSeriesError('no acquisition at all')
-            except NoSeriesError as error:
-                failed[str(error)] += 1
-                continue
-            chosen.append(row)
+            key = tuple(self.catalog.times(row, sensor).tobytes() for sensor in self._in_use)
+            if key not in reasons:
+                reasons[key] = self._why_not(row)
+            if reasons[key]:
+                failed[reasons[key]] += 1
+            else:
+                chosen.append(row)
         if not chosen:
             why = '; '.join(f'{n} patches have {reason}' for reason, n in failed.most_common(3))
             raise NoPatchesError(
@@ -258,6 +258,20 @@ class MultiSenGE(GeoDataset):
                 f'series {self.series}: {why}. Choose another series, or missing="keep"'
             )
         return np.array(chosen, np.intp)
+
+    def _why_not(self, row: int) -> str:
+        """Why a patch has no series, empty if it has one."""
+        try:
+            slots, _ = self._select(row)
+        except NoSeriesError as error:
+            return str(error)
+        seen = any(any(slots[sensor]) for sensor in self.sensors)
+        return '' if seen else 'no acquisition at all'
+
+    @property
+    def _in_use(self) -> tuple[str, ...]:
+        """Sensors that the date rule looks at."""
+        return tuple(dict.fromkeys((self.series.leader, *self.sensors)))
 
     def _rows_of_split(self) -> NDArray[np.intp]:
         names = (*self.splits, 'all')
@@ -282,8 +296,8 @@ class MultiSenGE(GeoDataset):
         self._res = self._resolution(patches)
         parts = [self._footprints(group, target) for _, group in patches.groupby('epsg')]
         geometry = pd.concat(parts).loc[patches.index]
-        spans = [self._span(row) for row in self._patches]
-        times = pd.IntervalIndex.from_tuples(spans, closed='both', name='datetime')
+        spans = np.array([self._span(row) for row in self._patches])
+        times = pd.IntervalIndex.from_arrays(*spans.T, closed='both', name='datetime')
         return gpd.GeoDataFrame(
             {'name': patches['name'].to_numpy()}, index=times, geometry=geometry.array, crs=target
         )
@@ -296,20 +310,22 @@ class MultiSenGE(GeoDataset):
         if not crs.is_projected:
             return native.to_crs(crs)
         res = np.array(self._res)
-        return native.to_crs(crs).map(lambda g: transform(g, lambda xy: np.round(xy / res) * res))
+        warped = native.to_crs(crs)
+        snapped = transform(warped.to_numpy(), lambda xy: np.round(xy / res) * res)
+        return gpd.GeoSeries(snapped, index=warped.index, crs=crs)
 
     def _resolution(self, patches: pd.DataFrame) -> tuple[float, float]:
         res = float(((patches['xmax'] - patches['xmin']) / patches['width']).iloc[0])
         return res, res
 
-    def _span(self, row: int) -> tuple[pd.Timestamp, pd.Timestamp]:
+    def _span(self, row: int) -> tuple[np.datetime64, np.datetime64]:
         times = [t for s in self.sensors if len(t := self.catalog.times(row, s))]
-        return pd.Timestamp(min(t[0] for t in times)), pd.Timestamp(max(t[-1] for t in times))
+        return min(t[0] for t in times), max(t[-1] for t in times)
 
     def _select(self, row: int, period: slice | None = None) -> tuple[Slots, dict[str, int]]:
         """Slots of a patch in a period, and where the positions of each sensor start."""
         times, first = {}, {}
-        for sensor in dict.fromkeys((self.series.leader, *self.sensors)):
+        for sensor in self._in_use:
             t = self.catalog.times(row, sensor)
             start, stop = _within(t, period) if period else (0, len(t))
             times[sensor], first[sensor] = t[start:stop], start

@@ -1,0 +1,118 @@
+"""A table kept as GeoParquet beside the data that it describes."""
+
+import os
+import time
+import warnings
+from hashlib import sha256
+from pathlib import Path
+from uuid import uuid4
+
+import geopandas as gpd
+
+State = dict[str, list[int]]
+"""Of files and folders by name: time of modification and of change in ns, and size or digest."""
+
+CONTENTS = '/*'
+"""A name with this ending stands for all files of a folder: newest times and a digest."""
+
+
+class TableCache:
+    """Keeps a table in a file as long as the files and folders that made it stay as they are.
+
+    A folder changes when an entry is added, removed or renamed, and a file when it is written, in
+    place or anew; both are noticed by the times of modification and of change, which no tool that
+    restores the former can set back. Reading is as quick as that, as nothing is listed. What
+    escapes is what the file system hides: a file that another machine has added to a network file
+    system whose folder this one still remembers (NFS: up to a minute), and mounts of object stores
+    whose folders have no times.
+
+    The file is written aside and moved into place, so several processes may write and read at
+    once. A file that is damaged or of another format counts as none.
+    """
+
+    def __init__(self, path: Path, version: int) -> None:
+        """Keep the settings.
+
+        Args:
+            path: The file; the names of states are relative to its folder.
+            version: Number of the table's format.
+        """
+        self.path = path
+        self.version = version
+
+    def state(self, *names: str) -> State:
+        """State of files and folders.
+
+        Args:
+            *names: Relative to the folder of the cache, or the name of a folder and ``/*``.
+
+        Raises:
+            OSError: If one is not there.
+        """
+        root = self.path.parent
+        return {
+            name: _stamp_all(root / name.removesuffix(CONTENTS))
+            if name.endswith(CONTENTS)
+            else _stamp((root / name).stat())
+            for name in names
+        }
+
+    def load(self) -> gpd.GeoDataFrame | None:
+        """The table, None if there is none that is still true."""
+        try:
+            table = gpd.read_parquet(self.path, page_checksum_verification=True)
+            kept = table.attrs
+            if kept['version'] == self.version and kept['state'] == self.state(*kept['state']):
+                return table
+        except Exception:
+            # Whatever is wrong with it, the table is made anew.
+            return None
+        return None
+
+    def save(self, table: gpd.GeoDataFrame, state: State) -> None:
+        """Write the table, or warn that it cannot be written.
+
+        Args:
+            table: What ``load`` shall give, with its ``attrs``.
+            state: State of all that the table depends on, from before they were read.
+        """
+        table = table.copy(deep=False)
+        table.attrs = {**table.attrs, 'version': self.version, 'state': state}
+        part = self.path.with_name(f'.{self.path.name}.{uuid4().hex}.part')
+        try:
+            table.to_parquet(part, compression='zstd', write_page_checksum=True)
+            part.replace(self.path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            warnings.warn(
+                f'{self.path} cannot be written ({error}); every start takes as long as this one',
+                stacklevel=4,
+            )
+
+
+def wait_for_next_tick(state: State) -> None:
+    """Let the clock of the file system go on.
+
+    A change within the tick of the last one would leave the same times. Ticks are milliseconds,
+    or two seconds on file systems that keep whole seconds.
+
+    Args:
+        state: What was just looked at.
+    """
+    times = [ns for stamp in state.values() for ns in stamp[:2]]
+    tick = 2_000_000_000 if all(ns % 1_000_000_000 == 0 for ns in times) else 20_000_000
+    wait = max(times) + tick - time.time_ns()
+    if wait > 0:
+        time.sleep(min(wait, tick) / 1e9)
+
+
+def _stamp(status: os.stat_result) -> list[int]:
+    return [status.st_mtime_ns, status.st_ctime_ns, status.st_size]
+
+
+def _stamp_all(folder: Path) -> list[int]:
+    """Newest times of the files in a folder, and a digest of all their names, times and sizes."""
+    stamps = {entry.name: _stamp(entry.stat()) for entry in os.scandir(folder)}
+    digest = sha256(repr(sorted(stamps.items())).encode()).digest()
+    newest = [max((stamp[i] for stamp in stamps.values()), default=0) for i in range(2)]
+    return [*newest, int.from_bytes(digest[:8])]
