@@ -8,11 +8,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pyproj import CRS
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torchgeo.datamodules import NonGeoDataModule
 from torchgeo.datasets import stack_samples
 from torchgeo.samplers import GriddedPatchSampler
 
+from torchgeo_s1s2.datamodules.batches import EvenBatches
 from torchgeo_s1s2.datamodules.statistics import Statistics
 from torchgeo_s1s2.datasets.catalog import SENSORS, Catalog
 from torchgeo_s1s2.datasets.classes import ClassScheme
@@ -45,8 +46,10 @@ def _next_epoch(trainer: Trainer) -> int:
 class MultiSenGEDataModule(NonGeoDataModule):
     """Patches of MultiSenGE by tile splits, normalised and, in training, augmented.
 
-    Patches are read by number, each on its own grid in its own UTM zone, so PyTorch's plain and
-    distributed samplers serve. Each channel is normalised with the mean and standard deviation of
+    Patches are read by number, each on its own grid in its own UTM zone. However many processes
+    there are, an epoch reads each patch once and in one of them, see
+    :class:`~torchgeo_s1s2.datamodules.batches.EvenBatches`; what is kept on disk is made by the
+    first process and read by the others. Each channel is normalised with the mean and standard deviation of
     the training patches, which are computed once and kept beside the data as
     ``statistics_*.json``, and travel in checkpoints. They are of the slots that the date rule
     chooses; of a rule that draws, those of the first epoch.
@@ -138,6 +141,8 @@ class MultiSenGEDataModule(NonGeoDataModule):
         self.dropout = dropout
         self.day_of_year = DayOfYear() if day_of_year else None
         self._catalog: Catalog | None = None
+        self._datasets: dict[str, MultiSenGE] = {}
+        self._found: Statistics | None = None
 
     @property
     def classes(self) -> ClassScheme:
@@ -165,10 +170,14 @@ class MultiSenGEDataModule(NonGeoDataModule):
         return self._known_statistics().class_weights
 
     def prepare_data(self) -> None:
-        """Write the synthetic data set and the statistics if they are wanted and not there."""
+        """Write what is wanted and not there: synthetic data, the catalogue and the statistics.
+
+        Lightning calls this in the first process only, before the ``setup`` of all.
+        """
         if self.synthetic is not False:
             options = {} if self.synthetic is True else dict(self.synthetic)
             write_synthetic(self.root, **options)
+        self._read_catalog()
         self._find_statistics()
 
     def setup(self, stage: str) -> None:
@@ -193,7 +202,7 @@ class MultiSenGEDataModule(NonGeoDataModule):
             self.test_dataset = self._dataset('test')
         if stage == 'predict':
             self._setup_predict()
-        self._use(self._find_statistics())
+        self._use(self._share_statistics())
 
     def predict_dataloader(self) -> Any:
         """Loader of the patches, or one of the windows of each UTM zone."""
@@ -210,6 +219,20 @@ class MultiSenGEDataModule(NonGeoDataModule):
             )
             for dataset, sampler in zip(datasets, self.predict_sampler, strict=True)
         ]
+
+    def _dataloader_factory(self, split: str) -> DataLoader[Sample]:
+        """As TorchGeo's, with every patch in training too; prediction takes any sampler."""
+        if split == 'predict':
+            return super()._dataloader_factory(split)
+        dataset: Any = self._valid_attribute(f'{split}_dataset', 'dataset')
+        sampler = RandomSampler(dataset) if split == 'train' else SequentialSampler(dataset)
+        return DataLoader(
+            dataset,
+            batch_sampler=EvenBatches(sampler, self.batch_size),
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+            persistent_workers=self.num_workers > 0,
+        )
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Loader of the training patches; it starts to read in the epoch that comes next."""
@@ -283,11 +306,20 @@ class MultiSenGEDataModule(NonGeoDataModule):
         if callbacks is not None and not any(isinstance(c, _FollowEpochs) for c in callbacks):
             callbacks.append(_FollowEpochs())
 
-    def _dataset(self, split: str, **changes: Any) -> MultiSenGE:
+    def _read_catalog(self) -> Catalog:
         if self._catalog is None:
             self._catalog = Catalog(self.root)
+        return self._catalog
+
+    def _dataset(self, split: str) -> MultiSenGE:
+        """Patches of a split, chosen once."""
+        if split not in self._datasets:
+            self._datasets[split] = self._new_dataset(split)
+        return self._datasets[split]
+
+    def _new_dataset(self, split: str, **changes: Any) -> MultiSenGE:
         dataset_class: Any = self.dataset_class
-        options = {'split': split, 'catalog': self._catalog, **self.kwargs, **changes}
+        options = {'split': split, 'catalog': self._read_catalog(), **self.kwargs, **changes}
         dataset: MultiSenGE = dataset_class(**options)
         dataset.check()
         return dataset
@@ -300,7 +332,7 @@ class MultiSenGEDataModule(NonGeoDataModule):
         size = self.predict_patch_size
         stride = self.predict_stride or (size[0] // 2, size[1] // 2)
         zones = [
-            self._dataset('zone', splits={'zone': tiles}, crs=CRS.from_epsg(epsg))
+            self._new_dataset('zone', splits={'zone': tiles}, crs=CRS.from_epsg(epsg))
             for epsg, tiles in dataset.zones.items()
         ]
         self.predict_dataset = zones  # type: ignore[assignment]
@@ -327,11 +359,20 @@ class MultiSenGEDataModule(NonGeoDataModule):
         """Statistics from the file given or beside the data, None without training patches."""
         if self.statistics_path is not None:
             return Statistics.load(self.statistics_path)
-        try:
-            dataset = self._dataset('train')
-        except NoPatchesError:
-            return None
-        return Statistics.beside(dataset, self.num_workers)
+        if self._found is None:
+            try:
+                dataset = self._dataset('train')
+            except NoPatchesError:
+                return None
+            self._found = Statistics.beside(dataset, self.num_workers)
+        return self._found
+
+    def _share_statistics(self) -> Statistics | None:
+        """Statistics that the first process finds, for all of them."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return self._find_statistics()
+        found = self._find_statistics() if self.trainer.is_global_zero else None
+        return self.trainer.strategy.broadcast(found)
 
     def _use(self, statistics: Statistics | None) -> None:
         if statistics is None:

@@ -332,11 +332,21 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         self.log(
             f'{stage}_loss',
             loss,
-            batch_size=len(mask),
+            batch_size=self._loss_weight(mask),  # type: ignore[arg-type]
             prog_bar=True,
             sync_dist=stage != 'train',
         )
         return loss, logits
+
+    def _loss_weight(self, mask: Tensor) -> Tensor:
+        """Weight of a batch in the loss of an epoch: what its own loss was divided by.
+
+        So the loss does not depend on how the pixels come in batches and processes.
+        """
+        labels = mask[mask != self._ignored]
+        weight = getattr(self.criterion, 'weight', None)
+        total = torch.tensor(labels.numel()) if weight is None else weight[labels].sum()
+        return total.to(mask.device, torch.float32).clamp(min=1e-6)
 
     def _loss(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Loss over the labelled pixels, 0 without any."""

@@ -1,0 +1,67 @@
+"""Batches that distributed training and evaluation can count on."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import BatchSampler, DistributedSampler
+
+
+class EvenBatches(BatchSampler):
+    """Gives each sample to one process once an epoch, in as many batches in each process.
+
+    The batches of all processes differ by one sample at most, so none is a small remainder.
+    PyTorch's ``DistributedSampler`` repeats samples until the processes have as many, which counts
+    some twice in metrics, and dropping the last batch leaves samples out.
+
+    Lightning puts a ``DistributedSampler`` in the place of ``sampler``: it says how many processes
+    there are, and the seed of the order that they share.
+    """
+
+    def __init__(self, sampler: Any, batch_size: int, drop_last: bool = False) -> None:
+        """Keep the settings.
+
+        Args:
+            sampler: Sampler of the whole data set, or a ``DistributedSampler``.
+            batch_size: Most samples in a batch. Only with 1, and a number of samples that the
+                processes cannot share evenly, some batches have one more.
+            drop_last: As in PyTorch's class; nothing is ever dropped.
+
+        Raises:
+            ValueError: If there are fewer samples than processes.
+        """
+        super().__init__(sampler, batch_size, drop_last)
+        if self._samples < self._processes:
+            raise ValueError(
+                f'{self._samples} patches cannot be shared by {self._processes} processes; give '
+                f'{self._samples} devices or fewer'
+            )
+
+    def __len__(self) -> int:
+        """Number of batches of each process."""
+        steps = -(-self._samples // (self._processes * self.batch_size))
+        return min(steps, self._samples // self._processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Batches of this process; those of one step lie side by side in the order."""
+        batches = np.array_split(self._order(), len(self) * self._processes)
+        for batch in batches[getattr(self.sampler, 'rank', 0) :: self._processes]:
+            yield batch.tolist()
+
+    @property
+    def _processes(self) -> int:
+        return getattr(self.sampler, 'num_replicas', 1)
+
+    @property
+    def _samples(self) -> int:
+        shared = isinstance(self.sampler, DistributedSampler)
+        return len(self.sampler.dataset if shared else self.sampler)  # type: ignore[attr-defined, arg-type]
+
+    def _order(self) -> list[int]:
+        """Samples of all processes."""
+        shared: Any = self.sampler
+        if not isinstance(shared, DistributedSampler):
+            return list(shared)
+        whole = DistributedSampler(shared.dataset, 1, 0, shared.shuffle, shared.seed)
+        whole.set_epoch(shared.epoch)
+        return list(whole)
