@@ -35,7 +35,7 @@ from torchgeo_s1s2.datasets.synthetic import write_synthetic
 SIZES = (500, 1000, 2000, 4000)
 """Numbers of images, about."""
 
-IMAGES_A_PATCH = 27
+IMAGES_A_PATCH = 30
 """Images of a patch of the synthetic data, about."""
 
 

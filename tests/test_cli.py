@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -96,10 +97,10 @@ def test_command_maps_each_patch_on_the_grid_of_its_images(fitted: Path) -> None
     check_maps(fitted)
 
 
-def check_maps(folder: Path) -> None:
+def check_maps(folder: Path, tile: str = '31UEQ', count: int = 2) -> None:
     maps = sorted((folder / 'outputs' / 'maps').glob('*_[0-9]*.tif'))
-    patches = sorted(p.stem for p in (folder / 'data' / 'labels').glob('31UEQ_*.json'))
-    assert len(patches) == 2
+    patches = sorted(p.stem for p in (folder / 'data' / 'labels').glob(f'{tile}_*.json'))
+    assert len(patches) == count
     assert [path.stem for path in maps if 'confidence' not in path.stem] == patches
     for name in patches:
         tile, xy = name.split('_', 1)
@@ -163,37 +164,101 @@ def test_bad_input_is_named_before_training(
     assert not (data / 'outputs' / 'metrics.csv').exists()
 
 
-def test_two_processes_measure_and_map_as_one(data: Path) -> None:
-    """Fit and predict with two processes, then validate with one."""
-    script = data / 'two.py'
-    script.write_text(
-        'from torchgeo.main import main\n'
-        f"common = ['--config={CONF}', '--trainer.devices=2', '--trainer.strategy=ddp']\n"
-        "main(['fit', *common])\n"
-        f"main(['predict', *common, '{CHECKPOINT}', '{ELSEWHERE}'])\n"
-        f"main(['predict', *common, '--config={SCENE}', '{CHECKPOINT}'])\n"
-    )
+TWO = f"""
+import json, os
+from pathlib import Path
+from lightning.pytorch import Callback
+from torchgeo.main import main
+from torchgeo_s1s2.datamodules import Statistics
+from torchgeo_s1s2.datasets import catalog
+
+def note(*line):
+    rank = os.environ.get('LOCAL_RANK', '0')
+    with Path(f'seen_{{rank}}.txt').open('a') as file:
+        print(json.dumps(line), file=file)
+
+def noted(name, function):
+    return lambda *args, **options: (note(name), function(*args, **options))[1]
+
+Statistics.compute = noted('statistics', Statistics.compute)
+catalog._Builder.build = noted('catalog', catalog._Builder.build)
+
+class Recorder(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        note('train', trainer.current_epoch, *batch['index'].tolist())
+
+    def on_validation_batch_start(self, trainer, module, batch, *args):
+        if not trainer.sanity_checking:
+            note('val', trainer.current_epoch, *batch['index'].tolist())
+
+    def on_test_batch_start(self, trainer, module, batch, *args):
+        note('test', 0, *batch['index'].tolist())
+
+    def on_predict_batch_start(self, trainer, module, batch, *args):
+        if 'index' in batch:
+            note('predict', 0, *batch['index'].tolist())
+
+if __name__ == '__main__':
+    common = ['--config={CONF}', '--trainer.devices=2', '--trainer.strategy=ddp',
+              '--trainer.callbacks+=two.Recorder', '{{patches}}']
+    main(['fit', *common, '--trainer.max_epochs=2', '--seed_everything=3'])
+    main(['test', *common, '{CHECKPOINT}', '{{split}}', '--trainer.logger.init_args.save_dir=tested'])
+    main(['predict', *common, '{CHECKPOINT}', '{ELSEWHERE}', '--data.init_args.predict_split=val'])
+    main(['predict', *common, '--config={SCENE}', '{CHECKPOINT}'])
+"""
+PATCHES = '--data.init_args.synthetic.patches={31UFQ: 3, 32ULU: 2, 31UFP: 3, 31UEQ: 2}'
+TEST_SPLIT = '--data.init_args.splits={train: [31UFQ, 32ULU], val: [31UFP], test: [31UFP]}'
+
+
+def test_two_processes_measure_and_map_as_one(tmp_path: Path) -> None:
+    """Fit, test and predict with two processes, then validate and test with one."""
+    script = tmp_path / 'two.py'
+    script.write_text(TWO.replace('{patches}', PATCHES).replace('{split}', TEST_SPLIT))
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
     done = subprocess.run(
         [sys.executable, script],
-        cwd=data,
+        cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('val metrics') == 1
-    assert '2 maps written' in done.stdout
-    check_maps(data)
-    # A weighted loss is a mean over batches, so the one process gets the same batches.
-    one_each = ('--data.init_args.batch_size=1', '--trainer.logger.init_args.save_dir=one')
-    command(data, 'validate', CHECKPOINT, *one_each)
-    one, two = (logged(data / name / 'metrics.csv', 'val_') for name in ('one', 'outputs'))
+    assert '3 maps written' in done.stdout
+    check_maps(tmp_path, '31UFP', 3)
+    check_shares(tmp_path)
+    test = '--trainer.logger.init_args.save_dir=one_tested'
+    command(tmp_path, 'validate', CHECKPOINT, PATCHES, '--trainer.logger.init_args.save_dir=one')
+    command(tmp_path, 'test', CHECKPOINT, PATCHES, TEST_SPLIT, test)
+    check_metrics(tmp_path / 'tested', tmp_path / 'one_tested', 'test_')
+    check_metrics(tmp_path / 'outputs', tmp_path / 'one', 'val_')
+    check_scene(tmp_path)
+
+
+def check_shares(folder: Path) -> None:
+    """Each patch once an epoch in two processes with as many steps; what is kept is made once."""
+    seen = [
+        [json.loads(line) for line in (folder / f'seen_{rank}.txt').read_text().splitlines()]
+        for rank in range(2)
+    ]
+    for kept in ('catalog', 'statistics'):
+        assert [sum(line[0] == kept for line in lines) for lines in seen] == [1, 0]
+    patches = {('train', 0): 5, ('train', 1): 5, ('val', 0): 3, ('val', 1): 3, ('test', 0): 3}
+    for (stage, epoch), count in patches.items():
+        batches = [[batch for s, *batch in lines if s == stage] for lines in seen]
+        steps = [[indices for e, *indices in share if e == epoch] for share in batches]
+        assert len(steps[0]) == len(steps[1])
+        assert sorted(i for share in steps for batch in share for i in batch) == [*range(count)]
+    predicted = [i for lines in seen for s, *rest in lines if s == 'predict' for i in rest[1:]]
+    assert sorted(predicted) == [0, 1, 2]
+
+
+def check_metrics(folder: Path, other: Path, prefix: str) -> None:
+    one, two = (logged(path / 'metrics.csv', prefix) for path in (folder, other))
     assert one.keys() == two.keys()
     for name, value in one.items():
-        assert float(two[name]) == pytest.approx(float(value), abs=1e-6), name
-    check_scene(data)
+        assert float(two[name]) == pytest.approx(float(value), abs=1e-6, rel=1e-5), name
 
 
 def check_scene(folder: Path) -> None:

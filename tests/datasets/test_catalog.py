@@ -1,11 +1,17 @@
 import re
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import S2_DATES, write_label_file, write_patch, write_raster
+from conftest import S1_DATES, S2_DATES, write_label_file, write_patch, write_raster
+from geopandas.testing import assert_geodataframe_equal
+from pandas.testing import assert_frame_equal
 
-from torchgeo_s1s2.datasets import Catalog
+from torchgeo_s1s2.datasets import Catalog, MultiSenGE, cache, catalog
 
 
 def test_patches_and_acquisitions_of_two_zones(two_zones: Path) -> None:
@@ -38,7 +44,8 @@ def test_dates_are_sorted_whatever_the_label_file_says(tmp_path: Path) -> None:
 def test_counts_of_the_real_label_files(real_labels: Path) -> None:
     catalog = Catalog(real_labels, files=False, progress=False)
     assert len(catalog.patches) == 8157
-    assert catalog.acquisitions['sensor'].value_counts().to_dict() == {'s1': 1012227, 's2': 72033}
+    count = {s: sum(len(catalog.times(i, s)) for i in range(8157)) for s in ('s1', 's2')}
+    assert count == {'s1': 1012227, 's2': 72033}
     holds = [sum(c in classes for classes in catalog.patches['classes']) for c in range(1, 15)]
     expected = [2098, 6264, 2607, 1779, 5445, 7305, 572, 911, 7893, 164, 7889, 77, 2536, 2258]
     assert holds == expected
@@ -72,12 +79,12 @@ def test_few_rasters_are_opened(two_zones: Path, monkeypatch: pytest.MonkeyPatch
     for x in range(66, 330, 33):
         write_patch(two_zones, '31UEQ', x)
     opened: list[Path] = []
-    from torchgeo_s1s2.datasets import catalog
-
     real = catalog.open_raster
     monkeypatch.setattr(catalog, 'open_raster', lambda p: opened.append(p) or real(p))  # type: ignore[func-returns-value]
     assert len(Catalog(two_zones).patches) == 11
     assert len(opened) == 2 * 2  # the first and the last patch of each tile
+    assert len(Catalog(two_zones).patches) == 11
+    assert len(opened) == 4  # the second start opens none
 
 
 def test_root_without_a_folder(two_zones: Path) -> None:
@@ -144,3 +151,192 @@ def test_unreadable_raster_names_itself(two_zones: Path) -> None:
     with pytest.raises(OSError, match='cannot be opened') as error:
         Catalog(two_zones)
     assert str(path) in str(error.value)
+
+
+def test_images_by_name(two_zones: Path) -> None:
+    catalog = Catalog(two_zones)
+    table = catalog.acquisitions
+    assert list(table.columns) == ['patch', 'sensor', 'time', 'path']
+    assert table['patch'].value_counts().to_dict() == {0: 8, 1: 8, 2: 8}
+    assert table.iloc[4].tolist() == [0, 's1', np.datetime64('2020-07-04'), f's1/{IMAGE}']
+    assert all((two_zones / path).exists() for path in table['path'])
+
+
+IMAGE = '31UEQ_20200704_S1_0_0.tif'
+
+
+def assert_same(one: Catalog, other: Catalog) -> None:
+    assert_geodataframe_equal(one.patches, other.patches)
+    assert_frame_equal(one.acquisitions, other.acquisitions)
+    assert one.missing == other.missing
+    for patch in range(len(one.patches)):
+        assert repr(one.patch(patch)) == repr(other.patch(patch))  # nan is not nan
+        assert one.ground_reference(patch) == other.ground_reference(patch)
+
+
+def never(*args: Any) -> Any:
+    raise AssertionError(f'not to be called: {args}')
+
+
+def test_a_later_start_says_the_same(two_zones: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (two_zones / 's1' / IMAGE).unlink()
+    (two_zones / 'ground_reference' / '31UEQ_GR_33_0.tif').unlink()
+    # A patch without any raster has no footprint.
+    write_label_file(two_zones, '32ULU', 33, 0, s2=(), s1=())
+    with pytest.warns(UserWarning, match='1 of s1, 2 of ground_reference'):
+        first = Catalog(two_zones)
+    assert (two_zones / 'catalog.parquet').exists()
+    monkeypatch.setattr(catalog, '_read_label', never)
+    monkeypatch.setattr(catalog, 'open_raster', never)
+    with pytest.warns(UserWarning, match='1 of s1, 2 of ground_reference'):
+        later = Catalog(two_zones)
+    assert_same(first, later)
+    assert later.patches['geometry'].isna().tolist() == [False, False, False, True]
+
+
+def remove_image(root: Path) -> None:
+    (root / 's1' / IMAGE).unlink()
+
+
+def rename_image(root: Path) -> None:
+    (root / 's2' / '31UEQ_20200706_S2_0_0.tif').rename(root / 's2' / 'hidden')
+
+
+def remove_reference(root: Path) -> None:
+    (root / 'ground_reference' / '31UEQ_GR_33_0.tif').unlink()
+
+
+def add_patch(root: Path) -> None:
+    write_patch(root, '31UEQ', 66)
+
+
+def remove_patch(root: Path) -> None:
+    (root / 'labels' / '32ULU_0_0.json').unlink()
+
+
+def rewrite_label_file_in_place(root: Path) -> None:
+    path = root / 'labels' / '31UEQ_0_0.json'
+    path.write_text(path.read_text().replace('"2;6"', '"3;6"'))
+
+
+def rewrite_tile_in_place(root: Path) -> None:
+    for path in root.rglob('32ULU*.tif'):
+        write_raster(path, np.ones((1, 48, 48), np.uint8), 32632, 300000, 5400000)
+
+
+@pytest.mark.filterwarnings('ignore:.*not on disk')
+@pytest.mark.parametrize(
+    'change',
+    [
+        remove_image,
+        rename_image,
+        remove_reference,
+        add_patch,
+        remove_patch,
+        rewrite_label_file_in_place,
+        rewrite_tile_in_place,
+    ],
+)
+def test_changes_are_noticed(two_zones: Path, change: Callable[[Path], None]) -> None:
+    before = Catalog(two_zones)
+    change(two_zones)
+    true = Catalog(two_zones, cache=False)
+    with pytest.raises(AssertionError):
+        assert_same(before, true)
+    assert_same(Catalog(two_zones), true)
+    assert_same(Catalog(two_zones), true)
+
+
+@pytest.mark.filterwarnings('ignore:.*not on disk')
+def test_a_change_during_the_listing_is_noticed_later(
+    two_zones: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = two_zones / 's1' / IMAGE
+    content = path.read_bytes()
+    path.unlink()
+    real = catalog.open_raster
+
+    def arrive(raster: Path) -> Any:
+        path.write_bytes(content)  # rasters are opened after the folders were listed
+        return real(raster)
+
+    monkeypatch.setattr(catalog, 'open_raster', arrive)
+    assert Catalog(two_zones).missing['s1'] == 1
+    assert Catalog(two_zones).missing['s1'] == 0
+
+
+def test_a_change_within_a_tick_of_the_clock_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, slept = 1_600_000_000_000_000_000, list[float]()
+    monkeypatch.setattr(cache.time, 'time_ns', lambda: now)
+    monkeypatch.setattr(cache.time, 'sleep', slept.append)
+    cache.wait_for_next_tick({'s1': [now - 5_000_001, now - 9_000_000, 7], 's2': [0, 0, 0]})
+    cache.wait_for_next_tick({'s1': [now - 30_000_001, 0, 7]})  # long ago
+    cache.wait_for_next_tick({'s1': [now, now, 7]})  # whole seconds
+    cache.wait_for_next_tick({'s1': [now + 10**12 + 1, 0, 7]})  # a clock that is ahead
+    assert slept == pytest.approx([0.015, 2, 0.02], abs=1e-6)
+
+
+def truncate(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip_bits(content: bytes) -> bytes:
+    return content[:200] + bytes(255 - byte for byte in content[200:210]) + content[210:]
+
+
+def other_version(content: bytes) -> bytes:
+    return content.replace(b'"version": 1', b'"version": 0')
+
+
+@pytest.mark.parametrize('damage', [truncate, flip_bits, other_version, lambda content: b''])
+def test_a_damaged_cache_is_made_anew(
+    two_zones: Path, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, path = Catalog(two_zones), two_zones / 'catalog.parquet'
+    content = path.read_bytes()
+    assert damage(content) != content
+    path.write_bytes(damage(content))
+    assert_same(Catalog(two_zones), first)
+    monkeypatch.setattr(catalog, '_read_label', never)
+    assert_same(Catalog(two_zones), first)
+
+
+def test_a_folder_that_cannot_be_written(two_zones: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError('read-only')
+
+    monkeypatch.setattr('geopandas.GeoDataFrame.to_parquet', refuse)
+    with pytest.warns(UserWarning, match=r'catalog.parquet cannot be written \(read-only\)'):
+        first = Catalog(two_zones)
+    assert sorted(path.name for path in two_zones.iterdir()) == [
+        'ground_reference', 'labels', 's1', 's2',
+    ]  # fmt: skip
+    assert_same(first, Catalog(two_zones, cache=False))
+
+
+def test_many_starts_at_once(two_zones: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        catalogs = list(pool.map(Catalog, [two_zones] * 16))
+    true = Catalog(two_zones, cache=False)
+    for one in catalogs:
+        assert_same(one, true)
+    assert not list(two_zones.glob('*.part')) + list(two_zones.glob('.*'))
+
+
+def test_nothing_is_cached_unless_asked_for(two_zones: Path) -> None:
+    with warnings.catch_warnings(action='error'):
+        Catalog(two_zones, cache=False)
+        Catalog(two_zones, files=False)
+    assert not (two_zones / 'catalog.parquet').exists()
+
+
+def test_reading_does_not_scan_the_table(two_zones: Path) -> None:
+    dataset = MultiSenGE(two_zones, 'all')
+    dataset.catalog.patches = None
+    sample = dataset[2]
+    assert 'acquisitions' not in vars(dataset.catalog)
+    assert dataset[500000:500320, 5499680:5500000]['valid'].all()
+    days = sample['acquisition_times'][:, 1].numpy().astype('datetime64[s]').astype('datetime64[D]')
+    assert [day.replace('-', '') for day in days.astype(str)] == list(S1_DATES)

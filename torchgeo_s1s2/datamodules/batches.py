@@ -31,6 +31,10 @@ class EvenBatches(BatchSampler):
             ValueError: If there are fewer samples than processes.
         """
         super().__init__(sampler, batch_size, drop_last)
+        shared = sampler if isinstance(sampler, DistributedSampler) else None
+        self._samples = len(sampler if shared is None else shared.dataset)  # type: ignore[arg-type]
+        self._processes = 1 if shared is None else shared.num_replicas
+        self._rank = 0 if shared is None else shared.rank
         if self._samples < self._processes:
             raise ValueError(
                 f'{self._samples} patches cannot be shared by {self._processes} processes; give '
@@ -45,23 +49,14 @@ class EvenBatches(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         """Batches of this process; those of one step lie side by side in the order."""
         batches = np.array_split(self._order(), len(self) * self._processes)
-        for batch in batches[getattr(self.sampler, 'rank', 0) :: self._processes]:
+        for batch in batches[self._rank :: self._processes]:
             yield batch.tolist()
-
-    @property
-    def _processes(self) -> int:
-        return getattr(self.sampler, 'num_replicas', 1)
-
-    @property
-    def _samples(self) -> int:
-        shared = isinstance(self.sampler, DistributedSampler)
-        return len(self.sampler.dataset if shared else self.sampler)  # type: ignore[attr-defined, arg-type]
 
     def _order(self) -> list[int]:
         """Samples of all processes."""
         shared: Any = self.sampler
         if not isinstance(shared, DistributedSampler):
             return list(shared)
-        whole = DistributedSampler(shared.dataset, 1, 0, shared.shuffle, shared.seed)
+        whole: Any = DistributedSampler(shared.dataset, 1, 0, shared.shuffle, shared.seed)
         whole.set_epoch(shared.epoch)
         return list(whole)

@@ -49,10 +49,12 @@ class MultiSenGEDataModule(NonGeoDataModule):
     Patches are read by number, each on its own grid in its own UTM zone. However many processes
     there are, an epoch reads each patch once and in one of them, see
     :class:`~torchgeo_s1s2.datamodules.batches.EvenBatches`; what is kept on disk is made by the
-    first process and read by the others. Each channel is normalised with the mean and standard deviation of
-    the training patches, which are computed once and kept beside the data as
-    ``statistics_*.json``, and travel in checkpoints. They are of the slots that the date rule
-    chooses; of a rule that draws, those of the first epoch.
+    first process and read by the others.
+
+    Each channel is normalised with the mean and standard deviation of the training patches, which
+    are computed once and kept beside the data as ``statistics_*.json``, and travel in checkpoints.
+    They are of the slots that the date rule chooses; of a rule that draws, those of the first
+    epoch.
 
     With :class:`~torchgeo_s1s2.datasets.RandomDates` every epoch of training sees other dates,
     whatever the task; evaluation always sees the same.

@@ -296,8 +296,10 @@ class MultiSenGE(GeoDataset):
         self._res = self._resolution(patches)
         parts = [self._footprints(group, target) for _, group in patches.groupby('epsg')]
         geometry = pd.concat(parts).loc[patches.index]
-        spans = np.array([self._span(row) for row in self._patches])
-        times = pd.IntervalIndex.from_arrays(*spans.T, closed='both', name='datetime')
+        first, last = np.array([self._span(row) for row in self._patches]).T
+        times = pd.IntervalIndex.from_arrays(
+            pd.DatetimeIndex(first), pd.DatetimeIndex(last), closed='both', name='datetime'
+        )
         return gpd.GeoDataFrame(
             {'name': patches['name'].to_numpy()}, index=times, geometry=geometry.array, crs=target
         )
