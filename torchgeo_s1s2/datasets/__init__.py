@@ -1,7 +1,9 @@
 """Data sets of Sentinel-1 and Sentinel-2 time series with land-cover labels."""
 
+from torchgeo_s1s2.datasets.archive import DownloadError
 from torchgeo_s1s2.datasets.catalog import Catalog
 from torchgeo_s1s2.datasets.classes import NO_LABEL, SCHEMES, ClassScheme, LandCoverClass
+from torchgeo_s1s2.datasets.download import DownloadPlan, SeasonDownload
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.multisenge import SENSOR_BANDS, MultiSenGE, MultiSenNA
 from torchgeo_s1s2.datasets.time_series import (
@@ -21,6 +23,8 @@ __all__ = (
     'Catalog',
     'ClassScheme',
     'DateRule',
+    'DownloadError',
+    'DownloadPlan',
     'EvenlySpaced',
     'LandCoverClass',
     'MonthlySeries',
@@ -28,5 +32,6 @@ __all__ = (
     'MultiSenNA',
     'NoSeriesError',
     'RandomDates',
+    'SeasonDownload',
     'write_label_files',
 )

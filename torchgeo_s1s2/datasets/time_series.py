@@ -146,6 +146,21 @@ class DateRule(ABC):
             for sensor, t in times.items()
         }
 
+    def candidates(self, times: Mapping[str, Times]) -> dict[str, set[int]]:
+        """Acquisitions of one patch that any draw may choose; a rule that draws overrides this.
+
+        Args:
+            times: As in ``select``.
+
+        Returns:
+            For each of these sensors the positions in its times.
+
+        Raises:
+            NoSeriesError: As ``select`` does.
+        """
+        slots = self.select(times)
+        return {sensor: {p for slot in chosen for p in slot} for sensor, chosen in slots.items()}
+
     def _match(self, sensor: str, times: Times, slot: Slot) -> tuple[int, ...]:
         """Acquisitions of another sensor that go with a slot."""
         first = sensor == 's1' and self.s1 == 'first'
@@ -347,6 +362,17 @@ class RandomDates(DateRule):
             chosen = np.concatenate([chosen, again])
         positions = sorted(chosen.tolist())
         return _slots_around(times[positions], positions, times, span)
+
+    def candidates(self, times: Mapping[str, Times]) -> dict[str, set[int]]:
+        """Every acquisition of the leading sensor and what goes with it; see DateRule."""
+        self.select(times)
+        every = AllDates(
+            max_length=max(len(times[self.leader]), 1),
+            missing=self.missing,
+            leader=self.leader,
+            s1_per_slot=self.s1_per_slot,
+        )
+        return every.candidates(times)
 
 
 @dataclass(frozen=True)
