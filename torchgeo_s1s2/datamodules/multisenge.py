@@ -17,6 +17,7 @@ from torchgeo_s1s2.datamodules.batches import EvenBatches
 from torchgeo_s1s2.datamodules.statistics import Statistics
 from torchgeo_s1s2.datasets.catalog import SENSORS, Catalog
 from torchgeo_s1s2.datasets.classes import ClassScheme
+from torchgeo_s1s2.datasets.download import SeasonDownload
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE, NoPatchesError, Sample, Splits
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, check_at_least
@@ -85,6 +86,8 @@ class MultiSenGEDataModule(NonGeoDataModule):
         statistics: str | Path | None = None,
         synthetic: bool | Mapping[str, Any] = False,
         dataset_class: type[MultiSenGE] = MultiSenGE,
+        download: bool = False,
+        checksum: bool = False,
     ) -> None:
         """Keep the settings.
 
@@ -112,6 +115,10 @@ class MultiSenGEDataModule(NonGeoDataModule):
             synthetic: Write a synthetic data set to root unless it is there; a mapping holds
                 arguments of :func:`~torchgeo_s1s2.datasets.synthetic.write_synthetic`.
             dataset_class: MultiSenGE or MultiSenNA.
+            download: Download what the series and the sensors need in the tiles of all splits and
+                root lacks; see :class:`~torchgeo_s1s2.datasets.SeasonDownload`.
+            checksum: Compare the files with the checksums recorded when they were downloaded,
+                which reads them all.
 
         Raises:
             ValueError: If a number is out of range.
@@ -124,6 +131,7 @@ class MultiSenGEDataModule(NonGeoDataModule):
         self.predict_stride = _pair(predict_stride) if predict_stride else None
         self.predict_sampler: list[Any] | None = None
         self.synthetic = synthetic
+        self.download, self.checksum = download, checksum
         self.statistics_path = statistics
         self.statistics: Statistics | None = None
         self.mean, self.std = torch.tensor(0.0), torch.tensor(1.0)
@@ -172,15 +180,32 @@ class MultiSenGEDataModule(NonGeoDataModule):
         return self._known_statistics().class_weights
 
     def prepare_data(self) -> None:
-        """Write what is wanted and not there: synthetic data, the catalogue and the statistics.
+        """Get what is wanted and missing: data, the catalogue and the statistics.
 
         Lightning calls this in the first process only, before the ``setup`` of all.
         """
+        self._obtain()
         if self.synthetic is not False:
             options = {} if self.synthetic is True else dict(self.synthetic)
             write_synthetic(self.root, **options)
         self._read_catalog()
         self._find_statistics()
+
+    def _obtain(self) -> None:
+        """Download and verify as far as that is wanted."""
+        splits = self.kwargs['splits'] or self.dataset_class.splits  # type: ignore[attr-defined]
+        everything = not splits or self.predict_split == 'all'
+        season = SeasonDownload(
+            self.root,
+            self.dataset_class.url,  # type: ignore[attr-defined]
+            None if everything else sorted({tile for tiles in splits.values() for tile in tiles}),
+            self.kwargs['series'],
+            self.kwargs['sensors'],
+        )
+        if self.download:
+            season.run()
+        if self.checksum:
+            season.verify()
 
     def setup(self, stage: str) -> None:
         """Choose the patches of a stage, and read one to see that it can be read.

@@ -301,8 +301,9 @@ class SeasonDownload:
         needed[GROUND_REFERENCE] = {
             name for name in references if _is_in(name, held[GROUND_REFERENCE])
         }
+        tiles = set(patches['tile']) if self.tiles is None else self.tiles
         chosen = 0
-        for row in np.flatnonzero(self.tiles is None or patches['tile'].isin(self.tiles)):
+        for row in np.flatnonzero(patches['tile'].isin(tiles)):
             images = self._images(catalog, int(row), {s: held[s] for s in sensors})
             chosen += bool(images)
             for sensor, names in images.items():

@@ -21,10 +21,11 @@ from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 from shapely import box, transform
-from torchgeo.datasets import GeoDataset
+from torchgeo.datasets import DatasetNotFoundError, GeoDataset
 
-from torchgeo_s1s2.datasets.catalog import SENSORS, Catalog, native_footprints, open_raster
+from torchgeo_s1s2.datasets.catalog import LABELS, SENSORS, Catalog, native_footprints, open_raster
 from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme, class_scheme
+from torchgeo_s1s2.datasets.download import SeasonDownload
 from torchgeo_s1s2.datasets.plot import plot_series
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, NoSeriesError, Slots
 
@@ -119,6 +120,8 @@ class MultiSenGE(GeoDataset):
     all_bands = SENSOR_BANDS['s2'] + SENSOR_BANDS['s1']
     rgb_bands = ('B04', 'B03', 'B02')
 
+    #: Where the archives ``{labels,ground_reference,s2,s1}.tgz`` are; a mirror may replace it.
+    url: ClassVar[str] = 'https://s3.unistra.fr/a2s_datasets/MultiSenGE'
     #: Tiles of each split, after Wenger et al. 2023.
     splits: ClassVar[Splits] = {
         'train': ('32UMV', '32ULU', '32ULV', '32TLT', '31UGQ', '31TFN', '31UFQ', '31UFR'),
@@ -141,6 +144,8 @@ class MultiSenGE(GeoDataset):
         splits: Splits | None = None,
         raw: bool = False,
         catalog: Catalog | None = None,
+        download: bool = False,
+        checksum: bool = False,
     ) -> None:
         """Catalogue the data set and choose the patches of a split that have a full series.
 
@@ -155,9 +160,15 @@ class MultiSenGE(GeoDataset):
             crs: CRS of the index and of GeoSlice windows; that of most patches unless given.
             splits: Tiles of each split, in place of the paper's.
             raw: Give the values of the files instead of reflectance and dB.
-            catalog: Catalogue of root, if there is one already.
+            catalog: Catalogue of root, if there is one already; nothing is downloaded then.
+            download: Download what the series, the split and the sensors need and root lacks; see
+                :class:`~torchgeo_s1s2.datasets.SeasonDownload`.
+            checksum: Compare the files with the checksums recorded when they were downloaded,
+                which reads them all.
 
         Raises:
+            DatasetNotFoundError: If root holds no data set and ``download`` is False.
+            DownloadError: If the download cannot go on, or a checksum differs.
             FileNotFoundError: If root lacks a folder.
             NoPatchesError: If no patch of the split has a full series.
             ValueError: If a label file is malformed or an argument has no such value.
@@ -171,6 +182,9 @@ class MultiSenGE(GeoDataset):
         self.transforms = transforms
         self.raw = raw
         self.splits = dict(splits or type(self).splits)  # type: ignore[misc]
+        self.download = download
+        if catalog is None:
+            self._obtain(checksum)
         self.catalog = catalog or Catalog(self.root)
         self._names = self.catalog.patches['name'].tolist()
         # Workers that outlive an epoch see a change in shared memory only.
@@ -238,6 +252,24 @@ class MultiSenGE(GeoDataset):
         """Time slots of patch ``index`` as the date rule chooses them."""
         return self._select(int(self._patches[index]))[0]
 
+    def _obtain(self, checksum: bool) -> None:
+        """Download and verify as far as that is wanted."""
+        if not self.download and not (self.root / LABELS).is_dir():
+            raise DatasetNotFoundError(self)
+        tiles = self._tiles_of_split()
+        season = SeasonDownload(self.root, self.url, tiles, self.series, self.sensors)
+        if self.download:
+            season.run()
+        if checksum:
+            season.verify()
+
+    def _tiles_of_split(self) -> Sequence[str] | None:
+        """Tiles of the split, None for all."""
+        names = (*self.splits, 'all')
+        if self.split not in names:
+            raise NoPatchesError(f'no split {self.split!r}; choose one of {", ".join(names)}')
+        return None if self.split == 'all' else self.splits[self.split]
+
     def _choose_patches(self) -> NDArray[np.intp]:
         """Rows of the catalogue in the split that have a footprint and a full series."""
         chosen, failed = [], Counter[str]()
@@ -274,17 +306,14 @@ class MultiSenGE(GeoDataset):
         return tuple(dict.fromkeys((self.series.leader, *self.sensors)))
 
     def _rows_of_split(self) -> NDArray[np.intp]:
-        names = (*self.splits, 'all')
-        if self.split not in names:
-            raise NoPatchesError(f'no split {self.split!r}; choose one of {", ".join(names)}')
-        patches = self.catalog.patches
+        patches, wanted = self.catalog.patches, self._tiles_of_split()
         rows = patches['xmin'].notna().to_numpy()
-        if self.split != 'all':
-            rows = rows & patches['tile'].isin(self.splits[self.split]).to_numpy()
+        if wanted is not None:
+            rows = rows & patches['tile'].isin(wanted).to_numpy()
         if not rows.any():
             tiles = ', '.join(sorted(set(patches['tile'])))
             raise NoPatchesError(
-                f'split {self.split!r} has no patch: its tiles are {self.splits.get(self.split)}, '
+                f'split {self.split!r} has no patch: its tiles are {wanted}, '
                 f'{self.root} has {tiles}. Name the tiles of each split with the argument splits'
             )
         return np.flatnonzero(rows)
@@ -497,6 +526,7 @@ class MultiSenNA(MultiSenGE):
     ``split='all'``. Everything else is as in MultiSenGE.
     """
 
+    url: ClassVar[str] = 'https://s3.unistra.fr/a2s_datasets/MultiSenNA'
     splits: ClassVar[Splits] = {}
     schemes: ClassVar[tuple[int, ...]] = (15,)
 

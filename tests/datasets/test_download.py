@@ -1,0 +1,714 @@
+import io
+import multiprocessing
+import os
+import random
+import re
+import signal
+import tarfile
+import threading
+import time
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchgeo_s1s2.datasets import (
+    AllDates,
+    DownloadError,
+    MultiSenGE,
+    SeasonDownload,
+    archive,
+)
+from torchgeo_s1s2.datasets.archive import RemoteArchive, RemoteFile
+from torchgeo_s1s2.datasets.synthetic import write_synthetic
+
+FOLDERS = ('labels', 'ground_reference', 's2', 's1')
+
+
+class Server:
+    """Serves bytes on loopback, with the faults of real servers, and keeps what was asked."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.etags: dict[str, str] = {}
+        self.ranges = True
+        self.cuts: dict[str, list[int]] = {}  # bytes after which the next responses break off
+        self.errors: list[int] = []  # statuses of the next responses
+        self.stall = threading.Event()
+        self.stall_after: int | None = None
+        self.asked: list[tuple[str, int]] = []
+        self.sent: dict[str, int] = {}
+        handler = type('Handler', (_Handler,), {'state': self})
+        self._http = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+        self._http.daemon_threads = True
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+        self.url = f'http://127.0.0.1:{self._http.server_address[1]}'
+
+    def close(self) -> None:
+        self.stall.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def first_bytes(self, name: str) -> list[int]:
+        return [first for asked, first in self.asked if asked == name]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    state: Server
+
+    def do_GET(self) -> None:
+        state, name = self.state, self.path.lstrip('/')
+        match = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
+        first = int(match[1]) if match else 0
+        state.asked.append((name, first))
+        if state.errors:
+            self.send_error(state.errors.pop(0))
+            return
+        if name not in state.files:
+            self.send_error(404)
+            return
+        content, etag = state.files[name], state.etags.get(name, '"1"')
+        partial = match and state.ranges and self.headers.get('If-Range', etag) == etag
+        self.send_response(206 if partial else 200)
+        if partial:
+            last = len(content) - 1
+            self.send_header('Content-Range', f'bytes {first}-{last}/{len(content)}')
+            content = content[first:]
+        self.send_header('ETag', etag)
+        self.send_header('Content-Length', str(len(content)))
+        self.end_headers()
+        cuts = state.cuts.get(name)
+        self._send(name, content[: cuts.pop(0)] if cuts else content)
+
+    def _send(self, name: str, content: bytes) -> None:
+        state = self.state
+        for start in range(0, len(content), 1024):
+            if state.stall_after is not None and start >= state.stall_after:
+                state.stall.wait(30)
+            try:
+                self.wfile.write(content[start : start + 1024])
+            except OSError:
+                return
+            state.sent[name] = state.sent.get(name, 0) + len(content[start : start + 1024])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def compress(data: bytes, level: int = 6) -> bytes:
+    """A gzip stream of short blocks, so that small archives have restart points."""
+    deflate = zlib.compressobj(level, zlib.DEFLATED, 31, memLevel=1)
+    return deflate.compress(data) + deflate.flush()
+
+
+def pack(members: Sequence[tuple[tarfile.TarInfo | str, bytes]], level: int = 6) -> bytes:
+    """A .tgz of members, of which a name alone is a plain file."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w', format=tarfile.GNU_FORMAT) as tar:
+        for member, content in members:
+            info = tarfile.TarInfo(member) if isinstance(member, str) else member
+            if isinstance(member, str):
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return compress(buffer.getvalue(), level)
+
+
+def pack_folder(root: Path, folder: str, leave_out: Collection[str] = ()) -> bytes:
+    """A folder in an order of no meaning, as a directory lists its files."""
+    names = sorted({p.name for p in (root / folder).iterdir()} - set(leave_out))
+    random.Random(0).shuffle(names)
+    return pack([(f'{folder}/{n}', (root / folder / n).read_bytes()) for n in names])
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Files of a data set by path, without what the download keeps for itself."""
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in root.rglob('*')
+        if p.is_file() and p.relative_to(root).parts[0] in FOLDERS
+    }
+
+
+def season_of(root: Path, dataset: MultiSenGE) -> dict[str, bytes]:
+    """Files that a data set reads, with all labels and label rasters, from a complete root."""
+    names = {
+        f'{s}/{dataset.catalog.path(int(dataset._patches[i]), s, p).name}'
+        for i in range(len(dataset))
+        for s, slots in dataset.slots(i).items()
+        for slot in slots
+        for p in slot
+    }
+    whole = tree(root)
+    return {k: v for k, v in whole.items() if k in names or k.split('/')[0] in FOLDERS[:2]}
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete data set: 3 patches in train, one in test."""
+    root = tmp_path_factory.mktemp('source')
+    return write_synthetic(
+        root, size=16, patches={'31UFQ': 3, '31UEQ': 1}, incomplete=0, progress=False
+    )
+
+
+@pytest.fixture(scope='module')
+def archives(source: Path) -> Mapping[str, bytes]:
+    return {f'{folder}.tgz': pack_folder(source, folder) for folder in FOLDERS}
+
+
+@pytest.fixture
+def server(archives: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(RemoteFile, 'backoff', 0.0)
+    monkeypatch.setattr(RemoteArchive, 'spacing', 2**13)
+    monkeypatch.setattr(archive, '_CHUNK', 1024)
+    server = Server()
+    server.files.update(archives)
+    yield server
+    server.close()
+
+
+def season(server: Server, root: Path, **changes: Any) -> SeasonDownload:
+    options: dict[str, Any] = {'tiles': MultiSenGE.splits['train'], 'progress': False} | changes
+    return SeasonDownload(root, server.url, **options)
+
+
+@pytest.fixture
+def expected(source: Path) -> dict[str, bytes]:
+    return season_of(source, MultiSenGE(source, split='train'))
+
+
+def test_exactly_the_files_of_the_season(
+    server: Server, tmp_path: Path, expected: Mapping[str, bytes]
+) -> None:
+    season(server, tmp_path).run()
+    assert tree(tmp_path) == expected
+    # 4 labels and label rasters; 3 patches, 4 dates, 2 sensors.
+    assert len(expected) == 4 + 4 + 3 * 4 * 2
+    assert server.asked == [(f'{folder}.tgz', 0) for folder in FOLDERS]
+    # The data set chooses from them what it chooses from all.
+    with pytest.warns(UserWarning, match='not on disk'):
+        assert len(MultiSenGE(tmp_path, split='train')) == 3
+
+
+def test_second_run_asks_for_nothing(server: Server, tmp_path: Path) -> None:
+    season(server, tmp_path).run()
+    server.asked.clear()
+    season(server, tmp_path).run()
+    assert server.asked == []
+
+
+def test_reading_ends_with_the_last_file_needed(
+    server: Server, source: Path, tmp_path: Path, expected: Mapping[str, bytes]
+) -> None:
+    needed = [(name, expected[name]) for name in expected if name.startswith('s1/')]
+    rest = random.Random(0).randbytes(2**24)
+    server.files['s1.tgz'] = pack([*needed, ('s1/rest', rest)], level=0)
+    season(server, tmp_path).run()
+    assert tree(tmp_path) == expected
+    assert server.sent['s1.tgz'] < 0.6 * len(server.files['s1.tgz'])
+
+
+@pytest.mark.parametrize('ranges', [True, False])
+def test_dropped_connections(
+    server: Server, tmp_path: Path, expected: Mapping[str, bytes], ranges: bool
+) -> None:
+    server.ranges = ranges
+    # With ranges these count from where the response before broke off, else from the start.
+    server.cuts['s2.tgz'] = [700, 5000, 9000, 1] if ranges else [700, 5700, 14700, 14701]
+    season(server, tmp_path).run()
+    assert tree(tmp_path) == expected
+    assert server.first_bytes('s2.tgz') == [0, 700, 5700, 14700, 14701]
+
+
+def test_dropped_too_often(server: Server, tmp_path: Path, expected: Mapping[str, bytes]) -> None:
+    server.cuts['s2.tgz'] = [3000] + [0] * 6
+    with pytest.raises(DownloadError, match=r's2\.tgz.*from byte 3000 on failed 6 times') as error:
+        season(server, tmp_path).run()
+    assert 'run the same again' in str(error.value)
+    season(server, tmp_path).run()
+    assert tree(tmp_path) == expected
+
+
+def break_off(server: Server, name: str, after: int) -> None:
+    """Break an archive off for good, as a killed run or a lost network does."""
+    server.cuts[name] = [after] + [0] * 9
+
+
+def mend(server: Server) -> None:
+    server.cuts.clear()
+    server.asked.clear()
+
+
+EVERY_DATE: dict[str, DateRule] = {
+    's2': AllDates(),
+    's1': AllDates(leader='s1', max_length=40, missing='keep'),
+}
+
+
+@pytest.mark.parametrize('ranges', [True, False])
+@pytest.mark.parametrize('share', [0.0001, 0.2, 0.6, 0.97])
+@pytest.mark.parametrize('sensor', ['s2', 's1'])
+def test_interrupted_at_any_byte(
+    server: Server, source: Path, tmp_path: Path, sensor: str, share: float, ranges: bool
+) -> None:
+    series, name = EVERY_DATE[sensor], f'{sensor}.tgz'
+    expected = season_of(source, MultiSenGE(source, split='all', series=series))
+    cut = int(share * len(server.files[name]))
+    break_off(server, name, cut)
+    with pytest.raises(DownloadError, match=name):
+        season(server, tmp_path, tiles=None, series=series).run()
+    there = tree(tmp_path)
+    assert there.items() <= expected.items()
+    written = {path: (tmp_path / path).stat().st_mtime_ns for path in there}
+    mend(server)
+    server.ranges = ranges
+    season(server, tmp_path, tiles=None, series=series).run()
+    assert tree(tmp_path) == expected
+    assert {path: (tmp_path / path).stat().st_mtime_ns for path in there} == written
+    # Restart points are 8 KiB apart, and then comes the next block that ends with a byte.
+    assert cut - 2 * 2**13 < server.first_bytes(name)[0] <= cut
+
+
+def test_interrupted_within_the_label_files(
+    server: Server, tmp_path: Path, expected: Mapping[str, bytes]
+) -> None:
+    break_off(server, 'labels.tgz', 1000)
+    with pytest.raises(DownloadError, match=r'labels\.tgz'):
+        season(server, tmp_path).run()
+    mend(server)
+    season(server, tmp_path).run()
+    assert tree(tmp_path) == expected
+
+
+def test_killed_process(server: Server, tmp_path: Path, expected: Mapping[str, bytes]) -> None:
+    server.stall_after = 150_000
+    process = multiprocessing.get_context('fork').Process(target=season(server, tmp_path).run)
+    process.start()
+    deadline = time.monotonic() + 60
+    while server.sent.get('s2.tgz', 0) < 150_000 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (tmp_path / 's2' / '31UFQ_20200101_S2_0_0.tif.part').write_bytes(b'half')
+    there = tree(tmp_path)
+    server.stall_after = None
+    server.stall.set()
+    server.asked.clear()
+    season(server, tmp_path).run()
+    assert tree(tmp_path) == expected
+    assert any(path.startswith('s2/') for path in there)
+    assert 100_000 < server.first_bytes('s2.tgz')[0] <= 150_000
+
+
+def test_journal_that_was_cut_off(
+    server: Server, tmp_path: Path, expected: Mapping[str, bytes]
+) -> None:
+    break_off(server, 's2.tgz', 150_000)
+    with pytest.raises(DownloadError):
+        season(server, tmp_path).run()
+    journal = tmp_path / '.download' / 's2.jsonl'
+    for size in (len(journal.read_bytes()) - 1, 50_000, 3):
+        os.truncate(journal, size)
+        mend(server)
+        break_off(server, 's2.tgz', 20_000)
+        with pytest.raises(DownloadError):
+            season(server, tmp_path).run()
+    mend(server)
+    season(server, tmp_path).run()
+    assert tree(tmp_path) == expected
+
+
+def test_a_later_season_reads_only_where_it_is(
+    server: Server, source: Path, tmp_path: Path
+) -> None:
+    every = {'tiles': None, 'series': EVERY_DATE['s1']}
+    season(server, tmp_path, **every).run()
+    journal = RemoteArchive(server.url, tmp_path / '.download' / 's1.jsonl').journal
+    path = tmp_path / 's1' / min(journal.names[7])
+    content = path.read_bytes()
+    path.unlink()
+    server.asked.clear()
+    season(server, tmp_path, **every).run()
+    assert path.read_bytes() == content
+    assert server.asked == [('s1.tgz', journal.starts[7].compressed)]
+
+
+@pytest.mark.parametrize('share', [0.3, 0.9])
+def test_truncated_archive(server: Server, source: Path, tmp_path: Path, share: float) -> None:
+    whole = server.files['s2.tgz']
+    server.files['s2.tgz'] = whole[: int(share * len(whole))]
+    every = {'tiles': None, 'series': EVERY_DATE['s2']}
+    with pytest.raises(DownloadError, match=r's2\.tgz is damaged .*breaks off at its byte'):
+        season(server, tmp_path, **every).run()
+    assert tree(tmp_path).items() <= tree(source).items()
+    server.files['s2.tgz'] = whole
+    with pytest.warns(UserWarning, match='has changed since'):
+        season(server, tmp_path, **every).run()
+    assert tree(tmp_path) == season_of(source, MultiSenGE(source, 'all', EVERY_DATE['s2']))
+
+
+def test_damaged_archive(server: Server, source: Path, tmp_path: Path) -> None:
+    # One file is not there, so the archive is read to its end.
+    lost = min(p.name for p in (source / 's2').iterdir())
+    content = bytearray(pack_folder(source, 's2', leave_out=[lost]))
+    content[-6] ^= 1  # in the checksum
+    server.files['s2.tgz'] = bytes(content)
+    with pytest.raises(DownloadError, match=r's2\.tgz is damaged .*incorrect data check'):
+        season(server, tmp_path, tiles=None, series=EVERY_DATE['s2']).run()
+
+
+def test_not_an_archive(server: Server, tmp_path: Path) -> None:
+    server.files['labels.tgz'] = b'<html>Moved</html>'
+    with pytest.raises(DownloadError, match=r'labels\.tgz is damaged .*incorrect header check'):
+        season(server, tmp_path).run()
+    del server.files['labels.tgz']
+    with pytest.raises(DownloadError, match=r'labels\.tgz: the server answers 404 Not Found'):
+        season(server, tmp_path).run()
+
+
+def test_server_that_is_busy(server: Server, tmp_path: Path, expected: Mapping[str, bytes]) -> None:
+    server.errors = [503, 500, 429]
+    season(server, tmp_path).run()
+    assert tree(tmp_path) == expected
+
+
+def test_archive_that_has_changed(
+    server: Server, source: Path, tmp_path: Path, expected: Mapping[str, bytes]
+) -> None:
+    break_off(server, 's2.tgz', 150_000)
+    with pytest.raises(DownloadError):
+        season(server, tmp_path).run()
+    assert any(path.startswith('s2/') for path in tree(tmp_path))
+    mend(server)
+    names = sorted(p.name for p in (source / 's2').iterdir())
+    server.files['s2.tgz'] = pack([(name, b'new ' + name.encode()) for name in names])
+    server.etags['s2.tgz'] = '"2"'
+    # The run that finds out breaks off too.
+    server.cuts['s2.tgz'] = [9999, 300] + [0] * 9
+    changed = pytest.warns(UserWarning, match=r'(?s)s2\.tgz has changed since.*is replaced')
+    with changed, pytest.raises(DownloadError, match='run the same again'):
+        season(server, tmp_path).run()
+    mend(server)
+    season(server, tmp_path).run()
+    new = {k: b'new ' + k.removeprefix('s2/').encode() for k in expected if k.startswith('s2/')}
+    assert tree(tmp_path) == {**expected, **new}
+
+
+def test_archive_that_changes_at_each_response(server: Server, tmp_path: Path) -> None:
+    class Changing(dict[str, str]):
+        def get(self, key: str, default: Any = None) -> Any:
+            return f'"{len(server.asked)}"'
+
+    server.etags = Changing()
+    server.cuts['s2.tgz'] = [2000] * 9
+    with pytest.warns(UserWarning), pytest.raises(DownloadError, match='has changed since'):
+        season(server, tmp_path).run()
+
+
+def special(name: str, kind: bytes, target: str = '') -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info, b''
+
+
+def test_hostile_archive(server: Server, tmp_path: Path, expected: Mapping[str, bytes]) -> None:
+    root, outside = tmp_path / 'root', tmp_path / 'outside'
+    outside.write_text('mine')
+    s2 = sorted(name for name in expected if name.startswith('s2/'))
+    first = s2[0]
+    members = [
+        ('../outside', b'evil'),
+        (str(outside), b'evil'),
+        (f'../{first}', b'evil'),
+        (f'/{first}', b'evil'),
+        (f's2/../../{first}', b'evil'),
+        special('s2', tarfile.SYMTYPE, str(tmp_path)),
+        special(first, tarfile.SYMTYPE, str(outside)),
+        special(first, tarfile.LNKTYPE, '../outside'),
+        special(first, tarfile.CHRTYPE),
+        special(first, tarfile.BLKTYPE),
+        special(first, tarfile.FIFOTYPE),
+        special(first, tarfile.DIRTYPE),
+        (f'{first}.part', b'evil'),
+        ('s2/another.tif', b'evil'),
+        *((name, expected[name]) for name in s2[:-1]),
+        (first, b'evil'),
+        (s2[-1], expected[s2[-1]]),
+    ]
+    server.files['s2.tgz'] = pack(members)
+    season(server, root).run()
+    assert tree(root) == expected
+    assert not any(p.is_symlink() for p in tmp_path.rglob('*'))
+    assert outside.read_text() == 'mine'
+    assert {p.name for p in tmp_path.iterdir()} == {'root', 'outside'}
+    assert {p.name for p in root.iterdir()} == {*FOLDERS, '.download', 'checksums.sha256'}
+
+
+def test_hostile_label_files(server: Server, source: Path, tmp_path: Path) -> None:
+    labels = [(f'labels/{p.name}', p.read_bytes()) for p in (source / 'labels').iterdir()]
+    hostile = [
+        ('../31UEQ_1_1.json', b'{}'),
+        ('labels/..', b'evil'),
+        ('labels/.json', b'evil'),
+        ('labels/31UEQ_1_1.json\n', b'{}'),
+        ('labels/setup.py', b'evil'),
+    ]
+    server.files['labels.tgz'] = pack([*hostile, *labels])
+    season(server, tmp_path / 'root').plan()
+    written = {p.name for p in (tmp_path / 'root' / 'labels').iterdir()}
+    assert written == {p.name for p in (source / 'labels').iterdir()}
+    assert [p.name for p in tmp_path.iterdir()] == ['root']
+
+
+def test_file_that_is_too_large(
+    server: Server, tmp_path: Path, expected: Mapping[str, bytes]
+) -> None:
+    first = min(name for name in expected if name.startswith('s2/'))
+    huge = tarfile.TarInfo(first)
+    huge.size = 2**40
+    server.files['s2.tgz'] = compress(huge.tobuf() + bytes(2**16))
+    with pytest.raises(DownloadError, match=rf'{first} in .*s2\.tgz has 1099511627776 bytes'):
+        season(server, tmp_path).run()
+    assert not list((tmp_path / 's2').iterdir())
+
+
+def test_file_that_is_too_short(
+    server: Server, tmp_path: Path, expected: Mapping[str, bytes]
+) -> None:
+    first = min(name for name in expected if name.startswith('s2/'))
+    info = tarfile.TarInfo(first)
+    info.size = 3000
+    server.files['s2.tgz'] = gzip.compress(info.tobuf() + bytes(2000))
+    with pytest.raises(DownloadError, match=rf'{first} in .* has 2000 bytes, its header says 3000'):
+        season(server, tmp_path).run()
+    assert not list((tmp_path / 's2').iterdir())
+
+
+def test_header_that_would_fill_the_memory(server: Server, tmp_path: Path) -> None:
+    header = tarfile.TarInfo('name')
+    header.type, header.size = tarfile.XHDTYPE, 2**40
+    server.files['s2.tgz'] = compress(header.tobuf() + bytes(2**16))
+    with pytest.raises(DownloadError, match=r'damaged .*header of 1099511627776 bytes'):
+        season(server, tmp_path).run()
+
+
+@pytest.mark.parametrize('rest', [b'garbage' * 100, bytes(1024) + b'more'])
+def test_tar_that_is_damaged(server: Server, tmp_path: Path, rest: bytes) -> None:
+    other = tarfile.TarInfo('s2/other.tif')
+    server.files['s2.tgz'] = gzip.compress(other.tobuf() + rest + bytes(4096))
+    with pytest.raises(DownloadError, match=r's2\.tgz is damaged .*no header'):
+        season(server, tmp_path).run()
+
+
+def test_series_of_what_the_archive_holds(server: Server, source: Path, tmp_path: Path) -> None:
+    """An S1 archive that holds every third file, as one in the wild held a fifth."""
+    part, root = tmp_path / 'part', tmp_path / 'root'
+    shutil.copytree(source, part)
+    for i, path in enumerate(sorted((part / 's1').iterdir())):
+        if i % 3:
+            path.unlink()
+    server.files['s1.tgz'] = pack_folder(part, 's1')
+    with pytest.warns(UserWarning, match=r's1\.tgz lacks \d+ of the 12 files'):
+        season(server, root).run()
+    with pytest.warns(UserWarning, match='not on disk'):
+        expected = season_of(part, MultiSenGE(part, split='train'))
+    there = tree(root)
+    assert expected.items() <= there.items()
+    # Beside them is only what was taken before the end of the archive told what it lacks.
+    first_choice = season_of(source, MultiSenGE(source, split='train'))
+    assert there.keys() <= expected.keys() | first_choice.keys()
+    server.asked.clear()
+    season(server, root).run()
+    assert server.asked == []
+
+
+def test_checksums(server: Server, tmp_path: Path, expected: Mapping[str, bytes]) -> None:
+    season(server, tmp_path).run()
+    lines = (tmp_path / 'checksums.sha256').read_text().splitlines()
+    assert sorted(lines) == sorted(
+        f'{hashlib.sha256(content).hexdigest()}  {name}' for name, content in expected.items()
+    )
+    season(server, tmp_path).verify()
+    name = min(name for name in expected if name.startswith('s1/'))
+    (tmp_path / name).write_bytes(expected[name][:-1])
+    with pytest.raises(DownloadError, match=f'is another for .*/{name}; delete'):
+        MultiSenGE(tmp_path, split='train', checksum=True)
+    (tmp_path / name).unlink()
+    season(server, tmp_path).run()
+    season(server, tmp_path).verify()
+    assert tree(tmp_path) == expected
+
+
+def test_files_of_another_source_are_recorded_when_verified(source: Path, tmp_path: Path) -> None:
+    root = tmp_path / 'root'
+    shutil.copytree(source, root)
+    dataset = MultiSenGE(root, split='train', checksum=True)
+    path = dataset.catalog.path(int(dataset._patches[0]), 's1', dataset.slots(0)['s1'][0][0])
+    path.write_bytes(b'II*\0')
+    with pytest.raises(DownloadError, match=path.name):
+        MultiSenGE(root, split='train', checksum=True)
+
+
+def test_file_fetched_again_that_differs(
+    server: Server, tmp_path: Path, expected: Mapping[str, bytes]
+) -> None:
+    season(server, tmp_path).run()
+    names = [name for name in expected if name.startswith('s1/')]
+    (tmp_path / names[0]).unlink()
+    (tmp_path / '.download' / 's1.jsonl').unlink()
+    server.files['s1.tgz'] = pack([(name, b'other') for name in names])
+    with pytest.raises(DownloadError, match=f'{names[0]}: what .* another checksum than'):
+        season(server, tmp_path).run()
+    assert not (tmp_path / names[0]).exists()
+
+
+def test_plan_by_hand(server: Server, tmp_path: Path) -> None:
+    """Two patches, the second without a July."""
+    s1 = ('20200703', '20200802', '20200903', '20200905', '20201107', '20201231')
+    write_label_file(tmp_path, '31UEQ', 0, 0, s2=('20200101', *S2_DATES), s1=s1)
+    write_label_file(tmp_path, '31UEQ', 257, 0, s2=S2_DATES[1:], s1=S1_DATES)
+    plan = season(server, tmp_path, tiles=['31UEQ']).plan()
+    assert server.asked == []  # the labels are there, and nothing else is needed to plan
+    # S2: 6 July, 5 August, 4 September, 8 November; S1: the nearest, the earlier of two as near.
+    assert plan.needed['s2'] == {f'31UEQ_{d}_S2_0_0.tif' for d in S2_DATES}
+    nearest = ('20200703', '20200802', '20200903', '20201107')
+    assert plan.needed['s1'] == {f'31UEQ_{d}_S1_0_0.tif' for d in nearest}
+    assert plan.missing == plan.needed
+    assert (plan.patches, plan.patches_in_all) == (1, 2)
+    assert plan.in_all == {'ground_reference': 2, 's2': 8, 's1': 10}
+    # Two label rasters of 65,536 bytes, four images of 1,310,720 and four of 524,288.
+    assert plan.size == 2 * 65_536 + 4 * 1_310_720 + 4 * 524_288
+    assert '1 of 2 patches have the series' in str(plan)
+
+
+def test_plan_of_the_paper(real_labels: Path, server: Server, tmp_path: Path) -> None:
+    (tmp_path / 'labels').symlink_to(real_labels / 'labels')
+    plan = season(server, tmp_path).plan()
+    # 3,369 patches are published; each has four dates of each sensor.
+    assert plan.patches == 3369
+    assert {s: len(plan.needed[s]) for s in ('s2', 's1')} == {'s2': 4 * 3369, 's1': 4 * 3369}
+    assert plan.in_all == {'ground_reference': 8157, 's2': 72033, 's1': 1012227}
+    assert plan.size == 13476 * (1_310_720 + 524_288) + 8157 * 65_536
+
+
+def test_disk_that_is_too_small(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 12 images of each sensor and 4 label rasters have 22.3 MB of pixels.
+    usage = shutil.disk_usage(tmp_path)._replace(free=22_000_000)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
+    with pytest.raises(DownloadError, match=r'about 0\.0 GB .* free; make room'):
+        season(server, tmp_path).run()
+    assert not list((tmp_path / 's2').iterdir())
+    usage = usage._replace(free=23_000_000)
+    season(server, tmp_path).run()
+
+
+@pytest.mark.parametrize('missing', ['drop', 'keep', 'nearest'])
+@pytest.mark.parametrize('leader', ['s2', 's1'])
+def test_every_draw_is_among_the_candidates(missing: Any, leader: Any) -> None:
+    few = np.array(['2020-01-05', '2020-04-01', '2020-07-02', '2020-09-30'], 'datetime64[s]')
+    many = np.arange('2020-01-01', '2020-12-31', 6, 'datetime64[D]').astype('datetime64[s]')
+    rule = RandomDates(3, missing=missing, leader=leader, s1_per_slot=2)
+    times = {'s2': few, 's1': many} if leader == 's2' else {'s2': many, 's1': few}
+    candidates = rule.candidates(times)
+    drawn: dict[str, set[int]] = {'s2': set(), 's1': set()}
+    for draw in range(100):
+        for sensor, slots in rule.select(times, draw).items():
+            drawn[sensor] |= {p for slot in slots for p in slot}
+    assert drawn == candidates
+    if leader == 's2':
+        # 5 January lies between day 0 and 6 of the year; the others are days 91, 183 and 273.
+        assert candidates == {'s2': {0, 1, 2, 3}, 's1': {0, 1, 15, 16, 30, 31, 45, 46}}
+
+
+@pytest.mark.parametrize('rule', [RandomDates(2), EvenlySpaced(2), MonthlySeries()])
+def test_no_candidates_without_a_series(rule: DateRule) -> None:
+    with pytest.raises(NoSeriesError):
+        rule.candidates({'s2': np.array(['2020-01-05'], 'datetime64[s]')})
+
+
+def test_data_set(
+    server: Server, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Mirror(MultiSenGE):
+        url = server.url
+
+    series = EvenlySpaced(2)
+    with pytest.raises(DatasetNotFoundError, match='download=True'):
+        Mirror(tmp_path / 'none', series=series)
+    with pytest.warns(UserWarning, match='not on disk'):
+        dataset = Mirror(tmp_path, split='test', series=series, sensors=['s2'], download=True)
+    whole = MultiSenGE(source, split='test', series=series, sensors=['s2'])
+    assert dataset[0]['image'].equal(whole[0]['image'])
+    assert {p.name[:5] for p in (tmp_path / 's2').iterdir()} == {'31UEQ'}
+    assert len(list((tmp_path / 's2').iterdir())) == 2
+    assert not list((tmp_path / 's1').iterdir())
+    assert '1 of 4 patches have the series' in capsys.readouterr().out
+
+
+def test_data_module(server: Server, source: Path, tmp_path: Path) -> None:
+    class Mirror(MultiSenGE):
+        url = server.url
+
+    splits = {'train': ['31UFQ'], 'val': ['31UEQ'], 'test': ['31UEQ']}
+    data = MultiSenGEDataModule(
+        tmp_path, 1, splits=splits, dataset_class=Mirror, download=True, checksum=True
+    )
+    with pytest.warns(UserWarning, match='not on disk'):
+        data.prepare_data()
+    assert tree(tmp_path) == season_of(source, MultiSenGE(source, split='all'))
+    server.asked.clear()
+    data.prepare_data()
+    assert server.asked == []
+
+
+class InMemory(RemoteFile):
+    """Bytes in memory in the place of those on a server."""
+
+    def __init__(self, content: bytes, position: int = 0) -> None:
+        self.content, self.position = content, position
+
+    def read(self, size: int) -> bytes:
+        data = self.content[self.position : self.position + size]
+        self.position += len(data)
+        return data
+
+
+def mixed(size: int) -> bytes:
+    """Noise, which deflate stores, zeros and digits."""
+    rng = random.Random(1)
+    digits = ''.join(rng.choices('0123456789', k=size // 4)).encode()
+    return (rng.randbytes(size // 4) + bytes(size // 4) + digits) * 2
+
+
+@pytest.mark.parametrize('level', [0, 1, 6, 9])
+@pytest.mark.parametrize('members', [1, 3])
+def test_output_from_every_restart_point(level: int, members: int) -> None:
+    stream = compress(mixed(100_000), level) + b''.join(
+        bytes(3) + compress(mixed(50_000), level) for _ in range(members - 1)
+    )
+    whole = gzip.decompress(stream)
+    reader = GzipReader(InMemory(stream), RestartPoint(), 2**12)
+    points, parts = [], []
+    while part := reader.read(777):
+        parts.append(part)
+        if reader.point:
+            points.append(reader.point)
+            reader.point = None
+    assert b''.join(parts) == whole
+    assert len(points) >= 3 * members
+    for point in points:
+        again = GzipReader(InMemory(stream, point.compressed), point, 2**30)
+        assert again.tell() == point.position
+        assert b''.join(iter(lambda: again.read(10_000), b'')) == whole[point.position :]
+    damaged = stream[:-8] + bytes(8)
+    with pytest.raises(zlib.error, match='incorrect data check'):
+        GzipReader(InMemory(damaged, points[-1].compressed), points[-1], 2**30).seek(10**9)
