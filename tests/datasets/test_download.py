@@ -1,8 +1,11 @@
+import gzip
+import hashlib
 import io
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import tarfile
 import threading
@@ -13,16 +16,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from conftest import S1_DATES, S2_DATES, write_label_file
+from torchgeo.datasets import DatasetNotFoundError
 
+from torchgeo_s1s2.datamodules import MultiSenGEDataModule
 from torchgeo_s1s2.datasets import (
     AllDates,
+    DateRule,
     DownloadError,
+    EvenlySpaced,
+    MonthlySeries,
     MultiSenGE,
+    NoSeriesError,
+    RandomDates,
     SeasonDownload,
     archive,
 )
-from torchgeo_s1s2.datasets.archive import RemoteArchive, RemoteFile
+from torchgeo_s1s2.datasets.archive import GzipReader, RemoteArchive, RemoteFile, RestartPoint
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
 FOLDERS = ('labels', 'ground_reference', 's2', 's1')
@@ -408,7 +420,7 @@ def test_archive_that_changes_at_each_response(server: Server, tmp_path: Path) -
 
     server.etags = Changing()
     server.cuts['s2.tgz'] = [2000] * 9
-    with pytest.warns(UserWarning), pytest.raises(DownloadError, match='has changed since'):
+    with pytest.warns(match='has changed'), pytest.raises(DownloadError, match='has changed since'):
         season(server, tmp_path).run()
 
 
@@ -708,7 +720,7 @@ def test_output_from_every_restart_point(level: int, members: int) -> None:
     for point in points:
         again = GzipReader(InMemory(stream, point.compressed), point, 2**30)
         assert again.tell() == point.position
-        assert b''.join(iter(lambda: again.read(10_000), b'')) == whole[point.position :]
+        assert again.read(len(whole)) == whole[point.position :]
     damaged = stream[:-8] + bytes(8)
     with pytest.raises(zlib.error, match='incorrect data check'):
         GzipReader(InMemory(damaged, points[-1].compressed), points[-1], 2**30).seek(10**9)
