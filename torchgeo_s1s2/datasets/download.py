@@ -145,6 +145,7 @@ class SeasonDownload:
             ValueError: If a label file is malformed.
         """
         with self._locked():
+            self._prepare_folders()
             self._fetch_labels()
             return self._plan()
 
@@ -157,7 +158,7 @@ class SeasonDownload:
             ValueError: If a label file is malformed.
         """
         with self._locked():
-            self._remove_parts()
+            self._prepare_folders()
             self._fetch_labels()
             plan = self._plan()
             if self.progress:
@@ -207,10 +208,11 @@ class SeasonDownload:
             }
             yield
 
-    def _remove_parts(self) -> None:
+    def _prepare_folders(self) -> None:
+        """Make the folders, and clear them of files that an interruption left half written."""
         for folder in self._archives:
             (self.root / folder).mkdir(exist_ok=True)
-            for path in (self.root / folder).glob('*.part'):
+            for path in (self.root / folder).glob('*.*.part'):
                 path.unlink()
 
     def _fetch_labels(self) -> None:
