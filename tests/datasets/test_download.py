@@ -337,6 +337,19 @@ def test_journal_that_was_cut_off(
     assert tree(tmp_path) == expected
 
 
+def test_damaged_journal(server: Server, tmp_path: Path) -> None:
+    season(server, tmp_path).run()
+    journal = tmp_path / '.download' / 's2.jsonl'
+    journal.write_text('{"version": 1}\n')
+    with pytest.raises(DownloadError, match=r's2\.jsonl is damaged .*; delete it'):
+        season(server, tmp_path).run()
+
+
+def test_url_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match='data/labels.tgz: .*No scheme supplied'):
+        SeasonDownload(tmp_path, 'data', progress=False).run()
+
+
 def test_a_later_season_reads_only_where_it_is(
     server: Server, source: Path, tmp_path: Path
 ) -> None:

@@ -93,7 +93,11 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read a journal, or begin one; a last line that was cut off is ignored."""
+        """Read a journal, or begin one; a last line that was cut off is ignored.
+
+        Raises:
+            DownloadError: If it is damaged otherwise.
+        """
         self.path = path
         self.version: Version | None
         self.starts: list[RestartPoint]
@@ -103,12 +107,19 @@ class Journal:
             return
         *lines, rest = path.read_bytes().split(b'\n')
         self._size = path.stat().st_size - len(rest)
-        for number, line in enumerate(lines):
-            content = json.loads(line)
-            if number == 0:
-                self.version, self.replaced = Version(*content['version']), content['replaced']
-            else:
-                self._remember(content)
+        try:
+            self._load([json.loads(line) for line in lines])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DownloadError(
+                f'{path} is damaged ({error}); delete it, and the archive is read from its start'
+            ) from error
+
+    def _load(self, contents: list[dict[str, Any]]) -> None:
+        if contents:
+            self.version = Version(*contents[0]['version'])
+            self.replaced = contents[0]['replaced']
+        for content in contents[1:]:
+            self._remember(content)
 
     @property
     def complete(self) -> bool:
@@ -274,7 +285,8 @@ class RemoteFile:
     def _wait(self, error: Exception) -> None:
         self._disconnect()
         self._failures += 1
-        if self._failures >= self.retries:
+        malformed = isinstance(error, ValueError)  # the url
+        if self._failures >= self.retries or malformed:
             raise DownloadError(
                 f'{self.url}: reading from byte {self.position} on failed {self._failures} times '
                 f'({error}); run the same again to continue'

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
+from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.archive import ArchiveChangedError, DownloadError, RemoteArchive
 from torchgeo_s1s2.datasets.catalog import (
@@ -108,6 +109,10 @@ class SeasonDownload:
 
     The journals for this are in ``root/.download``, and the SHA-256 of every file written in
     ``root/checksums.sha256``, which ``sha256sum -c`` reads too.
+
+    Seasons may share a root. Where a rule's choice depends on how many dates there are
+    (``AllDates`` with more dates than slots), it may choose others among the files of several
+    seasons than it would among all.
     """
 
     def __init__(
@@ -180,7 +185,9 @@ class SeasonDownload:
     def _verify(self, plan: DownloadPlan) -> None:
         wrong = []
         for folder, names in plan.needed.items():
-            for name in sorted(names - plan.missing[folder]):
+            there = sorted(names - plan.missing[folder])
+            hidden = not (self.progress and there)
+            for name in tqdm(there, f'Verifying {folder}', unit='file', disable=hidden):
                 digest = hashlib.sha256((self.root / folder / name).read_bytes()).hexdigest()
                 if not self._checksums.agrees(f'{folder}/{name}', digest):
                     wrong.append(str(self.root / folder / name))
