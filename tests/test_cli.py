@@ -164,6 +164,9 @@ def test_bad_input_is_named_before_training(
     assert not (data / 'outputs' / 'metrics.csv').exists()
 
 
+PATCHES = '--data.init_args.synthetic.patches={31UFQ: 3, 32ULU: 2, 31UFP: 3, 31UEQ: 2}'
+PREDICT = '--data.init_args.predict_split=val'
+TEST_SPLIT = '--data.init_args.splits={train: [31UFQ, 32ULU], val: [31UFP], test: [31UFP]}'
 TWO = f"""
 import json, os
 from pathlib import Path
@@ -179,9 +182,6 @@ def note(*line):
 
 def noted(name, function):
     return lambda *args, **options: (note(name), function(*args, **options))[1]
-
-Statistics.compute = noted('statistics', Statistics.compute)
-catalog._Builder.build = noted('catalog', catalog._Builder.build)
 
 class Recorder(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -199,21 +199,21 @@ class Recorder(Callback):
             note('predict', 0, *batch['index'].tolist())
 
 if __name__ == '__main__':
+    Statistics.compute = noted('statistics', Statistics.compute)
+    catalog._Builder.build = noted('catalog', catalog._Builder.build)
     common = ['--config={CONF}', '--trainer.devices=2', '--trainer.strategy=ddp',
-              '--trainer.callbacks+=two.Recorder', '{{patches}}']
+              '--trainer.callbacks+=two.Recorder', '{PATCHES}']
     main(['fit', *common, '--trainer.max_epochs=2', '--seed_everything=3'])
-    main(['test', *common, '{CHECKPOINT}', '{{split}}', '--trainer.logger.init_args.save_dir=tested'])
-    main(['predict', *common, '{CHECKPOINT}', '{ELSEWHERE}', '--data.init_args.predict_split=val'])
+    main(['test', *common, '{CHECKPOINT}', '{TEST_SPLIT}', '{ELSEWHERE}'])
+    main(['predict', *common, '{CHECKPOINT}', '--trainer.logger=false', '{PREDICT}'])
     main(['predict', *common, '--config={SCENE}', '{CHECKPOINT}'])
 """
-PATCHES = '--data.init_args.synthetic.patches={31UFQ: 3, 32ULU: 2, 31UFP: 3, 31UEQ: 2}'
-TEST_SPLIT = '--data.init_args.splits={train: [31UFQ, 32ULU], val: [31UFP], test: [31UFP]}'
 
 
 def test_two_processes_measure_and_map_as_one(tmp_path: Path) -> None:
     """Fit, test and predict with two processes, then validate and test with one."""
     script = tmp_path / 'two.py'
-    script.write_text(TWO.replace('{patches}', PATCHES).replace('{split}', TEST_SPLIT))
+    script.write_text(TWO)
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
     done = subprocess.run(
         [sys.executable, script],
@@ -231,7 +231,7 @@ def test_two_processes_measure_and_map_as_one(tmp_path: Path) -> None:
     test = '--trainer.logger.init_args.save_dir=one_tested'
     command(tmp_path, 'validate', CHECKPOINT, PATCHES, '--trainer.logger.init_args.save_dir=one')
     command(tmp_path, 'test', CHECKPOINT, PATCHES, TEST_SPLIT, test)
-    check_metrics(tmp_path / 'tested', tmp_path / 'one_tested', 'test_')
+    check_metrics(tmp_path / 'predicted', tmp_path / 'one_tested', 'test_')
     check_metrics(tmp_path / 'outputs', tmp_path / 'one', 'val_')
     check_scene(tmp_path)
 

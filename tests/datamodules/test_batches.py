@@ -30,14 +30,17 @@ def test_each_sample_once_in_as_many_steps(processes: int, batch_size: int, shuf
         flat = [batch for share in batches for batch in share]
         assert sorted(chain(*flat)) == list(range(samples))
         sizes = {len(batch) for batch in flat}
-        assert min(sizes) >= 1
+        assert min(sizes) >= (2 if batch_size > 1 and samples >= 2 * processes else 1)
         assert max(sizes) - min(sizes) <= 1
-        assert max(sizes) <= max(batch_size, 2)
+        if samples >= 4 * processes:
+            assert max(sizes) <= batch_size + (batch_size < 3)
 
 
 def test_steps_by_hand() -> None:
-    # Seven in two processes of batches of two: two steps of two each, the last has one less.
-    assert shares(7, 2, 2, shuffle=False) == [[[0, 1], [4, 5]], [[2, 3], [6]]]
+    # Seven in two processes of batches of three: not two steps, as one batch would be of one.
+    assert shares(7, 2, 3, shuffle=False) == [[[0, 1, 2, 3]], [[4, 5, 6]]]
+    # Eleven: two steps, the batches of the second have one less or as many.
+    assert shares(11, 2, 3, shuffle=False) == [[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10]]]
     # Three single ones: one step, as the second would have work for one process only.
     assert shares(3, 2, 1, shuffle=False) == [[[0, 1]], [[2]]]
     # Nine in one process: no batch of one.
@@ -51,7 +54,7 @@ def test_another_order_each_epoch_and_the_same_in_each_process() -> None:
 
 
 def test_a_plain_sampler_is_followed() -> None:
-    assert list(EvenBatches([4, 3, 2, 1, 0], 2)) == [[4, 3], [2, 1], [0]]
+    assert list(EvenBatches([4, 3, 2, 1, 0], 2)) == [[4, 3, 2], [1, 0]]
 
 
 def test_fewer_samples_than_processes() -> None:

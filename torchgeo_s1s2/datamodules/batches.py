@@ -1,5 +1,6 @@
 """Batches that distributed training and evaluation can count on."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch.utils.data import BatchSampler, DistributedSampler
 class EvenBatches(BatchSampler):
     """Gives each sample to one process once an epoch, in as many batches in each process.
 
-    The batches of all processes differ by one sample at most, so none is a small remainder.
-    PyTorch's ``DistributedSampler`` repeats samples until the processes have as many, which counts
-    some twice in metrics, and dropping the last batch leaves samples out.
+    The batches of all processes differ by one sample at most, so none is a small remainder, and
+    none has one sample where two can be had: batch norm cannot train on a single value. PyTorch's
+    ``DistributedSampler`` repeats samples until the processes have as many, which counts some twice
+    in metrics, and dropping the last batch leaves samples out.
 
     Lightning puts a ``DistributedSampler`` in the place of ``sampler``: it says how many processes
     there are, and the seed of the order that they share.
@@ -23,8 +25,9 @@ class EvenBatches(BatchSampler):
 
         Args:
             sampler: Sampler of the whole data set, or a ``DistributedSampler``.
-            batch_size: Most samples in a batch. Only with 1, and a number of samples that the
-                processes cannot share evenly, some batches have one more.
+            batch_size: Most samples in a batch, unless that leaves a process without a batch, or
+                with a batch of one although this is more than one. Then some batches have more: one
+                more, where there are as many as four samples a process.
             drop_last: As in PyTorch's class; nothing is ever dropped.
 
         Raises:
@@ -43,8 +46,8 @@ class EvenBatches(BatchSampler):
 
     def __len__(self) -> int:
         """Number of batches of each process."""
-        steps = -(-self._samples // (self._processes * self.batch_size))
-        return min(steps, self._samples // self._processes)
+        share, least = self._samples / self._processes, min(self.batch_size, 2)
+        return max(1, min(math.ceil(share / self.batch_size), int(share / least)))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches of this process; those of one step lie side by side in the order."""
