@@ -179,24 +179,31 @@ def test_missing_dependency_says_how_to_mend_it(
         export_onnx(nn.Identity(), tmp_path / 'model.onnx')
 
 
-def test_autocast_to_bfloat16() -> None:
-    """Bfloat16 keeps 8 bits: outputs within a few 2^-8 of their spread, gradients alike."""
-    image = make_image(h=64)
-    exact, cast = build().train(), build().train()
-    expected = learn(exact, exact, image)
+@torch.no_grad()
+def test_autocast_to_bfloat16_in_evaluation(model: nn.Module) -> None:
+    """Bfloat16 has 8 bits, so an operation is off by up to 2^-9 = 0.2 %; they add up."""
+    image = make_image()
     with torch.autocast('cpu', torch.bfloat16):
-        output = cast(image)
-        output.float().square().mean().backward()
+        output = model(image)
     assert output.dtype == torch.bfloat16
-    error = (output.float() - expected[0]['output']).std() / expected[0]['output'].std()
-    assert error < 0.05
-    for name, gradient in gradients(cast).items():
+    expected = model(image)
+    assert (output - expected).std() < 0.03 * expected.std()
+
+
+def test_autocast_to_bfloat16_in_training() -> None:
+    model = build('resnet18_convlstm_inception').train()
+    with torch.autocast('cpu', torch.bfloat16):
+        output = model(make_image(h=64))
+        output.square().mean().backward()
+    assert output.isfinite().all()
+    assert len(gradients(model)) == len(dict(model.named_parameters()))
+    for name, gradient in gradients(model).items():
         assert gradient.isfinite().all(), name
 
 
 def test_channels_last() -> None:
     image = make_image(h=64).double()
-    plain, last = build().double().train(), build().double().train()
+    plain, last = (build('resnet18_convlstm_inception').double().train() for _ in range(2))
     last = last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     flat = image.flatten(1, 2).to(memory_format=torch.channels_last)
     expected, actual = learn(plain, plain, image), learn(last, last, flat)

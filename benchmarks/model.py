@@ -1,0 +1,447 @@
+"""Time, memory and operations of models of series, beside what the processor can do.
+
+    python -m benchmarks.model --output outputs/model
+
+Every model runs in a process of its own; in a round each does one forward pass, or one training
+step, after the other. Reported are medians over the rounds.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchgeo.tasks import SpatioTemporalSegmentation
+
+from benchmarks.accuracy import provenance
+from benchmarks.contestants import PixelLTAE
+from benchmarks.plain import PlainFuseLSTM
+from torchgeo_s1s2.models import register_encoders
+from torchgeo_s1s2.tasks.report import save_figure
+
+register_encoders()
+CHANNELS, CLASSES = 12, 10
+KINDS = ('forward', 'step')
+Cell = tuple[int, int]
+Result = dict[str, Any]
+
+
+class PlainSeries(nn.Module):
+    """The plain model, fed with the image of both sensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = PlainFuseLSTM(CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Read (B, T, C, H, W), return logits (B, K, H, W)."""
+        s2, s1 = x.movedim(2, -1).split([10, 2], dim=-1)
+        logits: Tensor = self.model(s2, s1)
+        return logits
+
+
+class Stacked(nn.Module):
+    """smp's U-Net with a ResNet-50 on the dates as channels of one image."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__()
+        self.model = smp.Unet(
+            'resnet50', encoder_weights=None, in_channels=slots * CHANNELS, classes=CLASSES
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Read (B, T, C, H, W), return logits (B, K, H, W)."""
+        logits: Tensor = self.model(x.flatten(1, 2))
+        return logits
+
+
+class Product(nn.Module):
+    """One large matrix product: the ceiling of anything that a processor computes."""
+
+    def __init__(self, size: int = 1024) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Ignore the series."""
+        return self.weight @ self.weight
+
+
+class Convolution(nn.Module):
+    """One large convolution, of the width of the decoder's middle."""
+
+    def __init__(self, channels: int = 128, size: int = 128) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.register_buffer('image', torch.randn(1, channels, size, size), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Ignore the series."""
+        result: Tensor = self.conv(self.image)
+        return result
+
+
+def ours(slots: int) -> nn.Module:
+    model: nn.Module = smp.Unet(
+        'vgg16_convlstm_inception',
+        encoder_weights=None,
+        in_channels=slots * CHANNELS,
+        classes=CLASSES,
+    )
+    return model
+
+
+def compiled(slots: int) -> nn.Module:
+    model = ours(slots)
+    model.compile(fullgraph=True)
+    return model
+
+
+def torchgeo_convlstm(slots: int) -> nn.Module:
+    task = SpatioTemporalSegmentation(
+        model='convlstm', in_channels=CHANNELS, num_classes=CLASSES, loss='ce'
+    )
+    model: nn.Module = task.model
+    return model
+
+
+COMPILED = 'Ours, compiled'
+MODELS: Mapping[str, Callable[[int], nn.Module]] = {
+    'Plain implementation': lambda slots: PlainSeries(),
+    'Ours': ours,
+    COMPILED: compiled,
+    "TorchGeo's ConvLSTM": torchgeo_convlstm,
+    'U-Net (ResNet-50) on stacked dates': Stacked,
+    'L-TAE at each pixel': lambda slots: PixelLTAE(CHANNELS, CLASSES, length=slots),
+}
+PROBES: Mapping[str, Callable[[int], nn.Module]] = {
+    'Matrix product': lambda slots: Product(),
+    'Convolution': lambda slots: Convolution(),
+}
+PLAIN, PROBE = next(iter(MODELS)), 'Convolution'
+
+
+def count_flops(model: nn.Module, x: Tensor) -> int:
+    """Floating-point operations of a forward pass, two for a multiplication and an addition.
+
+    Only those of convolutions and matrix products; what is around them is not counted.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return int(counter.get_total_flops())
+
+
+class Job:
+    """What a process does: build a model, then run it when asked."""
+
+    def __init__(self, name: str, cell: Cell) -> None:
+        before = _memory('VmRSS')
+        slots, size = cell
+        torch.manual_seed(0)
+        self.build = partial((MODELS | PROBES)[name], slots)
+        self.model = self.build()
+        self.image = torch.randn(1, slots, CHANNELS, size, size)
+        self.mask = torch.randint(CLASSES, (1, size, size))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
+        self.before = before
+
+    def about(self) -> Result:
+        # The compiler would hide the operations from the counter.
+        plain = ours(len(self.image[0])) if self.build.func is compiled else self.model
+        return {
+            'parameters': sum(p.numel() for p in self.model.parameters()),
+            'flops': count_flops(plain.eval(), self.image),
+        }
+
+    def warm_up(self, kind: str) -> float:
+        """First run of a kind, compilation included; memory is watched from its end."""
+        self.model.train(kind == 'step')
+        seconds = self.run(kind)
+        self.run(kind)
+        with suppress(OSError):
+            Path('/proc/self/clear_refs').write_text('5')  # the peak is the present size
+        return seconds
+
+    def run(self, kind: str) -> float:
+        begin = time.perf_counter()
+        if kind == 'forward':
+            with torch.no_grad():
+                self.model(self.image)
+        else:
+            loss = F.cross_entropy(self.model(self.image), self.mask)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return time.perf_counter() - begin
+
+    def peak(self) -> float:
+        """Largest memory since the warm-up in MiB, without that of an empty process."""
+        return _memory('VmHWM') - self.before
+
+
+def _memory(key: str) -> float:
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f'{key}:'))
+
+
+def serve(connection: Connection, name: str, cell: Cell, threads: int) -> None:
+    """Body of a process: do what is asked until None."""
+    torch.set_num_threads(threads)
+    job = Job(name, cell)
+    for method, *arguments in iter(connection.recv, None):
+        connection.send(getattr(job, method)(*arguments))
+
+
+class Worker:
+    """A process with one model."""
+
+    def __init__(self, name: str, cell: Cell) -> None:
+        self.name = name
+        self.connection, other = _CONTEXT.Pipe()
+        arguments = (other, name, cell, torch.get_num_threads())
+        self.process = _CONTEXT.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        other.close()
+
+    def ask(self, *request: Any) -> Any:
+        """Have the process do something.
+
+        Raises:
+            RuntimeError: If the process has ended.
+        """
+        try:
+            self.connection.send(request)
+            return self.connection.recv()
+        except (EOFError, BrokenPipeError) as error:
+            raise RuntimeError(f"the process of '{self.name}' failed, see above") from error
+
+    def close(self) -> None:
+        """Let the process end."""
+        with suppress(BrokenPipeError):
+            self.connection.send(None)
+        self.process.join()
+
+
+# Processes that are forked from one with everything imported start at once and alike.
+_CONTEXT = multiprocessing.get_context('forkserver')
+_CONTEXT.set_forkserver_preload(['benchmarks.accuracy', 'benchmarks.contestants'])
+
+
+def measure(cell: Cell, names: Sequence[str], rounds: int, deadline: float) -> list[Result]:
+    """Measure models and probes side by side.
+
+    Args:
+        cell: Number of slots T, and height and width in pixels.
+        names: Models.
+        rounds: Number of rounds.
+        deadline: Time of ``time.monotonic`` after which no round begins, but for the first.
+
+    Returns:
+        One result a model and probe.
+    """
+    results: dict[str, Result] = {}
+    workers = {name: Worker(name, cell) for name in (*names, *PROBES)}
+    try:
+        for name, worker in workers.items():
+            results[name] = {
+                'model': name,
+                'slots': cell[0],
+                'size': cell[1],
+                **worker.ask('about'),
+            }
+        kinds = {'forward': list(workers), 'step': list(names)}
+        for share, (kind, asked) in zip((0.4, 1), kinds.items(), strict=True):
+            chosen = {name: workers[name] for name in asked}
+            until = time.monotonic() + share * (deadline - time.monotonic())
+            for name, found in _rounds(chosen, kind, rounds, until).items():
+                results[name] |= found
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return list(results.values())
+
+
+def _rounds(
+    workers: Mapping[str, Worker], kind: str, rounds: int, deadline: float
+) -> dict[str, Result]:
+    first = {name: worker.ask('warm_up', kind) for name, worker in workers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for done in range(rounds):
+        if done and time.monotonic() > deadline:
+            break
+        for name, worker in workers.items():
+            seconds[name].append(worker.ask('run', kind))
+    return {
+        name: {
+            f'{kind}_first': first[name],
+            f'{kind}_seconds': values,
+            kind: statistics.median(values),
+            f'{kind}_peak': workers[name].ask('peak'),
+        }
+        for name, values in seconds.items()
+    }
+
+
+def cells(slots: Sequence[int], sizes: Sequence[int], full: bool) -> list[Cell]:
+    """All sizes at the first number of slots, all numbers of slots at the first size; or all."""
+    return [(t, s) for t in slots for s in sizes if full or t == slots[0] or s == sizes[0]]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown with one row a model and cell."""
+    columns = ['T', 'pixels', 'model', 'parameters', 'GFLOP', 'forward (ms)', 'x plain']
+    columns += ['training step (ms)', 'x plain', 'forward (MiB)', 'training (MiB)']
+    columns += ['GFLOP/s', 'of a convolution']
+    rows = [columns, ['--:', '--:', '---', *['--:'] * 10]]
+    for result in results:
+        if result['model'] in MODELS:
+            rows.append(_row(result, results))
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def _row(result: Result, results: Sequence[Result]) -> list[str]:
+    rate, plain = _rate(result), _beside(PLAIN, result, results)
+    ratios = [f'{plain[k] / result[k]:.2f}' if plain else '-' for k in ('forward', 'step')]
+    probe = _beside(PROBE, result, results)
+    return [
+        str(result['slots']),
+        str(result['size']),
+        result['model'],
+        f'{result["parameters"]:,}',
+        f'{result["flops"] / 1e9:,.1f}',
+        f'{1000 * result["forward"]:,.0f}',
+        ratios[0],
+        f'{1000 * result["step"]:,.0f}',
+        ratios[1],
+        f'{result["forward_peak"]:,.0f}',
+        f'{result["step_peak"]:,.0f}',
+        f'{rate:.0f}',
+        f'{rate / _rate(probe):.0%}' if probe else '-',
+    ]
+
+
+def _beside(name: str, result: Result, results: Iterable[Result]) -> Result | None:
+    """The result of another model in the same cell."""
+    key = name, result['slots'], result['size']
+    return next((r for r in results if (r['model'], r['slots'], r['size']) == key), None)
+
+
+def _rate(result: Result) -> float:
+    """GFLOP/s of the forward pass."""
+    return float(result['flops'] / 1e9 / result['forward'])
+
+
+def facts(results: Sequence[Result]) -> dict[str, str]:
+    """What the processor reaches, and how many rounds there were."""
+    reached = {
+        name: statistics.median(_rate(r) for r in results if r['model'] == name) for name in PROBES
+    }
+    rounds = [
+        len(r[f'{kind}_seconds']) for r in results for kind in ('forward', 'step') if kind in r
+    ]
+    return {
+        'one matrix product of 1,024 x 1,024': f'{reached["Matrix product"]:.0f} GFLOP/s',
+        'one convolution, 128 to 128 channels, 3 x 3, 128 x 128 pixels': (
+            f'{reached[PROBE]:.0f} GFLOP/s'
+        ),
+        'rounds': f'{min(rounds)} to {max(rounds)}',
+    }
+
+
+def plot(results: Sequence[Result], title: str) -> plt.Figure:
+    """Time and memory over the number of slots, and over pixels."""
+    figure, axes = plt.subplots(2, 2, figsize=(7.5, 6), sharex='col', sharey='row')
+    base = _cell(results[0])
+    for row, (key, label) in enumerate(
+        (('forward', 'forward (s)'), ('step_peak', 'training (MiB)'))
+    ):
+        for across, name in enumerate(('slots T', 'pixels in height and width')):
+            axis = axes[row, across]
+            for model in MODELS:
+                _line(axis, [r for r in results if r['model'] == model], key, across, base)
+            axis.set(xscale='log', yscale='log', xlabel=name * row, ylabel=label * (not across))
+            values = sorted({_cell(r)[across] for r in results})
+            axis.set_xticks(values, values)
+            axis.minorticks_off()
+    axes[0, 0].set_title(f'{base[1]} x {base[1]} pixels', fontsize=9)
+    axes[0, 1].set_title(f'T = {base[0]}', fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
+    return figure
+
+
+def _line(axis: Axes, results: Sequence[Result], key: str, across: int, base: Cell) -> None:
+    """Draw a model over slots (0) or pixels (1), the other one being the first measured."""
+    chosen = [r for r in results if _cell(r)[1 - across] == base[1 - across]]
+    if chosen:
+        x, y = [_cell(r)[across] for r in chosen], [r[key] for r in chosen]
+        axis.plot(x, y, marker='o', markersize=3, linewidth=1, label=chosen[0]['model'])
+
+
+def _cell(result: Result) -> Cell:
+    return result['slots'], result['size']
+
+
+def report(results: Sequence[Result], seconds: float, output: Path) -> None:
+    """Write ``results.json``, ``table.md`` and ``model.png``, and print the table."""
+    about = provenance() | facts(results) | {'running time': f'{seconds / 60:.0f} minutes'}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / 'results.json').write_text(json.dumps({'about': about, 'results': results}, indent=1))
+    lines = '\n'.join(f'- {name}: {value}' for name, value in about.items())
+    text = f'# Speed and memory of models\n\n{lines}\n\n{table(results)}\n'
+    (output / 'table.md').write_text(text)
+    title = f'{about["date"]}, {about["hardware"]}, commit {about["commit"]}'
+    save_figure(plot(results, title), output / 'model.png')
+    print(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    begin = time.monotonic()
+    grid = cells(options.slots, options.sizes, options.full)
+    results: list[Result] = []
+    for done, cell in enumerate(grid, start=1):
+        names = [n for n in options.models if n != COMPILED or cell[0] <= options.compile_slots]
+        deadline = begin + 60 * options.minutes * done / len(grid)
+        results += measure(cell, names, options.rounds, deadline)
+        print(f'T = {cell[0]}, {cell[1]} pixels: {time.monotonic() - begin:.0f} s', flush=True)
+    report(results, time.monotonic() - begin, options.output)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, prog='python -m benchmarks.model')
+    parser.add_argument('--output', type=Path, default=Path('outputs/model'))
+    parser.add_argument('--slots', type=int, nargs='+', default=[4, 8, 16, 32])
+    parser.add_argument('--sizes', type=int, nargs='+', default=[64, 128, 256], help='pixels')
+    parser.add_argument(
+        '--full',
+        action='store_true',
+        help='every number of slots at every size, not only at the first',
+    )
+    parser.add_argument('--models', nargs='+', default=list(MODELS), choices=MODELS)
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument(
+        '--minutes', type=float, default=15, help='no round but the first begins after its share'
+    )
+    parser.add_argument(
+        '--compile-slots', type=int, default=4, help='largest T to compile, which takes minutes'
+    )
+    return parser
+
+
+if __name__ == '__main__':
+    main()
