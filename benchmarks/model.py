@@ -132,6 +132,7 @@ PROBES: Mapping[str, Callable[[int], nn.Module]] = {
     'Matrix product': lambda slots: Product(),
     'Convolution': lambda slots: Convolution(),
 }
+BUILDERS = {**MODELS, **PROBES}
 PLAIN, PROBE = next(iter(MODELS)), 'Convolution'
 
 
@@ -152,7 +153,7 @@ class Job:
         before = _memory('VmRSS')
         slots, size = cell
         torch.manual_seed(0)
-        self.build = partial((MODELS | PROBES)[name], slots)
+        self.build = partial(BUILDERS[name], slots)
         self.model = self.build()
         self.image = torch.randn(1, slots, CHANNELS, size, size)
         self.mask = torch.randint(CLASSES, (1, size, size))

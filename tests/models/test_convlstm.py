@@ -174,11 +174,11 @@ def test_compiled_equals_eager(case: str, training: bool) -> None:
     for mine, other in zip(statistics(traced), statistics(eager), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
     if case != 'nothing':
-        mine, other = (
+        grads, right = (
             torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
             for y, layer in ((actual, traced), (expected, eager))
         )
-        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(grads, right, rtol=1e-10, atol=1e-10)
 
 
 def test_gradient_is_that_of_finite_differences() -> None:

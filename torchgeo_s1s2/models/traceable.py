@@ -97,6 +97,7 @@ def _update(layer: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tensor) -> 
     seen = count > 0
     momentum = torch.where(seen, mean.new_tensor(layer.momentum), 0)
     unbiased = var * count / (count - 1).clamp(min=1)
-    for running, value in ((layer.running_mean, mean), (layer.running_var, unbiased)):
+    for name, value in (('running_mean', mean), ('running_var', unbiased)):
+        running = layer.get_buffer(name)
         running.lerp_(value.to(running.dtype), momentum.to(running.dtype))
-    layer.num_batches_tracked.add_(seen)
+    layer.get_buffer('num_batches_tracked').add_(seen)
