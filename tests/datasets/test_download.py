@@ -346,7 +346,7 @@ def test_damaged_journal(server: Server, tmp_path: Path) -> None:
 
 
 def test_url_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match='data/labels.tgz: .*No scheme supplied'):
+    with pytest.raises(DownloadError, match=r'data/labels\.tgz: .*No scheme supplied'):
         SeasonDownload(tmp_path, 'data', progress=False).run()
 
 

@@ -6,6 +6,7 @@ from torchgeo_s1s2.datasets.classes import NO_LABEL, SCHEMES, ClassScheme, LandC
 from torchgeo_s1s2.datasets.download import DownloadPlan, SeasonDownload
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.multisenge import SENSOR_BANDS, MultiSenGE, MultiSenNA
+from torchgeo_s1s2.datasets.packed import pack
 from torchgeo_s1s2.datasets.time_series import (
     AllDates,
     DateRule,
@@ -33,5 +34,6 @@ __all__ = (
     'NoSeriesError',
     'RandomDates',
     'SeasonDownload',
+    'pack',
     'write_label_files',
 )

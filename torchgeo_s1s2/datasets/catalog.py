@@ -18,7 +18,7 @@ import pandas as pd
 import rasterio
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.errors import RasterioIOError
+from rasterio.errors import RasterioError, RasterioIOError
 from shapely import box
 from tqdm import tqdm
 
@@ -29,6 +29,9 @@ SENSORS = ('s2', 's1')
 
 LABELS, GROUND_REFERENCE = 'labels', 'ground_reference'
 CACHE, VERSION = 'catalog.parquet', 1
+# Opening one of a thousand files of a folder would list them all.
+GDAL_OPTIONS = {'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR'}
+
 KEYS = {'s2': 'corresponding_s2', 's1': 'corresponding_s1'}
 _PATCH = re.compile(r'(?P<tile>\w+)_(?P<x>\d+)_(?P<y>\d+)')
 _EPSG = re.compile(r'AUTHORITY\["EPSG","(\d+)"\]\]\s*$')
@@ -353,6 +356,11 @@ def open_raster(path: Path) -> rasterio.DatasetReader:
     Raises:
         OSError: If the file is missing or not a raster.
     """
+    try:
+        # GDAL's own reader takes three quarters of the time that libtiff does, of most GeoTIFFs.
+        return rasterio.open(path, driver='LIBERTIFF')
+    except RasterioError:
+        pass
     try:
         return rasterio.open(path)
     except RasterioIOError as error:

@@ -23,9 +23,17 @@ from rasterio.windows import Window
 from shapely import box, transform
 from torchgeo.datasets import DatasetNotFoundError, GeoDataset
 
-from torchgeo_s1s2.datasets.catalog import LABELS, SENSORS, Catalog, native_footprints, open_raster
+from torchgeo_s1s2.datasets.catalog import (
+    GDAL_OPTIONS,
+    LABELS,
+    SENSORS,
+    Catalog,
+    native_footprints,
+    open_raster,
+)
 from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.download import SeasonDownload
+from torchgeo_s1s2.datasets.packed import PackedCopy
 from torchgeo_s1s2.datasets.plot import plot_series
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, NoSeriesError, Slots
 
@@ -40,9 +48,6 @@ SENSOR_BANDS: dict[str, tuple[str, ...]] = {
 
 NODATA = {'s2': -10000, 's1': 0}
 """Value of a pixel without an observation in each sensor's files."""
-
-# Opening one of a thousand files of a folder would list them all.
-_GDAL_OPTIONS = {'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR'}
 
 
 class NoPatchesError(ValueError):
@@ -71,8 +76,11 @@ class _Grid:
 
     def offset_in(self, src: rasterio.DatasetReader) -> tuple[int, int] | None:
         """Column and row of the first pixel in a raster, None if the two are not on one grid."""
-        t = src.transform
-        if src.crs != self.crs or abs(t.a - self.transform.a) + abs(t.e - self.transform.e) > 1e-6:
+        return self.offset_from(src.transform) if src.crs == self.crs else None
+
+    def offset_from(self, t: Affine) -> tuple[int, int] | None:
+        """The same in a raster of the same CRS with a transform."""
+        if abs(t.a - self.transform.a) + abs(t.e - self.transform.e) > 1e-6:
             return None
         col, row = (self.transform.c - t.c) / t.a, (self.transform.f - t.f) / t.e
         aligned = abs(col - round(col)) < 1e-3 and abs(row - round(row)) < 1e-3
@@ -146,6 +154,7 @@ class MultiSenGE(GeoDataset):
         catalog: Catalog | None = None,
         download: bool = False,
         checksum: bool = False,
+        packed: str | os.PathLike[str] | None = None,
     ) -> None:
         """Catalogue the data set and choose the patches of a split that have a full series.
 
@@ -165,13 +174,17 @@ class MultiSenGE(GeoDataset):
                 :class:`~torchgeo_s1s2.datasets.SeasonDownload`.
             checksum: Compare the files with the checksums recorded when they were downloaded,
                 which reads them all.
+            packed: Folder of a copy that :func:`~torchgeo_s1s2.datasets.pack` wrote, to read
+                instead of the rasters. Samples are the same. What the copy does not hold, such as
+                warped windows or the dates of another period, is read from the rasters.
 
         Raises:
             DatasetNotFoundError: If root holds no data set and ``download`` is False.
             DownloadError: If the download cannot go on, or a checksum differs.
-            FileNotFoundError: If root lacks a folder.
+            FileNotFoundError: If root lacks a folder, or there is no packed copy.
             NoPatchesError: If no patch of the split has a full series.
-            ValueError: If a label file is malformed or an argument has no such value.
+            ValueError: If a label file is malformed, an argument has no such value, or the packed
+                copy was made of other patches, dates, bands or files.
         """
         self.root = self.paths = Path(root)
         self.split = split
@@ -192,6 +205,7 @@ class MultiSenGE(GeoDataset):
         self._patches = self._choose_patches()
         self.index = self._index(crs)
         self._lookup = torch.from_numpy(self.classes.lookup.astype(np.int64))
+        self._packed = PackedCopy(packed, self) if packed is not None else None
 
     def __getitem__(self, index: Any) -> Sample:
         """Read a patch or a window.
@@ -427,7 +441,7 @@ class MultiSenGE(GeoDataset):
         )
         labels = np.full(image.shape[2:], NO_LABEL, np.uint8)
         times = np.full(shape, -1, np.int64)
-        with rasterio.Env(**_GDAL_OPTIONS):
+        with rasterio.Env(**GDAL_OPTIONS):
             for row, slots, first in series:
                 self._fill_image(image, times, grid, row, slots, first)
                 self._fill_labels(labels, grid, row)
@@ -458,7 +472,7 @@ class MultiSenGE(GeoDataset):
                     continue
                 at = [first[sensor] + p for p in positions]
                 value = self._read_slot(row, sensor, at, grid)
-                if np.isnan(value).all():
+                if np.isnan(value.flat[0]) and np.isnan(value).all():
                     continue
                 np.copyto(target, value, where=empty or np.isnan(target))
                 if empty:
@@ -469,21 +483,41 @@ class MultiSenGE(GeoDataset):
         self, row: int, sensor: str, positions: Sequence[int], grid: _Grid
     ) -> NDArray[np.float32]:
         """Mean of the acquisitions of a slot, (C, H, W), in the units of a sample."""
-        names = SENSOR_BANDS[sensor]
-        indexes = [names.index(band) + 1 for band in self.bands[sensor]]
-        images = []
-        for position in positions:
-            path = self.catalog.path(row, sensor, position)
-            image = self._read(path, row, indexes, len(names), grid, NODATA[sensor])
-            images.append(_without_nodata(image, sensor))
-        value = images[0] if len(images) == 1 else _nanmean(np.stack(images))
+        packed = None
+        if self._packed is not None:
+            packed = self._packed.slot(row, sensor, positions, grid, NODATA[sensor])
+        if packed is not None and packed.dtype.kind == 'f':
+            return packed
+        images = [packed] if packed is not None else self._read_files(row, sensor, positions, grid)
+        return self._slot_value(images, sensor)
+
+    def _slot_value(self, images: Sequence[NDArray[Any]], sensor: str) -> NDArray[np.float32]:
+        """Mean of images, in the units of a sample."""
+        values = [_without_nodata(image, sensor) for image in images]
+        value = values[0] if len(values) == 1 else _nanmean(np.stack(values))
         return value if self.raw else _to_physical(value, sensor)
 
+    def _read_files(
+        self, row: int, sensor: str, positions: Sequence[int], grid: _Grid
+    ) -> list[NDArray[Any]]:
+        """Bands of acquisitions as they are in their rasters, each (C, H, W)."""
+        names = SENSOR_BANDS[sensor]
+        indexes = [names.index(band) + 1 for band in self.bands[sensor]]
+        paths = (self.catalog.path(row, sensor, position) for position in positions)
+        return [self._read(p, row, indexes, len(names), grid, NODATA[sensor]) for p in paths]
+
     def _fill_labels(self, labels: NDArray[np.uint8], grid: _Grid, row: int) -> None:
-        path = self.catalog.ground_reference(row)
-        if path is not None:
-            value = self._read(path, row, [1], 1, grid, NO_LABEL)[0]
+        value = self._read_labels(row, grid)
+        if value is not None:
             np.copyto(labels, value, where=labels == NO_LABEL)
+
+    def _read_labels(self, row: int, grid: _Grid) -> NDArray[Any] | None:
+        """Labels (H, W) as they are in the raster, None where there is none."""
+        path = self.catalog.ground_reference(row)
+        if path is None:
+            return None
+        packed = self._packed.labels(row, grid, NO_LABEL) if self._packed else None
+        return self._read(path, row, [1], 1, grid, NO_LABEL)[0] if packed is None else packed
 
     def _read(
         self, path: Path, row: int, indexes: list[int], count: int, grid: _Grid, nodata: int
@@ -583,10 +617,13 @@ def _crop(
     left, top = max(col, 0), max(row, 0)
     width = min(col + grid.width, src.width) - left
     height = min(row + grid.height, src.height) - top
+    window = Window(left, top, width, height)
+    if (width, height) == (grid.width, grid.height):
+        return src.read(indexes, window=window)
     out = np.full((len(indexes), grid.height, grid.width), nodata, src.dtypes[0])
     if width > 0 and height > 0:
         inside = np.s_[:, top - row : top - row + height, left - col : left - col + width]
-        out[inside] = src.read(indexes, window=Window(left, top, width, height))
+        out[inside] = src.read(indexes, window=window)
     return out
 
 
@@ -608,7 +645,9 @@ def _warp(src: rasterio.DatasetReader, grid: _Grid, nodata: int) -> WarpedVRT:
 def _without_nodata(image: NDArray[Any], sensor: str) -> NDArray[np.float32]:
     """NaN where a sensor has no value; S1 power must be above 0."""
     value = image.astype(np.float32)
-    value[(image == NODATA['s2']) if sensor == 's2' else ~(image > 0)] = np.nan
+    missing = image == NODATA['s2'] if sensor == 's2' else ~(image > 0)
+    if missing.any():
+        value[missing] = np.nan
     return value
 
 
@@ -622,8 +661,11 @@ def _nanmean(images: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _to_physical(value: NDArray[np.float32], sensor: str) -> NDArray[np.float32]:
-    """S2 to reflectance, S1 to dB."""
-    return value * np.float32(1e-4) if sensor == 's2' else np.float32(10) * np.log10(value)
+    """S2 to reflectance, S1 to dB, in place."""
+    if sensor == 's1':
+        np.log10(value, out=value)
+    value *= np.float32(1e-4 if sensor == 's2' else 10)
+    return value
 
 
 def _georeference(grid: _Grid, period: slice) -> Sample:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,9 @@ class DateRule(ABC):
     Raises:
         ValueError: If an attribute has no such value.
     """
+
+    #: Whether the choice depends on the random draw.
+    draws: ClassVar[bool] = False
 
     missing: Missing = 'drop'
     max_days: int = 15
@@ -331,6 +334,8 @@ class RandomDates(DateRule):
             meaning here. A patch without any date is left out, or with ``'keep'`` empty.
         s1: ``'nearest'`` only.
     """
+
+    draws: ClassVar[bool] = True
 
     n: int = 4
     seed: int = 0

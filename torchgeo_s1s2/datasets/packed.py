@@ -1,0 +1,322 @@
+"""A packed copy of chosen series, which reads many times as fast as their rasters.
+
+One safetensors file a patch holds the acquisitions that the date rule chooses, uncompressed, and
+in its header what it was made of.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import rasterio
+from affine import Affine
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from torchgeo_s1s2.datasets.catalog import GDAL_OPTIONS
+
+if TYPE_CHECKING:
+    from torchgeo_s1s2.datasets.multisenge import MultiSenGE, _Grid
+
+LABELS = 'labels'
+SUFFIX = '.safetensors'
+_VERSION = 1
+
+
+def pack(
+    dataset: 'MultiSenGE',
+    folder: str | os.PathLike[str],
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Write the packed copy of a data set, or what is missing or out of date of it.
+
+    Give the folder to :class:`~torchgeo_s1s2.datasets.MultiSenGE` as ``packed``. A file is there
+    whole or not at all, so an interrupted run goes on where it was. Splits may share a folder.
+
+    Args:
+        dataset: The data set, reading its rasters.
+        folder: Folder to write to; made if it is not there.
+        num_workers: Number of processes that read and write.
+        progress: Show a progress bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: If the disk lacks the room, or a raster cannot be read.
+        ValueError: If the folder holds the copy of another series, sensors or bands, or the date
+            rule draws.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    job = _Packing(dataset, folder)
+    if not len(job):
+        return folder
+    _check_room(folder, job.size)
+    loader = DataLoader(job, batch_size=None, num_workers=num_workers)
+    title = f'Packing {job.size / 1e9:.1f} GB'
+    for _ in tqdm(loader, title, disable=not progress, unit='patch'):
+        pass
+    return folder
+
+
+class PackedCopy:
+    """The packed copy that a data set reads.
+
+    Attributes:
+        folder: Folder of the copy.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], dataset: 'MultiSenGE') -> None:
+        """Check that the copy holds the series of every patch of a data set as they are now.
+
+        Args:
+            folder: Folder that :func:`pack` wrote.
+            dataset: The data set.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
+            OSError: If a file of it cannot be read.
+            ValueError: If the copy was made of other patches, dates, bands or files.
+        """
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f'there is no packed copy in {folder}; write it with pack()')
+        self._catalog, self._res = dataset.catalog, dataset.res
+        self._kept: dict[int, dict[str, list[tuple[int, ...]]]] = {}
+        missing, changed = [], []
+        for index, row, made_of in _expected(dataset):
+            found = _made_of(self.folder, dataset.name(index))
+            if found is None:
+                missing.append(dataset.name(index))
+            elif _differs(self.folder, dataset.name(index), found, made_of):
+                changed.append(dataset.name(index))
+            self._kept[row] = _kept(dataset, index)
+        for names, what in ((missing, 'lacks'), (changed, 'was made of other files for')):
+            if names:
+                raise ValueError(
+                    f'the packed copy {self.folder} {what} {len(names)} of the {len(dataset)} '
+                    f'patches of split {dataset.split!r} in {dataset.root}, for example {names[0]}'
+                    '. Bring it up to date with pack(), or read without it'
+                )
+
+    def slot(
+        self, row: int, sensor: str, positions: Sequence[int], grid: '_Grid', nodata: float
+    ) -> NDArray[Any] | None:
+        """Values of a slot on a grid.
+
+        Args:
+            row: Row of the patch in the catalogue.
+            sensor: ``'s2'`` or ``'s1'``.
+            positions: Positions of the acquisitions in the sensor's times.
+            grid: Where to.
+            nodata: Value of whole numbers beyond the patch; floats are NaN there.
+
+        Returns:
+            (C, H, W): whole numbers as they are in the raster, or floats in the units of a sample.
+            None where the copy does not hold this: of other dates, or on another grid.
+        """
+        kept = self._kept.get(row, {}).get(sensor, [])
+        if tuple(positions) not in kept:
+            return None
+        return self._read(row, f'{sensor}_{kept.index(tuple(positions))}', grid, nodata)
+
+    def labels(self, row: int, grid: '_Grid', nodata: int) -> NDArray[Any] | None:
+        """Labels (H, W) of a patch that has some, None where it does not lie on the grid.
+
+        Args:
+            row: Row of the patch in the catalogue.
+            grid: Where to.
+            nodata: Label beyond the patch.
+        """
+        return self._read(row, LABELS, grid, nodata)
+
+    def _read(self, row: int, key: str, grid: '_Grid', nodata: float) -> NDArray[Any] | None:
+        patch = self._catalog.patch(row)
+        origin = Affine(self._res[0], 0, patch.xmin, 0, -self._res[1], patch.ymax)
+        offset = grid.offset_from(origin) if grid.epsg == patch.epsg else None
+        if offset is None:
+            return None
+        shape = grid.height, grid.width
+        path = _path(self.folder, patch.name)
+        try:
+            with safe_open(path, 'np') as file:
+                if offset == (0, 0) and shape == (patch.height, patch.width):
+                    return file.get_tensor(key)
+                return _crop(file.get_slice(key), shape, *offset, nodata)
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, error) from error
+
+
+class _Packing(Dataset[int]):
+    """Items are patches that are not up to date; to read one is to write its file."""
+
+    def __init__(self, dataset: 'MultiSenGE', folder: Path) -> None:
+        self.dataset, self.folder = dataset, folder
+        self.todo = []
+        for index, row, made_of in _expected(dataset):
+            name = dataset.name(index)
+            found = _made_of(folder, name)
+            if found is None or _differs(folder, name, found, made_of):
+                self.todo.append((index, row, made_of))
+
+    def __len__(self) -> int:
+        return len(self.todo)
+
+    @property
+    def size(self) -> int:
+        """Number of bytes that the files will take."""
+        total = 0
+        for index, row, _ in self.todo:
+            patch, kept = self.dataset.catalog.patch(row), _kept(self.dataset, index)
+            bytes_of = {'s2': 2, 's1': 4}
+            planes = sum(
+                len(kept[sensor]) * len(bands) * bytes_of[sensor]
+                for sensor, bands in self.dataset.bands.items()
+            )
+            total += patch.width * patch.height * (planes + 1)
+        return total
+
+    def __getitem__(self, number: int) -> int:
+        index, row, made_of = self.todo[number]
+        path = _path(self.folder, self.dataset.name(index))
+        part = path.with_name(f'{path.name}.{os.getpid()}.part')
+        try:
+            save_file(dict(self._arrays(index, row)), part, made_of)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return number
+
+    def _arrays(self, index: int, row: int) -> Iterator[tuple[str, NDArray[Any]]]:
+        dataset = self.dataset
+        grid = dataset._grid(row)
+        with rasterio.Env(**GDAL_OPTIONS):
+            for sensor, slots in _kept(dataset, index).items():
+                for number, positions in enumerate(slots):
+                    yield f'{sensor}_{number}', self._slot(row, sensor, positions, grid)
+            labels = dataset._read_labels(row, grid)
+        if labels is not None:
+            yield LABELS, labels
+
+    def _slot(self, row: int, sensor: str, positions: Sequence[int], grid: '_Grid') -> NDArray[Any]:
+        """Whole numbers as they are, which take half the room, anything else as in a sample."""
+        images = self.dataset._read_files(row, sensor, positions, grid)
+        as_they_are = len(images) == 1 and images[0].dtype.kind in 'iu'
+        return images[0] if as_they_are else self.dataset._slot_value(images, sensor)
+
+
+def _kept(dataset: 'MultiSenGE', index: int) -> dict[str, list[tuple[int, ...]]]:
+    """Positions of the slots of a patch that are not empty, each once."""
+    slots = dataset.slots(index)
+    return {sensor: list(dict.fromkeys(filter(None, slots[sensor]))) for sensor in dataset.sensors}
+
+
+def _expected(dataset: 'MultiSenGE') -> Iterator[tuple[int, int, dict[str, str]]]:
+    """Number and row of each patch, and what its file is made of."""
+    if dataset.series.draws:
+        raise ValueError(
+            f'{dataset.series} draws other dates every epoch, so there is no packed copy of it; '
+            'choose a rule that does not draw, or read without a copy'
+        )
+    settings = json.dumps(
+        {
+            'version': _VERSION,
+            'series': repr(dataset.series),
+            'bands': dataset.bands,
+            'raw': dataset.raw,
+        }
+    )
+    for index, row in enumerate(map(int, dataset._patches)):
+        files = json.dumps(_sources(dataset, row, _kept(dataset, index)))
+        yield index, row, {'settings': settings, 'split': dataset.split, 'files': files}
+
+
+def _sources(
+    dataset: 'MultiSenGE', row: int, kept: Mapping[str, Sequence[Sequence[int]]]
+) -> list[list[Any]]:
+    """Name, size and time of change of the rasters of a patch, slot by slot."""
+    catalog = dataset.catalog
+    paths = [
+        catalog.path(row, sensor, position)
+        for sensor in dataset.sensors
+        for positions in kept[sensor]
+        for position in positions
+    ]
+    reference = catalog.ground_reference(row)
+    sources = []
+    for path in [*paths, reference] if reference else paths:
+        status = path.stat()
+        sources.append([path.name, status.st_size, status.st_mtime_ns])
+    return sources
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f'{name}{SUFFIX}'
+
+
+def _made_of(folder: Path, name: str) -> dict[str, str] | None:
+    """What the file of a patch is made of, None if there is no file."""
+    path = _path(folder, name)
+    try:
+        with safe_open(path, 'np') as file:
+            return dict(file.metadata() or {})
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _differs(
+    folder: Path, name: str, found: Mapping[str, str], expected: Mapping[str, str]
+) -> bool:
+    """Whether the rasters have changed since.
+
+    Raises:
+        ValueError: If the copy is of another series, sensors or bands.
+    """
+    if found.get('settings') != expected['settings']:
+        raise ValueError(
+            f'the packed copy {folder} is of other settings: {_path(folder, name).name} was made '
+            f'for split {found.get("split")!r} with {found.get("settings")}, expected '
+            f'{expected["settings"]}. Give a folder of its own to each series and choice of bands'
+        )
+    return found.get('files') != expected['files']
+
+
+def _unreadable(path: Path, error: Exception) -> OSError:
+    return OSError(f'{path} cannot be read: {error}. Delete it and pack again')
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            f'the packed copy takes {size / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB '
+            'free; make room, or choose fewer dates, bands or patches'
+        )
+
+
+def _crop(source: Any, shape: tuple[int, int], col: int, row: int, nodata: float) -> NDArray[Any]:
+    """Part of an array (..., H, W) that may reach beyond it; without a value there."""
+    *count, height, width = source.get_shape()
+    top, left = max(row, 0), max(col, 0)
+    bottom, right = min(row + shape[0], height), min(col + shape[1], width)
+    if bottom - top == shape[0] and right - left == shape[1]:
+        part: NDArray[Any] = source[..., top:bottom, left:right]
+        return part
+    whole = source[:]
+    value = np.nan if whole.dtype.kind == 'f' else nodata
+    out = np.full((*count, *shape), value, whole.dtype)
+    if bottom > top and right > left:
+        inside = np.s_[..., top - row : bottom - row, left - col : right - col]
+        out[inside] = whole[..., top:bottom, left:right]
+    return out
