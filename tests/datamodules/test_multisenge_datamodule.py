@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchgeo.datamodules import BaseDataModule
 
-from torchgeo_s1s2.datamodules import MultiSenGEDataModule
-from torchgeo_s1s2.datasets import Catalog, MultiSenNA, RandomDates
+from torchgeo_s1s2.datamodules import MultiSenGEDataModule, Statistics
+from torchgeo_s1s2.datasets import Catalog, MultiSenGE, MultiSenNA, RandomDates
 from torchgeo_s1s2.transforms import SeriesDropout
 
 SPLITS = {'train': ['31UEQ'], 'val': ['32ULU'], 'test': ['32ULU']}
@@ -92,6 +93,44 @@ def test_training_patches_are_normalised_and_filled(root: Path) -> None:
     seen = s2[s2 != 0].view(4, 10, -1).transpose(0, 1).flatten(1)
     torch.testing.assert_close(seen.mean(1), torch.zeros(10), atol=1e-5, rtol=0)
     torch.testing.assert_close(seen.std(1, correction=0), torch.ones(10), atol=1e-5, rtol=0)
+
+
+def test_every_training_patch_is_seen_whatever_the_batch_size(root: Path) -> None:
+    task, data = Recorder(), datamodule(root, batch_size=3)
+    trainer(max_epochs=2).fit(task, data)
+    batches = [batch['index'] for batch in task.batches['train']]
+    assert [len(batch) for batch in batches] == [2, 2, 2, 2]
+    for epoch in (batches[:2], batches[2:]):
+        assert sorted(torch.cat(epoch).tolist()) == [0, 1, 2, 3]
+
+
+def test_the_patches_of_a_split_are_chosen_once(root: Path, monkeypatch: Any) -> None:
+    chosen: list[str] = []
+    choose = MultiSenGE._choose_patches
+    monkeypatch.setattr(
+        MultiSenGE, '_choose_patches', lambda self: chosen.append(self.split) or choose(self)
+    )
+    data = datamodule(root)
+    trainer().fit(Recorder(), data)
+    trainer().test(Recorder(), data, verbose=False)
+    assert sorted(chosen) == ['test', 'train', 'val']
+
+
+def test_the_first_process_finds_the_statistics_for_all(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = datamodule(root)
+    data.prepare_data()
+    found, sent = data._found, list[Statistics | None]()
+    monkeypatch.setattr(Statistics, 'beside', None)  # neither reads nor computes them
+    for rank, other in ((0, data), (1, datamodule(root))):
+        strategy = SimpleNamespace(broadcast=lambda value: sent.append(value) or found)
+        processes = {'world_size': 2, 'is_global_zero': rank == 0, 'strategy': strategy}
+        other.trainer = SimpleNamespace(callbacks=[], **processes)  # type: ignore[assignment]
+        other.setup('test')
+        assert other.statistics == found
+    assert sent == [found, None]
+    assert found is not None
 
 
 def test_crops_are_of_training_only(root: Path) -> None:

@@ -159,6 +159,16 @@ def test_metrics_add_up_over_batches_and_start_anew_each_epoch(tmp_path: Path) -
         assert logged['val_Kappa'] == pytest.approx(expected_metrics(CONFUSION)['Kappa'])
 
 
+def test_the_loss_of_an_epoch_does_not_depend_on_its_batches(tmp_path: Path) -> None:
+    weight = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    parts = [batch_of(part) for part in (CONFUSION // 7, CONFUSION - CONFUSION // 7)]
+    image, mask = (torch.cat([part[key] for part in parts], -1) for key in ('image', 'mask'))
+    expected = F.cross_entropy(image, mask, weight, ignore_index=255)
+    task = passing(class_weights=weight.tolist())
+    logged = trainer_in(tmp_path).validate(task, loader(*parts), verbose=False)[0]
+    assert logged['val_loss'] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_an_epoch_without_labels_does_not_stop_a_run(tmp_path: Path) -> None:
     batch = {'image': torch.randn(2, 48, 32, 32), 'mask': torch.full((2, 32, 32), 255)}
     task = small()
