@@ -265,7 +265,7 @@ def check_scene(folder: Path) -> None:
     """One process gives the scene that two have written."""
     scene = folder / 'outputs' / 'scene'
     two = scene.rename(folder / 'two')
-    command(folder, 'predict', CHECKPOINT, f'--config={SCENE}')
+    command(folder, 'predict', CHECKPOINT, PATCHES, f'--config={SCENE}')
     assert sorted(path.name for path in scene.iterdir()) == [
         '32631.tif',
         '32631.tif.aux.xml',
