@@ -108,7 +108,9 @@ def test_the_patches_of_a_split_are_chosen_once(root: Path, monkeypatch: Any) ->
     chosen: list[str] = []
     choose = MultiSenGE._choose_patches
     monkeypatch.setattr(
-        MultiSenGE, '_choose_patches', lambda self: chosen.append(self.split) or choose(self)
+        MultiSenGE,
+        '_choose_patches',
+        lambda self: chosen.append(self.split) or choose(self),  # type: ignore[func-returns-value]
     )
     data = datamodule(root)
     trainer().fit(Recorder(), data)
@@ -124,7 +126,7 @@ def test_the_first_process_finds_the_statistics_for_all(
     found, sent = data._found, list[Statistics | None]()
     monkeypatch.setattr(Statistics, 'beside', None)  # neither reads nor computes them
     for rank, other in ((0, data), (1, datamodule(root))):
-        strategy = SimpleNamespace(broadcast=lambda value: sent.append(value) or found)
+        strategy = SimpleNamespace(broadcast=lambda value: sent.append(value) or found)  # type: ignore[func-returns-value]
         processes = {'world_size': 2, 'is_global_zero': rank == 0, 'strategy': strategy}
         other.trainer = SimpleNamespace(callbacks=[], **processes)  # type: ignore[assignment]
         other.setup('test')
