@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchgeo.datamodules import BaseDataModule
 
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule, Statistics
-from torchgeo_s1s2.datasets import Catalog, MultiSenGE, MultiSenNA, RandomDates
+from torchgeo_s1s2.datasets import Catalog, MonthlySeries, MultiSenGE, MultiSenNA, RandomDates
 from torchgeo_s1s2.transforms import SeriesDropout
 
 SPLITS = {'train': ['31UEQ'], 'val': ['32ULU'], 'test': ['32ULU']}
@@ -472,3 +472,69 @@ def test_a_second_fit_follows_the_epochs_once(root: Path) -> None:
     for _ in range(2):
         runner.fit(Recorder(), data)
     assert [type(c).__name__ for c in runner.callbacks].count('_FollowEpochs') == 1  # type: ignore[attr-defined]
+
+
+def images(batches: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
+    """Image of each patch by its number."""
+    pairs = (zip(b['index'].tolist(), b['image'], strict=True) for b in batches)
+    return dict(pair for batch in pairs for pair in batch)
+
+
+def test_a_run_packs_what_it_reads(root: Path, tmp_path: Path) -> None:
+    plain, task = Recorder(), Recorder()
+    trainer().fit(plain, datamodule(root, augment=False))
+    data = datamodule(root, augment=False, packed=tmp_path / 'copy')
+    trainer().validate(Recorder(), data, verbose=False)
+    names = [path.stem for path in sorted((tmp_path / 'copy').iterdir())]
+    assert names == ['32ULU_0_0', '32ULU_13_0']
+    trainer().fit(task, data)
+    assert len(list((tmp_path / 'copy').iterdir())) == 6
+    for stage, patches in (('train', 4), ('val', 2)):
+        packed, expected = (images(recorder.batches[stage]) for recorder in (task, plain))
+        assert sorted(packed) == sorted(expected) == list(range(patches))
+        assert all(torch.equal(packed[i], expected[i]) for i in expected)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / 'copy').iterdir()}
+    trainer().fit(Recorder(), datamodule(root, packed=tmp_path / 'copy', num_workers=1))
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    with pytest.raises(ValueError, match='Give a folder of its own to each series'):
+        trainer().fit(Recorder(), datamodule(root, packed=tmp_path / 'copy', bands=['B02', 'VV']))
+    with pytest.raises(ValueError, match='draws other dates every epoch'):
+        trainer().fit(Recorder(), datamodule(root, packed=tmp_path / 'x', series=RandomDates()))
+
+
+def test_statistics_come_from_the_packed_copy(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = datamodule(root, series=MonthlySeries(months=(7, 8)))
+    plain.prepare_data()
+    expected = plain._find_statistics()
+    for path in root.glob('statistics_*.json'):
+        path.unlink()
+    data = datamodule(root, series=MonthlySeries(months=(7, 8)), packed=tmp_path / 'copy')
+    compute = Statistics.compute
+    sources: list[Any] = []
+
+    def recorded(dataset: MultiSenGE, *args: Any) -> Statistics:
+        sources.append(dataset._packed)
+        return compute(dataset, *args)
+
+    monkeypatch.setattr(Statistics, 'compute', recorded)
+    data.prepare_data()
+    assert len(sources) == 1
+    assert sources[0].folder == tmp_path / 'copy'
+    assert data._find_statistics() == expected
+    assert len(list((tmp_path / 'copy').iterdir())) == 6  # without a run, of every split
+
+
+def test_windows_of_a_scene_come_from_the_packed_copy(root: Path, tmp_path: Path) -> None:
+    batches = []
+    for packed in (None, tmp_path / 'copy'):
+        task = Recorder()
+        options: dict[str, Any] = {'predict_split': 'all', 'predict_patch_size': 8}
+        data = datamodule(root, packed=packed, **options)
+        trainer().predict(task, data, return_predictions=False)
+        batches.append(task.batches['predict'])
+    assert len(list((tmp_path / 'copy').iterdir())) == 6
+    for ours, theirs in zip(*batches, strict=True):
+        assert torch.equal(ours['image'], theirs['image'])
+        assert torch.equal(ours['transform'], theirs['transform'])
