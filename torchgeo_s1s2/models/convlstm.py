@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .strips import GateInStrips, suits_strips
 from .traceable import read_series
 
 
@@ -85,7 +86,7 @@ class ConvLSTM(nn.Module):
 
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
         """Next normalised hidden state and next cell state."""
-        h, c = self.gate(x, h, c)
+        h, c = self._gate_in_strips(x, h, c) if suits_strips(x) else self.gate(x, h, c)
         return self.batchnorm(h), c
 
     def gate(self, x: Tensor, h: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,3 +108,9 @@ class ConvLSTM(nn.Module):
         i, f, g, o = gates.chunk(4, dim=1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.tanh(), c
+
+    def _gate_in_strips(self, x: Tensor, h: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = self.conv.weight, self.conv.bias
+        if h is None:
+            return GateInStrips.apply(x, None, None, weight[:, : self.in_channels], bias)
+        return GateInStrips.apply(x, h, c, weight, bias)
