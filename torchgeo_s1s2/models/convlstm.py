@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .strips import GateInStrips, suits_strips
+from .cpu import GateInStrips, suits_strips
 from .traceable import read_series
 
 
@@ -26,13 +26,21 @@ class ConvLSTM(nn.Module):
     as in Wenger et al., Remote Sensing 2023, https://doi.org/10.3390/rs15010151.
     """
 
-    def __init__(self, in_channels: int, hidden_channels: int = 32, kernel_size: int = 3) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int = 32,
+        kernel_size: int = 3,
+        checkpoint: bool = False,
+    ) -> None:
         """Initialize a new ConvLSTM instance.
 
         Args:
             in_channels: Number of channels of one time slot.
             hidden_channels: Number of channels of the hidden and the cell state.
             kernel_size: Odd width of the square convolution kernel, in pixels.
+            checkpoint: Whether the gates are computed again in the backward pass instead of being
+                kept, for less memory and more time.
 
         Raises:
             ValueError: If *kernel_size* is even.
@@ -42,6 +50,7 @@ class ConvLSTM(nn.Module):
             raise ValueError(f'kernel_size must be odd to keep the image size, got {kernel_size}')
         self.in_channels = in_channels
         self.hidden_channels = hidden_channels
+        self.checkpoint = checkpoint
         self.conv = nn.Conv2d(
             in_channels + hidden_channels,
             4 * hidden_channels,
@@ -111,6 +120,8 @@ class ConvLSTM(nn.Module):
 
     def _gate_in_strips(self, x: Tensor, h: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
         weight, bias = self.conv.weight, self.conv.bias
+        keep = torch.is_grad_enabled() and not self.checkpoint
         if h is None:
-            return GateInStrips.apply(x, None, None, weight[:, : self.in_channels], bias)
-        return GateInStrips.apply(x, h, c, weight, bias)
+            weight = weight[:, : self.in_channels]
+            return GateInStrips.apply(x, None, None, weight, bias, keep)
+        return GateInStrips.apply(x, h, c, weight, bias, keep)

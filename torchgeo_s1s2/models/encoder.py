@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models._api import WeightsEnum
 
 from .convlstm import ConvLSTM
+from .cpu import arrange
 from .inception import Inception
 
 SENSORS: Mapping[str, int] = {'s2': 10, 's1': 2}
@@ -122,14 +123,18 @@ class ConvLSTMInceptionEncoder(nn.Module):
         Raises:
             ValueError: If the shape does not fit the sensors.
         """
-        series = self._split(x)
-        valid = {name: (s != 0).flatten(2).any(dim=-1) for name, s in series.items()}
-        parts = [layer(series[name], valid[name]) for name, layer in self.convlstm.items()]
-        if self.inception is not None:
-            first = [first_valid(series[name], valid[name]) for name in self.sensors]
-            parts.append(self.inception(torch.cat(first, dim=1)))
-        features: list[Tensor] = self.spatial(torch.cat(parts, dim=1))
+        features: list[Tensor] = self.spatial(self._front(x))
         return features
+
+    def set_checkpoint(self, checkpoint: bool = True) -> None:
+        """Choose whether the recurrent layers compute their gates again in the backward pass.
+
+        Args:
+            checkpoint: As in :class:`ConvLSTM`.
+        """
+        for layer in self.convlstm.modules():
+            if isinstance(layer, ConvLSTM):
+                layer.checkpoint = checkpoint
 
     def freeze_spatial(self, frozen: bool = True) -> None:
         """Freeze the spatial encoder, or unfreeze it.
@@ -190,6 +195,16 @@ class ConvLSTMInceptionEncoder(nn.Module):
         # smp's encoders drop their classifier here, and some take no options.
         options = {} if strict else {'strict': False}
         return self.spatial.load_state_dict(fitted, **options)
+
+    def _front(self, x: Tensor) -> Tensor:
+        """Input of the spatial encoder."""
+        series = self._split(x)
+        valid = {name: (s != 0).flatten(2).any(dim=-1) for name, s in series.items()}
+        parts = [layer(series[name], valid[name]) for name, layer in self.convlstm.items()]
+        if self.inception is not None:
+            first = [first_valid(series[name], valid[name]) for name in self.sensors]
+            parts.append(self.inception(arrange(torch.cat(first, dim=1))))
+        return torch.cat([arrange(part) for part in parts], dim=1)
 
     def _split(self, x: Tensor) -> dict[str, Tensor]:
         """Series of each sensor, of shape (B, T, channels, H, W)."""

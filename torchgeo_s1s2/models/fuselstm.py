@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .convlstm import ConvLSTM
+from .cpu import arrange
 from .inception import Inception
 
 # Prefixes of the original's parameters, and of the same ones in smp.Unet around the backbone.
@@ -35,6 +36,7 @@ class FuseLSTM(nn.Module):
         encoder_weights: str | None = None,
         freeze_encoder: bool = True,
         channels_last_output: bool = False,
+        checkpoint: bool = False,
     ) -> None:
         """Initialize a new FuseLSTM instance.
 
@@ -44,11 +46,13 @@ class FuseLSTM(nn.Module):
             freeze_encoder: Whether the VGG-16 encoder keeps its weights, as in the original. It has
                 no batch norm, so nothing else in it could change.
             channels_last_output: Whether the classes are the last dimension of the output.
+            checkpoint: Whether the gates are computed again in the backward pass, as in
+                :class:`ConvLSTM`.
         """
         super().__init__()
         self.channels_last_output = channels_last_output
-        self.convLSTM_s2 = ConvLSTM(10)
-        self.convLSTM_s1 = ConvLSTM(2)
+        self.convLSTM_s2 = ConvLSTM(10, checkpoint=checkpoint)
+        self.convLSTM_s1 = ConvLSTM(2, checkpoint=checkpoint)
         self.inception = Inception(12)
         self.unet = smp.Unet(
             'vgg16', encoder_weights=encoder_weights, in_channels=160, classes=num_classes
@@ -90,13 +94,17 @@ class FuseLSTM(nn.Module):
         _check_shape('x_s2', x_s2, '(B, T2, H, W, 10)', 5, 10)
         _check_shape('x_s1', x_s1, '(B, T1, H, W, 2)', 5, 2)
         _check_shape('x_stack', x_stack, '(B, H, W, 12)', 4, 12)
+        logits: Tensor = self.unet(self._front(x_s2, x_s1, x_stack))
+        return logits
+
+    def _front(self, x_s2: Tensor, x_s1: Tensor, x_stack: Tensor) -> Tensor:
+        """Input of the U-Net."""
         features = [
             self.convLSTM_s2(x_s2.movedim(-1, 2)),
             self.convLSTM_s1(x_s1.movedim(-1, 2)),
-            self.inception(x_stack.movedim(-1, 1)),
+            self.inception(arrange(x_stack.movedim(-1, 1))),
         ]
-        logits: Tensor = self.unet(torch.cat(features, dim=1))
-        return logits
+        return torch.cat([arrange(feature) for feature in features], dim=1)
 
 
 def _check_shape(name: str, x: Tensor, expected: str, ndim: int, channels: int) -> None:

@@ -39,4 +39,4 @@ class Inception(nn.Module):
         tower1 = self.tower1_2(F.relu(self.tower1_1(x)))
         tower2 = self.tower2_2(F.relu(self.tower2_1(x)))
         tower3 = self.tower3_2(F.max_pool2d(x, kernel_size=3, stride=1, padding=1))
-        return F.relu(torch.cat([tower1, tower2, tower3], dim=1))
+        return torch.cat([tower1, tower2, tower3], dim=1).relu_()

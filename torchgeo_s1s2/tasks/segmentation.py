@@ -73,6 +73,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         freeze_backbone: bool = False,
         freeze_decoder: bool = False,
         figures: int = 4,
+        checkpoint: bool = False,
     ) -> None:
         """Build the model, the loss and the metrics.
 
@@ -101,6 +102,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             freeze_backbone: Freeze the spatial encoder.
             freeze_decoder: Freeze the decoder, its batch norm included.
             figures: Number of validation or test samples to draw.
+            checkpoint: Compute the gates of the recurrent layers again in the backward pass instead
+                of keeping them: less memory, more time, the same numbers. For a backbone that
+                reads series.
 
         Raises:
             FileNotFoundError: If there is no such checkpoint.
@@ -126,6 +130,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             freeze_decoder=freeze_decoder,
         )
         self._drawn: list[Sample] = []
+        if checkpoint:
+            self._set_checkpoint()
 
     def configure_models(self) -> None:
         """Build the segmentation model, load its weights and freeze what is to be frozen."""
@@ -147,6 +153,15 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             load_weights(self.model, self.weights)
         for module in self._frozen:
             module.requires_grad_(False).eval()  # Lightning keeps the mode it finds
+
+    def _set_checkpoint(self) -> None:
+        encoder = getattr(self.model, 'encoder', None)
+        if not isinstance(encoder, ConvLSTMInceptionEncoder):
+            raise ValueError(
+                f"checkpoint=True with backbone='{self.hparams['backbone']}', expected a backbone "
+                "that reads series, such as 'vgg16_convlstm_inception'"
+            )
+        encoder.set_checkpoint()
 
     def configure_metrics(self) -> None:
         """Set up the metrics; TorchGeo's own for binary and multilabel tasks."""

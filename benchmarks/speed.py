@@ -1,0 +1,194 @@
+"""Time and memory of FuseLSTM against the plain implementation of the same function.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.speed --output outputs/speed.md
+
+Single precision, one sample of 256 by 256 pixels and one thread, random numbers. The models run in
+turns; times are medians of processor time. Memory is that of tensors: what autograd keeps for the
+backward pass, inputs and parameters aside, and the most that a forward pass has at once.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.accuracy import provenance
+from benchmarks.plain import PlainFuseLSTM
+from benchmarks.throughput import convolution_gflops, gflop, seconds, shares
+from torchgeo_s1s2.models import FuseLSTM
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+MIB = 2**20
+
+
+class Ours(FuseLSTM):
+    """FuseLSTM that returns logits, as the plain model does."""
+
+    forward = FuseLSTM.logits
+
+
+def build() -> dict[str, nn.Module]:
+    """Models of the same weights."""
+    models: dict[str, nn.Module] = {
+        'plain': PlainFuseLSTM(),
+        'ours': Ours(),
+        'checkpoint': Ours(checkpoint=True),
+    }
+    for model in models.values():
+        model.load_state_dict(models['plain'].state_dict())
+    return models
+
+
+def make_inputs(dates: int, size: int = 256) -> Inputs:
+    x_s2, x_s1 = (torch.randn(1, dates, size, size, bands) for bands in (10, 2))
+    return x_s2, x_s1, torch.cat([x_s2[:, 0], x_s1[:, 0]], dim=-1)
+
+
+def predict(model: nn.Module, inputs: Inputs) -> None:
+    with torch.no_grad():
+        model.eval()(*inputs)
+
+
+def learn(model: nn.Module, inputs: Inputs, frozen: bool) -> None:
+    """One training step, without that of the optimizer."""
+    model.train().requires_grad_()
+    unet: Any = model.unet
+    unet.encoder.requires_grad_(not frozen)
+    model.zero_grad()
+    model(*inputs).square().mean().backward()
+
+
+def held(model: nn.Module, inputs: Inputs) -> float:
+    """MiB that a forward pass keeps for the backward pass."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*inputs, *model.parameters())}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.train()(*inputs)
+    assert output.requires_grad
+    return sum(sizes.values()) / MIB
+
+
+def peak(model: nn.Module, inputs: Inputs) -> float:
+    """MiB of the tensors that a forward pass without gradients has at once, inputs aside."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as result:
+        predict(model, inputs)
+    assert result.profiler is not None
+    now = highest = 0
+    for event in result.profiler.kineto_results.events():
+        if event.name() == '[memory]':
+            now += event.nbytes()
+            highest = max(highest, now)
+    return highest / MIB
+
+
+def alternate(
+    calls: dict[str, Callable[[], object]], measure: Callable[..., float], repeats: int
+) -> dict[str, float]:
+    """Median of each call, in turns."""
+    values: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            values[name].append(measure(call))
+    return {name: median(times) for name, times in values.items()}
+
+
+def measure(dates: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds and MiB of every model, by what is measured."""
+    models, inputs = build(), make_inputs(dates)
+
+    def calls(function: Callable[..., object], *options: object) -> dict[str, Any]:
+        return {
+            name: lambda model=model: function(model, inputs, *options)
+            for name, model in models.items()
+        }
+
+    def call(function: Callable[[], float]) -> float:
+        return function()
+
+    return {
+        'forward (s)': alternate(calls(predict), seconds, repeats),
+        'training step, spatial encoder frozen (s)': alternate(
+            calls(learn, True), seconds, repeats
+        ),
+        'training step, all trained (s)': alternate(calls(learn, False), seconds, repeats),
+        'tensors held for backward (MiB)': alternate(calls(held), call, 1),
+        'peak tensors of a forward (MiB)': alternate(calls(peak), call, 1),
+    }
+
+
+def throughput(dates: int) -> dict[str, Any]:
+    """How close a forward pass comes to a large convolution, and where its time goes."""
+    model, inputs = Ours(), make_inputs(dates)
+    predict(model, inputs)
+    times = [seconds(lambda: predict(model, inputs)) for _ in range(3)]
+    return {
+        'conv': convolution_gflops(),
+        'model': gflop(lambda: predict(model, inputs)) / median(times),
+        'shares': shares(lambda: predict(model, inputs)),
+    }
+
+
+def table(results: dict[int, dict[str, dict[str, float]]]) -> str:
+    """Markdown table: the plain model, and how many times faster or what share of memory."""
+    lines = [
+        '| T | what | plain | ours | ours, `checkpoint=True` |',
+        '| --: | --- | --: | --: | --: |',
+    ]
+    for dates, rows in results.items():
+        for what, values in rows.items():
+            plain = values['plain']
+            cells = [_ratio(values[name], plain, what) for name in ('ours', 'checkpoint')]
+            lines.append(f'| {dates} | {what} | {plain:.4g} | {cells[0]} | {cells[1]} |')
+    return '\n'.join(lines)
+
+
+def _ratio(value: float, plain: float, what: str) -> str:
+    ratio = f'{plain / value:.2f}x' if what.endswith('(s)') else f'{value / plain:.2f}'
+    return f'{value:.4g} ({ratio})'
+
+
+def report(results: dict[int, dict[str, dict[str, float]]], reached: dict[str, Any]) -> str:
+    where = provenance()
+    percent = ', '.join(f'{name} {share:.0%}' for name, share in reached['shares'].items())
+    return (
+        f'{where["date"]}, {where["hardware"]}, commit {where["commit"]}, '
+        f'PyTorch {where["torch"]}\n\n{table(results)}\n\n'
+        f'A large convolution does {reached["conv"]:.0f} GFLOP/s here, the forward pass at T = 4 '
+        f'{reached["model"]:.0f} ({reached["model"] / reached["conv"]:.0%}). '
+        f'Where its time goes: {percent}.\n'
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, prog='python -m benchmarks.speed')
+    parser.add_argument('--output', type=Path, default=Path('outputs/speed.md'))
+    parser.add_argument('--dates', type=int, nargs='+', default=[4, 32])
+    parser.add_argument('--repeats', type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    reached = throughput(4)
+    results = {}
+    for dates in args.dates:
+        results[dates] = measure(dates, args.repeats)
+        print(json.dumps({dates: results[dates]}), flush=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(report(results, reached))
+    print(args.output.read_text())
+
+
+if __name__ == '__main__':
+    main()
