@@ -1,11 +1,12 @@
 import os
 import pickle
 import shutil
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import S1_DATES, S2_DATES, write_patch
@@ -100,18 +101,15 @@ def test_samplers_of_torchgeo_cut_windows(root: Path, monkeypatch: pytest.Monkey
     expected = [plain[w] for w in windows]
     assert any((sample['mask'] == 255).all(0).any() for sample in expected)
     hide(monkeypatch)
-    loader = DataLoader(copy, 1, sampler=windows, collate_fn=stack_samples)  # type: ignore[arg-type]
+    loader = DataLoader(copy, 1, sampler=windows, collate_fn=stack_samples)
     for batch, sample in zip(loader, expected, strict=True):
         check_same({key: value[0] for key, value in batch.items()}, sample)
 
 
 def test_what_the_copy_does_not_hold_comes_from_the_rasters(root: Path) -> None:
     plain, copy = pair(root, series=EvenlySpaced(n=2, missing='keep'))
-    summer = np.s_[500000:500120, 5499880:5500000, '2020-07-01':'2020-09-30']  # type: ignore[misc]
-    window = tuple(
-        slice(*(multisenge.pd.Timestamp(v) if isinstance(v, str) else v for v in (s.start, s.stop)))
-        for s in summer
-    )
+    summer = slice(pd.Timestamp('2020-07-01'), pd.Timestamp('2020-09-30'))
+    window = slice(500000, 500120), slice(5499880, 5500000), summer
     assert plain[window]['acquisition_times'][1, 0] == -1  # 4 September: no value at all
     check_same(copy[window], plain[window])
     x, y, _ = plain.bounds
@@ -229,7 +227,7 @@ def test_a_truncated_file_names_itself(root: Path) -> None:
 
 def test_the_disk_must_have_room(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, folder = MultiSenGE(root, 'test'), root.parent / 'copy'
-    disk = namedtuple('disk', 'free')(10)
+    disk = SimpleNamespace(free=10)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: disk)
     with pytest.raises(OSError, match=r'takes 0.0 GB, but .* has 0.0 GB free; make room'):
         pack(plain, folder)

@@ -486,10 +486,9 @@ class MultiSenGE(GeoDataset):
         packed = None
         if self._packed is not None:
             packed = self._packed.slot(row, sensor, positions, grid, NODATA[sensor])
-        if packed is not None and packed.dtype.kind == 'f':
-            return packed
-        images = [packed] if packed is not None else self._read_files(row, sensor, positions, grid)
-        return self._slot_value(images, sensor)
+        if packed is None:
+            return self._slot_value(self._read_files(row, sensor, positions, grid), sensor)
+        return packed if packed.dtype.kind == 'f' else self._slot_value([packed], sensor)
 
     def _slot_value(self, images: Sequence[NDArray[Any]], sensor: str) -> NDArray[np.float32]:
         """Mean of images, in the units of a sample."""
@@ -516,8 +515,11 @@ class MultiSenGE(GeoDataset):
         path = self.catalog.ground_reference(row)
         if path is None:
             return None
-        packed = self._packed.labels(row, grid, NO_LABEL) if self._packed else None
-        return self._read(path, row, [1], 1, grid, NO_LABEL)[0] if packed is None else packed
+        packed = self._packed.labels(row, grid, NO_LABEL) if self._packed is not None else None
+        if packed is not None:
+            return packed
+        labels: NDArray[Any] = self._read(path, row, [1], 1, grid, NO_LABEL)[0]
+        return labels
 
     def _read(
         self, path: Path, row: int, indexes: list[int], count: int, grid: _Grid, nodata: int
