@@ -225,7 +225,8 @@ def plot(reading: Sequence[dict[str, Any]], about: dict[str, Any]) -> plt.Figure
     figure, ax = plt.subplots(figsize=(8, 3), layout='constrained')
     names = [r['reader'].replace(', ', ',\n') for r in reading]
     bars = ax.barh(names, [r['ratio'] for r in reading], color='tab:blue')
-    ax.bar_label(bars, fmt='%.2f', padding=3)
+    ax.bar_label(bars, fmt='%.2f', padding=8)
+    ax.margins(x=0.12)
     for place, r in enumerate(reading):
         if r['reader'] in TARGETS:
             target = TARGETS[r['reader']]

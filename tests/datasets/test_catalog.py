@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 from conftest import S1_DATES, S2_DATES, write_label_file, write_patch, write_raster
 from geopandas.testing import assert_geodataframe_equal
 from pandas.testing import assert_frame_equal
+from rasterio.transform import from_origin
 
 from torchgeo_s1s2.datasets import Catalog, MultiSenGE, cache, catalog
+from torchgeo_s1s2.datasets.catalog import open_raster
 
 
 def test_patches_and_acquisitions_of_two_zones(two_zones: Path) -> None:
@@ -340,3 +343,16 @@ def test_reading_does_not_scan_the_table(two_zones: Path) -> None:
     assert dataset[500000:500320, 5499680:5500000]['valid'].all()
     days = sample['acquisition_times'][:, 1].numpy().astype('datetime64[s]').astype('datetime64[D]')
     assert [day.replace('-', '') for day in days.astype(str)] == list(S1_DATES)
+
+
+@pytest.mark.parametrize('bits', [16, 12])
+def test_a_raster_that_the_faster_driver_does_not_know_is_opened(tmp_path: Path, bits: int) -> None:
+    path, image = tmp_path / 'image.tif', np.arange(64, dtype=np.uint16).reshape(1, 8, 8)
+    profile: dict[str, Any] = {'width': 8, 'height': 8, 'count': 1, 'dtype': 'uint16'}
+    transform = from_origin(500000, 5500000, 10, 10)
+    with rasterio.open(path, 'w', **profile, nbits=bits, crs=32631, transform=transform) as dst:
+        dst.write(image)
+    with open_raster(path) as src:
+        assert src.driver == {16: 'LIBERTIFF', 12: 'GTiff'}[bits]
+        assert np.array_equal(src.read(), image)
+        assert src.transform == transform
