@@ -459,6 +459,22 @@ def test_other_data_modules_give_a_confusion_matrix_only(tmp_path: Path) -> None
     assert board.figures == [('test_confusion_matrix', 0)]
 
 
+@pytest.mark.parametrize('checkpoint', [False, True])
+def test_checkpoint_reaches_every_recurrent_layer(checkpoint: bool) -> None:
+    layers = small(checkpoint=checkpoint).model.encoder.convlstm
+    assert {name: layer.checkpoint for name, layer in layers.items()} == {
+        's2': checkpoint,
+        's1': checkpoint,
+    }
+
+
+@pytest.mark.parametrize('options', [{'backbone': 'resnet18'}, {'model': 'fcn'}])
+def test_checkpoint_needs_a_backbone_of_series(options: dict[str, Any]) -> None:
+    message = r'checkpoint=True with .*, expected a backbone that reads'
+    with pytest.raises(ValueError, match=message):
+        small(checkpoint=True, **options)
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(KeyError, match='no_such_model'):
         small(model='no_such_model')

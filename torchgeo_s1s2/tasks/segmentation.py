@@ -158,8 +158,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         encoder = getattr(self.model, 'encoder', None)
         if not isinstance(encoder, ConvLSTMInceptionEncoder):
             raise ValueError(
-                f"checkpoint=True with backbone='{self.hparams['backbone']}', expected a backbone "
-                "that reads series, such as 'vgg16_convlstm_inception'"
+                f"checkpoint=True with model='{self.hparams['model']}' and "
+                f"backbone='{self.hparams['backbone']}', expected a backbone that reads series, "
+                "such as 'vgg16_convlstm_inception'"
             )
         encoder.set_checkpoint()
 
