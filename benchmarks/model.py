@@ -3,7 +3,8 @@
     python -m benchmarks.model --output outputs/model
 
 Every model runs in a process of its own; in a round each does one forward pass, or one training
-step, after the other. Reported are medians over the rounds.
+step, after the other. Reported are medians over the rounds of processor time, divided by the number
+of threads. The memory of a process is read from /proc, so this runs on Linux.
 """
 
 import argparse
@@ -179,7 +180,7 @@ class Job:
         return seconds
 
     def run(self, kind: str) -> float:
-        """Processor time of a run, divided by the threads: other work on the machine is not in it."""
+        """Processor time of a run, divided by the threads; other work does not count."""
         begin = time.process_time()
         if kind == 'forward':
             with torch.no_grad():
