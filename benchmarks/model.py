@@ -24,6 +24,7 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchgeo.tasks import SpatioTemporalSegmentation
@@ -368,7 +369,9 @@ def facts(results: Sequence[Result]) -> dict[str, str]:
 
 def plot(results: Sequence[Result], title: str) -> plt.Figure:
     """Time and memory over the number of slots, and over pixels."""
-    figure, axes = plt.subplots(2, 2, figsize=(7.5, 6), sharex='col', sharey='row')
+    figure, axes = plt.subplots(
+        2, 2, figsize=(7.5, 6), sharex='col', sharey='row', layout='constrained'
+    )
     base = _cell(results[0])
     for row, (key, label) in enumerate(
         (('forward', 'forward (s)'), ('step_peak', 'training (MiB)'))
@@ -380,6 +383,8 @@ def plot(results: Sequence[Result], title: str) -> plt.Figure:
             axis.set(xscale='log', yscale='log', xlabel=name * row, ylabel=label * (not across))
             values = sorted({_cell(r)[across] for r in results})
             axis.set_xticks(values, values)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter('{x:,g}')
             axis.minorticks_off()
     axes[0, 0].set_title(f'{base[1]} x {base[1]} pixels', fontsize=9)
     axes[0, 1].set_title(f'T = {base[0]}', fontsize=9)
