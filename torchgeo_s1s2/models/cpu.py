@@ -15,7 +15,7 @@ PIXELS = 4096
 
 
 def suits_strips(x: Tensor) -> bool:
-    """Whether :class:`GateInStrips` takes over: on a CPU, in single or double precision.
+    """Whether :class:`GateInStrips` takes over: eagerly, on a CPU, in single or double precision.
 
     Args:
         x: Input of a step.
@@ -23,8 +23,9 @@ def suits_strips(x: Tensor) -> bool:
     Returns:
         True if it does.
     """
-    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
-    return x.device.type == 'cpu' and exact
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return False
+    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
 
 
 def arrange(x: Tensor) -> Tensor:
