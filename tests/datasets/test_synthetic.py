@@ -10,7 +10,7 @@ from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.metrics import f1_score
 
 from torchgeo_s1s2.datasets import MultiSenGE
-from torchgeo_s1s2.datasets.catalog import Catalog
+from torchgeo_s1s2.datasets.catalog import CACHE, Catalog
 from torchgeo_s1s2.datasets.synthetic import ENL, TILES, phenology, speckle, write_synthetic
 
 PATCHES = {'31UFQ': 2, '32ULU': 1, '31UFP': 1, '31UEQ': 1}
@@ -22,7 +22,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    files = sorted(path for path in root.rglob('*') if path.is_file())
+    files = sorted(path for path in root.rglob('*') if path.is_file() and path.name != CACHE)
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
