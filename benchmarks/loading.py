@@ -1,10 +1,11 @@
-"""Measures how fast the series of a patch are read, on synthetic data.
+"""Measures how soon a data set can be read and how fast, on synthetic data.
 
     python -m benchmarks.loading --root data/loading --output outputs/loading
 
 Four dates of each sensor and the labels of a patch are read in turns by rasterio itself, by
 MultiSenGE, from its packed copy, and by TorchGeo's RasterDataset. Then a DataLoader reads epochs
-while memory and open files of all of its processes are counted.
+while memory and open files of all of its processes are counted. Then data sets of different sizes
+are opened; see :mod:`benchmarks.startup`.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import rasterio
 from torch.utils.data import ConcatDataset, DataLoader
 from torchgeo.datasets import IntersectionDataset, RasterDataset, stack_samples
 
+from benchmarks import startup
 from benchmarks.accuracy import prepare, provenance
 from torchgeo_s1s2.datasets import MultiSenGE, pack
 from torchgeo_s1s2.datasets.synthetic import MARKER
@@ -261,10 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         'dates a patch': ', '.join(f'{n:.1f} of {str(s).upper()}' for s, n in counts.items()),
         **provenance(),
     }
-    content = {'about': about, 'reading': reading, 'epochs': epochs}
+    starts = startup.measure_start(output / 'starts', args.starts)
+    content = {'about': about, 'reading': reading, 'epochs': epochs, 'starts': starts}
+    text = f'{table(reading, epochs, about)}\n## Starting\n\n{startup.table(starts)}\n'
     (output / 'results.json').write_text(json.dumps(content, indent=1))
-    (output / 'table.md').write_text(table(reading, epochs, about))
-    print(table(reading, epochs, about))
+    (output / 'table.md').write_text(text)
+    print(text)
     save_figure(plot(reading, about), output / 'loading.png')
 
 
@@ -274,6 +278,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--output', type=Path, default=Path('outputs/loading'))
     parser.add_argument('--size', type=int, default=256, help='pixels of a synthetic patch')
     parser.add_argument('--rounds', type=int, default=3, help='how often each patch is read')
+    parser.add_argument(
+        '--starts', type=int, nargs='+', default=startup.SIZES, help='numbers of images to open'
+    )
     parser.add_argument('--passes', type=int, default=5, help='how often an epoch reads it')
     return parser
 

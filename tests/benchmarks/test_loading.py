@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from benchmarks import loading
+from benchmarks import loading, startup
 from torchgeo_s1s2.datasets import MultiSenGE, pack
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
@@ -16,7 +16,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('loading')
     write_synthetic(folder / 'data', 16, {'31UFQ': 2}, incomplete=0, progress=False)
     arguments = ['--root', str(folder / 'data'), '--output', str(folder / 'out')]
-    loading.main([*arguments, '--rounds', '1', '--passes', '2'])
+    loading.main([*arguments, '--rounds', '1', '--passes', '2', '--starts', '60', '120'])
     return folder / 'out'
 
 
@@ -35,6 +35,9 @@ def test_the_table_holds_every_reader_and_epoch(output: Path) -> None:
     assert set(loading.TARGETS) < {r['reader'] for r in content['reading']}
     assert [e['workers'] for e in content['epochs']] == [0, 2, 0, 2]
     assert all(e['peak_mib'] > 0 and e['files'] > 2 for e in content['epochs'])
+    starts = {(s['contestant'], s['images']) for s in content['starts']}
+    assert len(starts) == 2 * len(startup.STARTS)
+    assert '## Starting' in text
     assert (output / 'loading.png').stat().st_size < 60_000
 
 
