@@ -203,9 +203,9 @@ def table(results: Sequence[dict[str, Any]], about: dict[str, Any], scheme: Clas
         'peak memory (MB)': ('peak_memory_mb', 0),
         'parameters': ('parameters', 0),
     }
-    whole = _markdown(results, columns)
+    whole = _contestants(results, columns)
     flat = [{**r, **r['class_f1']} for r in results]
-    classes = _markdown(flat, {name: (name, 2) for name in scheme.names})
+    classes = _contestants(flat, {name: (name, 2) for name in scheme.names})
     facts = '\n'.join(f'- {name}: {value}' for name, value in about.items())
     return (
         f'# {about["data"]}: accuracy on the test tile\n\n{facts}\n\n'
@@ -214,15 +214,22 @@ def table(results: Sequence[dict[str, Any]], about: dict[str, Any], scheme: Clas
     )
 
 
-def _markdown(results: Sequence[dict[str, Any]], columns: dict[str, tuple[str, int]]) -> str:
+def markdown(rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
+    """Markdown of a table; its first row is the head, all columns but *texts* hold numbers."""
+    head, *body = rows
+    rule = ['---' if i in texts else '--:' for i in range(len(head))]
+    return '\n'.join(f'| {" | ".join(row)} |' for row in (head, rule, *body))
+
+
+def _contestants(results: Sequence[dict[str, Any]], columns: dict[str, tuple[str, int]]) -> str:
     frame = pd.DataFrame(results)
-    rows = [['contestant', *columns], ['---'] + ['--:'] * len(columns)]
+    rows = [['contestant', *columns]]
     groups = frame.groupby('title', sort=False)
     for title in groups['f1'].mean().sort_values(ascending=False).index:
         group = groups.get_group(title)
         cells = [_cell(group[key], digits) for key, digits in columns.values()]
         rows.append([str(title), *cells])
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+    return markdown(rows)
 
 
 def _cell(values: 'pd.Series[float]', digits: int) -> str:

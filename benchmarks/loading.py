@@ -24,7 +24,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchgeo.datasets import IntersectionDataset, RasterDataset, stack_samples
 
 from benchmarks import startup
-from benchmarks.accuracy import prepare, provenance
+from benchmarks.accuracy import markdown, prepare, provenance
 from torchgeo_s1s2.datasets import MultiSenGE, pack
 from torchgeo_s1s2.datasets.synthetic import MARKER
 from torchgeo_s1s2.tasks.report import save_figure
@@ -39,13 +39,6 @@ TARGETS = {
 """Times that shall not be exceeded, rasterio's own with the GDAL option being 1."""
 
 BASELINE = 'rasterio, GDAL_DISABLE_READDIR_ON_OPEN=EMPTY_DIR'
-
-
-class TimeSeries(RasterDataset):
-    """Images of the layout as TorchGeo reads them."""
-
-    filename_regex = r'.*_(?P<date>\d{8})_'
-    date_format = '%Y%m%d'
 
 
 class Labels(RasterDataset):
@@ -86,7 +79,7 @@ def read_plainly(paths: Sequence[Path], **options: str) -> list[Any]:
 
 def torchgeo_reader(dataset: MultiSenGE, paths: dict[str, list[Path]]) -> Reader:
     """Read all of the given rasters of a patch as TorchGeo does."""
-    s2, s1 = (TimeSeries(paths[sensor], time_series=True) for sensor in ('s2', 's1'))
+    s2, s1 = (startup.Images(paths[sensor], time_series=True) for sensor in ('s2', 's1'))
     options: Any = {'spatial_only': True, 'collate_fn': tuple}
     images = IntersectionDataset(s2, s1, **options)
     both = IntersectionDataset(images, Labels(paths['ground_reference']), **options)
@@ -211,15 +204,9 @@ def table(
         cells = [e['reader'], e['workers'], f'{e["samples_per_second"]:.1f}']
         second.append([str(c) for c in (*cells, e['memory_mib'], e['peak_mib'], e['files'])])
     return (
-        f'# {about["data"]}: reading a patch\n\n{facts}\n\n{_markdown(first)}\n\n'
-        f'## Epochs of a DataLoader\n\n{_markdown(second)}\n'
+        f'# {about["data"]}: reading a patch\n\n{facts}\n\n{markdown(first)}\n\n'
+        f'## Epochs of a DataLoader\n\n{markdown(second)}\n'
     )
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    lines = [head, ['---'] + ['--:'] * (len(head) - 1), *body]
-    return '\n'.join(f'| {" | ".join(row)} |' for row in lines)
 
 
 def plot(reading: Sequence[dict[str, Any]], about: dict[str, Any]) -> plt.Figure:

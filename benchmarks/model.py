@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchgeo.tasks import SpatioTemporalSegmentation
 
-from benchmarks.accuracy import provenance
+from benchmarks.accuracy import markdown, provenance
 from benchmarks.contestants import PixelLTAE
 from benchmarks.plain import PlainFuseLSTM
+from benchmarks.throughput import count_flops, process_memory
 from torchgeo_s1s2.models import register_encoders
 from torchgeo_s1s2.tasks.report import save_figure
 
@@ -139,21 +139,11 @@ BUILDERS = {**MODELS, **PROBES}
 PLAIN, PROBE = next(iter(MODELS)), 'Convolution'
 
 
-def count_flops(model: nn.Module, x: Tensor) -> int:
-    """Floating-point operations of a forward pass, two for a multiplication and an addition.
-
-    Only those of convolutions and matrix products; what is around them is not counted.
-    """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x)
-    return int(counter.get_total_flops())
-
-
 class Job:
     """What a process does: build a model, then run it when asked."""
 
     def __init__(self, name: str, cell: Cell) -> None:
-        before = _memory('VmRSS')
+        before = process_memory('VmRSS')
         slots, size = cell
         torch.manual_seed(0)
         self.build = partial(BUILDERS[name], slots)
@@ -195,12 +185,7 @@ class Job:
 
     def peak(self) -> float:
         """Largest memory since the warm-up in MiB, without that of an empty process."""
-        return _memory('VmHWM') - self.before
-
-
-def _memory(key: str) -> float:
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f'{key}:'))
+        return process_memory('VmHWM') - self.before
 
 
 def serve(connection: Connection, name: str, cell: Cell, threads: int) -> None:
@@ -311,11 +296,8 @@ def table(results: Sequence[Result]) -> str:
     columns = ['T', 'pixels', 'model', 'parameters', 'GFLOP', 'forward (ms)', 'x plain']
     columns += ['training step (ms)', 'x plain', 'forward (MiB)', 'training (MiB)']
     columns += ['GFLOP/s', 'of a convolution']
-    rows = [columns, ['--:', '--:', '---', *['--:'] * 10]]
-    for result in results:
-        if result['model'] in MODELS:
-            rows.append(_row(result, results))
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+    rows = [_row(result, results) for result in results if result['model'] in MODELS]
+    return markdown([columns, *rows], texts=(2,))
 
 
 def _row(result: Result, results: Sequence[Result]) -> list[str]:

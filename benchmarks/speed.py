@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.accuracy import provenance
+from benchmarks.accuracy import markdown, provenance
 from benchmarks.plain import PlainFuseLSTM
-from benchmarks.throughput import convolution_gflops, gflop, seconds, shares
+from benchmarks.throughput import convolution_gflops, count_flops, seconds, shares
 from torchgeo_s1s2.models import FuseLSTM
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -136,23 +136,20 @@ def throughput(dates: int) -> dict[str, Any]:
     times = [seconds(lambda: predict(model, inputs)) for _ in range(3)]
     return {
         'conv': convolution_gflops(),
-        'model': gflop(lambda: predict(model, inputs)) / median(times),
+        'model': count_flops(model, *inputs) / 1e9 / median(times),
         'shares': shares(lambda: predict(model, inputs)),
     }
 
 
 def table(results: dict[int, dict[str, dict[str, float]]]) -> str:
     """Markdown table: the plain model, and how many times faster or what share of memory."""
-    lines = [
-        '| T | what | plain | ours | ours, `checkpoint=True` |',
-        '| --: | --- | --: | --: | --: |',
-    ]
-    for dates, rows in results.items():
-        for what, values in rows.items():
+    rows = [['T', 'what', 'plain', 'ours', 'ours, `checkpoint=True`']]
+    for dates, measured in results.items():
+        for what, values in measured.items():
             plain = values['plain']
             cells = [_ratio(values[name], plain, what) for name in ('ours', 'checkpoint')]
-            lines.append(f'| {dates} | {what} | {plain:.4g} | {cells[0]} | {cells[1]} |')
-    return '\n'.join(lines)
+            rows.append([str(dates), what, f'{plain:.4g}', *cells])
+    return markdown(rows, texts=(1,))
 
 
 def _ratio(value: float, plain: float, what: str) -> str:

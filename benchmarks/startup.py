@@ -27,7 +27,8 @@ import rasterio
 from rasterio.transform import from_origin
 from torchgeo.datasets import RasterDataset
 
-from benchmarks.accuracy import provenance
+from benchmarks.accuracy import markdown, provenance
+from benchmarks.throughput import process_memory
 from torchgeo_s1s2.datasets import Catalog, MultiSenGE
 from torchgeo_s1s2.datasets.catalog import CACHE, GROUND_REFERENCE, SENSORS
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
@@ -179,23 +180,16 @@ def _in_a_process(name: str, root: Path) -> dict[str, float]:
 
 
 def _one(name: str, root: Path) -> dict[str, float]:
-    before = _memory('VmRSS')
+    before = process_memory('VmRSS')
     seconds = _seconds(name, root)
-    return {'seconds': seconds, 'import_mib': before, 'peak_mib': _memory('VmHWM')}
-
-
-def _memory(field: str) -> float:
-    """Resident memory in MiB, of Linux."""
-    lines = Path('/proc/self/status').read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f'{field}:'))
-    return int(line.split()[1]) / 1024
+    return {'seconds': seconds, 'import_mib': before, 'peak_mib': process_memory('VmHWM')}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown with a row a size and the ratio of TorchGeo's time to that of first starts."""
     seconds = pd.DataFrame(results).pivot(index='images', columns='contestant', values='seconds')
     columns = [name for name in STARTS if name in seconds]
-    lines = _lines(['images', *columns, 'RasterDataset / MultiSenGE, first and later'])
+    rows = [['images', *columns, 'RasterDataset / MultiSenGE, first and later']]
     for images, row in seconds.iterrows():
         cells = ['' if np.isnan(row[name]) else f'{row[name]:.2f} s' for name in columns]
         torchgeo = row.get("TorchGeo's RasterDataset", np.nan)
@@ -203,8 +197,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             torchgeo / row[f'MultiSenGE, {which}'] for which in ('first start', 'later starts')
         ]
         ratio = '' if np.isnan(torchgeo) else ', '.join(f'{ratio:.1f}' for ratio in ratios)
-        lines.append(_line([f'{images:,}', *cells, ratio]))
-    return '\n'.join([*lines, '', *_growth(seconds)])
+        rows.append([f'{images:,}', *cells, ratio])
+    return '\n'.join([markdown(rows), '', *_growth(seconds)])
 
 
 def _growth(seconds: pd.DataFrame) -> Iterator[str]:
@@ -218,24 +212,12 @@ def _growth(seconds: pd.DataFrame) -> Iterator[str]:
 
 def memory_table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown with the memory of each contestant on the whole data set."""
-    lines = _lines(
-        ['start', 'images', 'time', 'after imports (MiB)', 'at most (MiB)', 'added (MiB)']
-    )
+    rows = [['start', 'images', 'time', 'after imports (MiB)', 'at most (MiB)', 'added (MiB)']]
     for row in results:
         added = row['peak_mib'] - row['import_mib']
         memory = [f'{mib:.0f}' for mib in (row['import_mib'], row['peak_mib'], added)]
-        lines.append(
-            _line([row['contestant'], f'{row["images"]:,}', f'{row["seconds"]:.2f} s', *memory])
-        )
-    return '\n'.join(lines)
-
-
-def _lines(columns: Sequence[str]) -> list[str]:
-    return [_line(columns), _line(['---', *['--:'] * (len(columns) - 1)])]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f'| {" | ".join(cells)} |'
+        rows.append([row['contestant'], f'{row["images"]:,}', f'{row["seconds"]:.2f} s', *memory])
+    return markdown(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

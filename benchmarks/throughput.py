@@ -1,11 +1,13 @@
-"""How much a CPU computes, and how much of that a model gets."""
+"""How much a CPU computes, how much of that a model gets, and the memory that it takes."""
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,11 +28,21 @@ def convolution_gflops(channels: int = 128, size: int = 256, repeats: int = 5) -
     return 2 * 9 * channels**2 * size**2 / median(times) / 1e9
 
 
-def gflop(call: Callable[[], object]) -> float:
-    """Billions of operations of the convolutions and matrix products in a call."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() / 1e9
+def count_flops(model: nn.Module, *inputs: Tensor) -> int:
+    """Floating-point operations of a forward pass, two for a multiplication and an addition.
+
+    Only those of convolutions and matrix products; what is around them is not counted.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    return int(counter.get_total_flops())
+
+
+def process_memory(field: str) -> float:
+    """Memory of this process in MiB: a field of Linux's /proc, such as VmRSS or VmHWM."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f'{field}:'))
+    return int(line.split()[1]) / 1024
 
 
 def shares(call: Callable[[], object], number: int = 5) -> dict[str, float]:

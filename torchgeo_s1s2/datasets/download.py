@@ -303,7 +303,7 @@ class SeasonDownload:
     def _plan(self) -> DownloadPlan:
         catalog = Catalog(self.root, files=False, progress=self.progress)
         patches = catalog.patches
-        sensors = tuple(dict.fromkeys((self.series.leader, *self.sensors)))
+        sensors = self.series.reads(self.sensors)
         held = {folder: self._held(folder) for folder in (GROUND_REFERENCE, *sensors)}
         needed: dict[str, set[str]] = {folder: set() for folder in held}
         references = map(reference_name, patches['tile'], patches['x'], patches['y'])
@@ -317,14 +317,14 @@ class SeasonDownload:
             chosen += bool(images)
             for sensor, names in images.items():
                 needed[sensor] |= names
-        in_all = catalog.acquisitions['sensor'].value_counts()
+        in_all = {s: sum(len(catalog.times(r, s)) for r in range(len(patches))) for s in SENSORS}
         return DownloadPlan(
             self.root,
             chosen,
             len(patches),
             {folder: frozenset(names) for folder, names in needed.items()},
             {f: frozenset(names - self._finished(f)) for f, names in needed.items()},
-            {GROUND_REFERENCE: len(patches), **{s: int(in_all[s]) for s in SENSORS}},
+            {GROUND_REFERENCE: len(patches), **in_all},
         )
 
     def _images(

@@ -288,9 +288,10 @@ class MultiSenGE(GeoDataset):
         """Rows of the catalogue in the split that have a footprint and a full series."""
         chosen, failed = [], Counter[str]()
         rows = self._rows_of_split()
+        sensors = self.series.reads(self.sensors)
         reasons: dict[tuple[bytes, ...], str] = {}  # many patches have the same times
         for row in rows:
-            key = tuple(self.catalog.times(row, sensor).tobytes() for sensor in self._in_use)
+            key = tuple(self.catalog.times(row, sensor).tobytes() for sensor in sensors)
             if key not in reasons:
                 reasons[key] = self._why_not(row)
             if reasons[key]:
@@ -313,11 +314,6 @@ class MultiSenGE(GeoDataset):
             return str(error)
         seen = any(any(slots[sensor]) for sensor in self.sensors)
         return '' if seen else 'no acquisition at all'
-
-    @property
-    def _in_use(self) -> tuple[str, ...]:
-        """Sensors that the date rule looks at."""
-        return tuple(dict.fromkeys((self.series.leader, *self.sensors)))
 
     def _rows_of_split(self) -> NDArray[np.intp]:
         patches, wanted = self.catalog.patches, self._tiles_of_split()
@@ -370,7 +366,7 @@ class MultiSenGE(GeoDataset):
     def _select(self, row: int, period: slice | None = None) -> tuple[Slots, dict[str, int]]:
         """Slots of a patch in a period, and where the positions of each sensor start."""
         times, first = {}, {}
-        for sensor in self._in_use:
+        for sensor in self.series.reads(self.sensors):
             t = self.catalog.times(row, sensor)
             start, stop = _within(t, period) if period else (0, len(t))
             times[sensor], first[sensor] = t[start:stop], start

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import rasterio
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 LABELS = 'labels'
 SUFFIX = '.safetensors'
 _VERSION = 1
+
+Kept = dict[str, list[tuple[int, ...]]]
+"""Positions of the slots of a patch that are not empty, each once, by sensor."""
 
 
 def pack(
@@ -91,15 +94,15 @@ class PackedCopy:
         if not self.folder.is_dir():
             raise FileNotFoundError(f'there is no packed copy in {folder}; write it with pack()')
         self._catalog, self._res = dataset.catalog, dataset.res
-        self._kept: dict[int, dict[str, list[tuple[int, ...]]]] = {}
+        self._kept: dict[int, Kept] = {}
         missing, changed = [], []
-        for index, row, made_of in _expected(dataset):
-            found = _made_of(self.folder, dataset.name(index))
+        for patch in _patches(dataset):
+            found = _made_of(self.folder, patch.name)
             if found is None:
-                missing.append(dataset.name(index))
-            elif _differs(self.folder, dataset.name(index), found, made_of):
-                changed.append(dataset.name(index))
-            self._kept[row] = _kept(dataset, index)
+                missing.append(patch.name)
+            elif _differs(self.folder, patch.name, found, patch.made_of):
+                changed.append(patch.name)
+            self._kept[patch.row] = patch.kept
         for names, what in ((missing, 'lacks'), (changed, 'was made of other files for')):
             if names:
                 raise ValueError(
@@ -156,17 +159,25 @@ class PackedCopy:
             raise _unreadable(path, error) from error
 
 
+class _Patch(NamedTuple):
+    """A patch to pack: its row in the catalogue, the slots kept, and what its file is made of."""
+
+    row: int
+    name: str
+    kept: Kept
+    made_of: dict[str, str]
+
+
 class _Packing(Dataset[int]):
     """Items are patches that are not up to date; to read one is to write its file."""
 
     def __init__(self, dataset: 'MultiSenGE', folder: Path) -> None:
         self.dataset, self.folder = dataset, folder
         self.todo = []
-        for index, row, made_of in _expected(dataset):
-            name = dataset.name(index)
-            found = _made_of(folder, name)
-            if found is None or _differs(folder, name, found, made_of):
-                self.todo.append((index, row, made_of))
+        for patch in _patches(dataset):
+            found = _made_of(folder, patch.name)
+            if found is None or _differs(folder, patch.name, found, patch.made_of):
+                self.todo.append(patch)
 
     def __len__(self) -> int:
         return len(self.todo)
@@ -175,32 +186,32 @@ class _Packing(Dataset[int]):
     def size(self) -> int:
         """Number of bytes that the files will take."""
         total = 0
-        for index, row, _ in self.todo:
-            patch, kept = self.dataset.catalog.patch(row), _kept(self.dataset, index)
+        for patch in self.todo:
+            where = self.dataset.catalog.patch(patch.row)
             bytes_of = {'s2': 2, 's1': 4}
             planes = sum(
-                len(kept[sensor]) * len(bands) * bytes_of[sensor]
+                len(patch.kept[sensor]) * len(bands) * bytes_of[sensor]
                 for sensor, bands in self.dataset.bands.items()
             )
-            total += patch.width * patch.height * (planes + 1)
+            total += where.width * where.height * (planes + 1)
         return total
 
     def __getitem__(self, number: int) -> int:
-        index, row, made_of = self.todo[number]
-        path = _path(self.folder, self.dataset.name(index))
+        patch = self.todo[number]
+        path = _path(self.folder, patch.name)
         part = path.with_name(f'{path.name}.{os.getpid()}.part')
         try:
-            save_file(dict(self._arrays(index, row)), part, made_of)
+            save_file(dict(self._arrays(patch)), part, patch.made_of)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
         return number
 
-    def _arrays(self, index: int, row: int) -> Iterator[tuple[str, NDArray[Any]]]:
-        dataset = self.dataset
+    def _arrays(self, patch: _Patch) -> Iterator[tuple[str, NDArray[Any]]]:
+        dataset, row = self.dataset, patch.row
         grid = dataset._grid(row)
         with rasterio.Env(**GDAL_OPTIONS):
-            for sensor, slots in _kept(dataset, index).items():
+            for sensor, slots in patch.kept.items():
                 for number, positions in enumerate(slots):
                     yield f'{sensor}_{number}', self._slot(row, sensor, positions, grid)
             labels = dataset._read_labels(row, grid)
@@ -214,14 +225,13 @@ class _Packing(Dataset[int]):
         return images[0] if as_they_are else self.dataset._slot_value(images, sensor)
 
 
-def _kept(dataset: 'MultiSenGE', index: int) -> dict[str, list[tuple[int, ...]]]:
-    """Positions of the slots of a patch that are not empty, each once."""
+def _kept(dataset: 'MultiSenGE', index: int) -> Kept:
     slots = dataset.slots(index)
     return {sensor: list(dict.fromkeys(filter(None, slots[sensor]))) for sensor in dataset.sensors}
 
 
-def _expected(dataset: 'MultiSenGE') -> Iterator[tuple[int, int, dict[str, str]]]:
-    """Number and row of each patch, and what its file is made of."""
+def _patches(dataset: 'MultiSenGE') -> Iterator[_Patch]:
+    """Patches of a data set as they are now."""
     if dataset.series.draws:
         raise ValueError(
             f'{dataset.series} draws other dates every epoch, so there is no packed copy of it; '
@@ -236,13 +246,13 @@ def _expected(dataset: 'MultiSenGE') -> Iterator[tuple[int, int, dict[str, str]]
         }
     )
     for index, row in enumerate(map(int, dataset._patches)):
-        files = json.dumps(_sources(dataset, row, _kept(dataset, index)))
-        yield index, row, {'settings': settings, 'split': dataset.split, 'files': files}
+        kept = _kept(dataset, index)
+        files = json.dumps(_sources(dataset, row, kept))
+        made_of = {'settings': settings, 'split': dataset.split, 'files': files}
+        yield _Patch(row, dataset.name(index), kept, made_of)
 
 
-def _sources(
-    dataset: 'MultiSenGE', row: int, kept: Mapping[str, Sequence[Sequence[int]]]
-) -> list[list[Any]]:
+def _sources(dataset: 'MultiSenGE', row: int, kept: Kept) -> list[list[Any]]:
     """Name, size and time of change of the rasters of a patch, slot by slot."""
     catalog = dataset.catalog
     paths = [

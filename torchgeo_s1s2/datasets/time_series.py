@@ -149,6 +149,14 @@ class DateRule(ABC):
             for sensor, t in times.items()
         }
 
+    def reads(self, sensors: Sequence[str]) -> tuple[str, ...]:
+        """Sensors whose times the rule needs to choose slots of some: the leading one before them.
+
+        Args:
+            sensors: ``('s2', 's1')`` or one of them.
+        """
+        return tuple(dict.fromkeys((self.leader, *sensors)))
+
     def candidates(self, times: Mapping[str, Times]) -> dict[str, set[int]]:
         """Acquisitions of one patch that any draw may choose; a rule that draws overrides this.
 
