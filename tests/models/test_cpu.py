@@ -142,22 +142,44 @@ def test_single_precision_is_as_close_as_that_of_the_plain_model() -> None:
     assert errors[0] < 1.5 * errors[1] < 1e-6
 
 
+@pytest.mark.parametrize('checkpoint', [False, True])
+def test_mixed_precision_is_as_close_as_that_of_the_plain_model(checkpoint: bool) -> None:
+    torch.manual_seed(0)
+    plain = PlainConvLSTM(2)
+    layer = ConvLSTM(2, checkpoint=checkpoint)
+    layer.load_state_dict(plain.state_dict())
+    series = make_series(2, 5, 2, 33, 33)
+    with torch.autocast('cpu', torch.bfloat16):
+        mixed = run(layer, series.float().movedim(-1, 2)), run(plain, series.float())
+    layer.load_state_dict(plain.state_dict())
+    exact = run(layer.double(), series.movedim(-1, 2))
+    for name in exact.keys() - {'batchnorm.num_batches_tracked'}:
+        value = exact[name]
+        errors = [((results[name] - value).norm() / value.norm()).item() for results in mixed]
+        assert errors[0] < max(1.5 * errors[1], 0.004), name
+
+
+def held(layer: ConvLSTM) -> int:
+    """Bytes that a forward pass of four dates keeps for the backward pass."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = layer(torch.randn(1, 4, 2, 16, 16))
+    assert output.requires_grad
+    return sum(sizes.values())
+
+
 def test_checkpoint_holds_less() -> None:
     """The gates are 4 x 32 of the channels that are kept of a step."""
+    assert held(ConvLSTM(2)) - held(ConvLSTM(2, checkpoint=True)) == 4 * 128 * 16 * 16 * 4
 
-    def held(checkpoint: bool) -> int:
-        sizes: dict[int, int] = {}
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        layer = ConvLSTM(2, checkpoint=checkpoint)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = layer(series)
-        assert output.requires_grad
-        return sum(sizes.values())
-
-    series = torch.randn(1, 4, 2, 16, 16)
-    assert held(False) - held(True) == 4 * 128 * 16 * 16 * 4
+def test_gates_take_half_the_memory_in_mixed_precision() -> None:
+    with torch.autocast('cpu', torch.bfloat16):
+        kept = held(ConvLSTM(2)) - held(ConvLSTM(2, checkpoint=True))
+    assert kept == 4 * 128 * 16 * 16 * 2

@@ -15,7 +15,7 @@ PIXELS = 4096
 
 
 def suits_strips(x: Tensor) -> bool:
-    """Whether :class:`GateInStrips` takes over: eagerly, on a CPU, in single or double precision.
+    """Whether :class:`GateInStrips` takes over: eagerly, on a CPU, states not in half precision.
 
     Args:
         x: Input of a step.
@@ -25,7 +25,7 @@ def suits_strips(x: Tensor) -> bool:
     """
     if x.device.type != 'cpu' or torch.compiler.is_compiling():
         return False
-    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu')
+    return x.dtype in (torch.float32, torch.float64)
 
 
 def arrange(x: Tensor) -> Tensor:
@@ -52,6 +52,9 @@ class GateInStrips(torch.autograd.Function):
     channels-last layout, in which convolutions are fastest. The backward pass takes them as they
     were kept, or computes them again and needs only the input and the states. It cannot be
     differentiated itself.
+
+    Under autocast the convolutions are in its precision, and so is what is kept for the backward
+    pass; the states and sums are in that of the input.
     """
 
     @staticmethod
@@ -68,7 +71,7 @@ class GateInStrips(torch.autograd.Function):
 
         Args:
             ctx: Context to keep what the backward pass needs.
-            x: Slot of shape (B, C, H, W).
+            x: Slot of shape (B, C, H, W), in single or double precision.
             h: Hidden state of shape (B, hidden_channels, H, W), None for zeros.
             c: Cell state of the same shape, None for zeros.
             weight: Weight of the convolution of x and, unless it is None, h.
@@ -79,9 +82,10 @@ class GateInStrips(torch.autograd.Function):
             Hidden state, not yet normalised, and cell state.
         """
         h_new, c_new = _empty(x, len(weight) // 4), _empty(x, len(weight) // 4)
+        x, h, weight, bias = (_autocast(tensor) for tensor in (x, h, weight, bias))
         kept = _empty(x, len(weight)) if keep_gates else None
         for strip in _strips(x, weight):
-            gates = _gates(strip.read(x, h), weight, bias)
+            gates = _gates(strip.read(x, h), weight, bias, h_new.dtype)
             if kept is not None:
                 kept[strip.rows] = gates
             i, f, g, o = gates.chunk(4, dim=1)
@@ -107,23 +111,27 @@ class GateInStrips(torch.autograd.Function):
         """
         *inputs, kept = ctx.saved_tensors
         x, h, c, weight, bias = inputs
+        dtype = grad_h_new.dtype
         grads = [
-            torch.zeros_like(tensor) if needed else None
+            torch.zeros_like(tensor, dtype=dtype) if needed else None
             for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         grad_x, grad_h, grad_c, grad_weight, grad_bias = grads
         weight_x, weight_h = weight.tensor_split([x.shape[1]], dim=1)
         for strip in _strips(x, weight):
             joined, rows = strip.read(x, h), strip.rows
-            gates = _gates(joined, weight, bias) if kept is None else kept[rows]
+            gates = (
+                _gates(joined, weight, bias, dtype) if kept is None else kept[rows].to(dtype)
+            )
             cell = None if c is None else c[rows]
             grad, grad_cell = _gates_backward(gates, cell, grad_h_new[rows], grad_c_new[rows])
             if grad_c is not None:
                 grad_c[rows] = grad_cell
-            if grad_weight is not None:
-                grad_weight += conv2d_weight(joined, weight.shape, grad, padding=_padding(weight))
             if grad_bias is not None:
                 grad_bias += grad.sum((0, 2, 3))
+            grad = grad.to(x.dtype)
+            if grad_weight is not None:
+                grad_weight += conv2d_weight(joined, weight.shape, grad, padding=_padding(weight))
             for total, part in ((grad_x, weight_x), (grad_h, weight_h)):
                 if total is not None:
                     strip.add(total, F.conv_transpose2d(grad, part, padding=_padding(weight)))
@@ -176,9 +184,16 @@ def _empty(x: Tensor, channels: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
 
 
-def _gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _autocast(x: Tensor | None) -> Any:
+    """Cast as autocast casts what a convolution reads."""
+    if x is None or not torch.is_autocast_enabled('cpu'):
+        return x
+    return x.to(torch.get_autocast_dtype('cpu'))
+
+
+def _gates(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Input, forget, cell and output gate."""
-    gates = F.conv2d(x, weight, bias, padding=_padding(weight))
+    gates = F.conv2d(x, weight, bias, padding=_padding(weight)).to(dtype)
     g = gates.chunk(4, dim=1)[2]
     # tanh(g) = 2 sigmoid(2 g) - 1, which takes a fraction of the time of tanh on a CPU
     g.mul_(2)
