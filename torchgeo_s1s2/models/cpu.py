@@ -120,9 +120,7 @@ class GateInStrips(torch.autograd.Function):
         weight_x, weight_h = weight.tensor_split([x.shape[1]], dim=1)
         for strip in _strips(x, weight):
             joined, rows = strip.read(x, h), strip.rows
-            gates = (
-                _gates(joined, weight, bias, dtype) if kept is None else kept[rows].to(dtype)
-            )
+            gates = _gates(joined, weight, bias, dtype) if kept is None else kept[rows].to(dtype)
             cell = None if c is None else c[rows]
             grad, grad_cell = _gates_backward(gates, cell, grad_h_new[rows], grad_c_new[rows])
             if grad_c is not None:
