@@ -183,8 +183,8 @@ def _empty(x: Tensor, channels: int) -> Tensor:
 
 
 def _autocast(x: Tensor | None) -> Any:
-    """Cast as autocast casts what a convolution reads."""
-    if x is None or not torch.is_autocast_enabled('cpu'):
+    """Cast as autocast casts what a convolution reads: not double precision."""
+    if x is None or x.dtype == torch.double or not torch.is_autocast_enabled('cpu'):
         return x
     return x.to(torch.get_autocast_dtype('cpu'))
 
