@@ -31,7 +31,7 @@ from torchgeo.tasks import SpatioTemporalSegmentation
 from benchmarks.accuracy import markdown, provenance
 from benchmarks.contestants import PixelLTAE
 from benchmarks.plain import PlainFuseLSTM
-from benchmarks.throughput import count_flops, process_memory
+from benchmarks.throughput import Convolution, count_flops, process_memory
 from torchgeo_s1s2.models import register_encoders
 from torchgeo_s1s2.tasks.report import save_figure
 
@@ -81,21 +81,6 @@ class Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Ignore the series."""
         return self.weight @ self.weight
-
-
-class Convolution(nn.Module):
-    """One large convolution, of the width of the decoder's middle."""
-
-    def __init__(self, channels: int = 128, size: int = 128) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.register_buffer('image', torch.randn(1, channels, size, size), persistent=False)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Ignore the series."""
-        result: Tensor = self.conv(self.image)
-        return result
 
 
 def ours(slots: int) -> nn.Module:

@@ -9,7 +9,7 @@ backward pass, inputs and parameters aside, and the most that a forward pass has
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,7 +64,7 @@ def learn(model: nn.Module, inputs: Inputs, frozen: bool) -> None:
     model(*inputs).square().mean().backward()
 
 
-def held(model: nn.Module, inputs: Inputs) -> float:
+def held(model: nn.Module, inputs: Sequence[Tensor]) -> float:
     """MiB that a forward pass keeps for the backward pass."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*inputs, *model.parameters())}
     sizes: dict[int, int] = {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.plain import PlainConvLSTM, PlainFuseLSTM
+from benchmarks.speed import MIB, held
 from torchgeo_s1s2.models import ConvLSTM, FuseLSTM, cpu
 from torchgeo_s1s2.models.cpu import GateInStrips
 
@@ -159,27 +160,28 @@ def test_mixed_precision_is_as_close_as_that_of_the_plain_model(checkpoint: bool
         assert errors[0] < max(1.5 * errors[1], 0.004), name
 
 
-def held(layer: ConvLSTM) -> int:
-    """Bytes that a forward pass of four dates keeps for the backward pass."""
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = layer(torch.randn(1, 4, 2, 16, 16))
-    assert output.requires_grad
-    return sum(sizes.values())
+def kept_gates() -> float:
+    """Bytes that a forward pass of four dates keeps for the backward pass without checkpoint."""
+    inputs = [torch.randn(1, 4, 2, 16, 16)]
+    without, with_checkpoint = (held(ConvLSTM(2, checkpoint=c), inputs) for c in (False, True))
+    return (without - with_checkpoint) * MIB
 
 
 def test_checkpoint_holds_less() -> None:
     """The gates are 4 x 32 of the channels that are kept of a step."""
-    assert held(ConvLSTM(2)) - held(ConvLSTM(2, checkpoint=True)) == 4 * 128 * 16 * 16 * 4
+    assert kept_gates() == 4 * 128 * 16 * 16 * 4
 
 
 def test_gates_take_half_the_memory_in_mixed_precision() -> None:
     with torch.autocast('cpu', torch.bfloat16):
-        kept = held(ConvLSTM(2)) - held(ConvLSTM(2, checkpoint=True))
-    assert kept == 4 * 128 * 16 * 16 * 2
+        assert kept_gates() == 4 * 128 * 16 * 16 * 2
+
+
+def test_autocast_leaves_double_precision() -> None:
+    torch.manual_seed(0)
+    plain, layer = PlainConvLSTM(2).double(), ConvLSTM(2).double()
+    layer.load_state_dict(plain.state_dict())
+    series = make_series(2, 4, 2, 11, 13)
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = run(layer, series.movedim(-1, 2))
+    assert_same(actual, run(plain, series), names=1 + 3 + 4)
