@@ -71,6 +71,20 @@ class Stacked(nn.Module):
         return logits
 
 
+class HalfPrecision(nn.Module):
+    """A model under autocast, which is what ``--trainer.precision bf16-mixed`` does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Read (B, T, C, H, W), return logits (B, K, H, W) in single precision."""
+        with torch.autocast(x.device.type, torch.bfloat16):
+            logits: Tensor = self.model(x)
+        return logits.float()
+
+
 class Product(nn.Module):
     """One large matrix product: the ceiling of anything that a processor computes."""
 
@@ -112,6 +126,7 @@ MODELS: Mapping[str, Callable[[int], nn.Module]] = {
     'Plain implementation': lambda slots: PlainSeries(),
     'Ours': ours,
     COMPILED: compiled,
+    'Ours, bf16': lambda slots: HalfPrecision(ours(slots)),
     "TorchGeo's ConvLSTM": torchgeo_convlstm,
     'U-Net (ResNet-50) on stacked dates': Stacked,
     'L-TAE at each pixel': lambda slots: PixelLTAE(CHANNELS, CLASSES, length=slots),

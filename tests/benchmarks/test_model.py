@@ -85,6 +85,17 @@ def test_table_holds_ratios_and_rates() -> None:
     )
 
 
+def test_half_precision_is_close_to_single() -> None:
+    """bfloat16 has 8 bits of mantissa; logits come back as single-precision numbers."""
+    plain = model.ours(2).eval()
+    x = torch.randn(1, 2, 12, 32, 32)
+    with torch.no_grad():
+        expected, found = plain(x), model.HalfPrecision(plain)(x)
+    assert found.dtype == torch.float32
+    error = (found - expected).abs().max() / expected.std()
+    assert 0 < error < 0.1
+
+
 def test_cells_are_a_cross_unless_all_are_wanted() -> None:
     assert model.cells([4, 8], [64, 128], full=False) == [(4, 64), (4, 128), (8, 64)]
     assert model.cells([4, 8], [64, 128], full=True)[-1] == (8, 128)
