@@ -156,10 +156,10 @@ class Job:
     def about(self) -> Result:
         # The compiler would hide the operations from the counter.
         plain = ours(len(self.image[0])) if self.build.func is compiled else self.model
-        return {
-            'parameters': sum(p.numel() for p in self.model.parameters()),
-            'flops': count_flops(plain.eval(), self.image),
-        }
+        plain.eval()
+        with torch.no_grad():
+            flops = count_flops(lambda: plain(self.image))
+        return {'parameters': sum(p.numel() for p in self.model.parameters()), 'flops': flops}
 
     def warm_up(self, kind: str) -> float:
         """First run of a kind, compilation included; memory is watched from its end."""

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.accuracy import markdown, provenance
 from benchmarks.plain import PlainFuseLSTM
-from benchmarks.throughput import convolution_gflops, count_flops, seconds, shares
+from benchmarks.throughput import convolution_gflops, gflops, seconds, shares
 from torchgeo_s1s2.models import FuseLSTM
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -50,12 +50,12 @@ def make_inputs(dates: int, size: int = 256) -> Inputs:
     return x_s2, x_s1, torch.cat([x_s2[:, 0], x_s1[:, 0]], dim=-1)
 
 
-def predict(model: nn.Module, inputs: Inputs) -> None:
+def predict(model: nn.Module, inputs: Sequence[Tensor]) -> None:
     with torch.no_grad():
         model.eval()(*inputs)
 
 
-def learn(model: nn.Module, inputs: Inputs, frozen: bool) -> None:
+def learn(model: nn.Module, inputs: Sequence[Tensor], frozen: bool) -> None:
     """One training step, without that of the optimizer."""
     model.train().requires_grad_()
     unet: Any = model.unet
@@ -81,7 +81,7 @@ def held(model: nn.Module, inputs: Sequence[Tensor]) -> float:
     return sum(sizes.values()) / MIB
 
 
-def peak(model: nn.Module, inputs: Inputs) -> float:
+def peak(model: nn.Module, inputs: Sequence[Tensor]) -> float:
     """MiB of the tensors that a forward pass without gradients has at once, inputs aside."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as result:
         predict(model, inputs)
@@ -130,14 +130,19 @@ def measure(dates: int, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def throughput(dates: int) -> dict[str, Any]:
-    """How close a forward pass comes to a large convolution, and where its time goes."""
+    """How close both passes come to a large convolution, and where their time goes."""
     model, inputs = Ours(), make_inputs(dates)
-    predict(model, inputs)
-    times = [seconds(lambda: predict(model, inputs)) for _ in range(3)]
+    calls = {
+        'forward pass': lambda: predict(model, inputs),
+        'training step': lambda: learn(model, inputs, frozen=False),
+    }
+    for call in calls.values():
+        call()
     return {
-        'conv': convolution_gflops(),
-        'model': count_flops(model, *inputs) / 1e9 / median(times),
-        'shares': shares(lambda: predict(model, inputs)),
+        'dates': dates,
+        'convolution': convolution_gflops(),
+        'rates': {name: gflops(call, repeats=3) for name, call in calls.items()},
+        'shares': {name: shares(call) for name, call in calls.items()},
     }
 
 
@@ -159,13 +164,16 @@ def _ratio(value: float, plain: float, what: str) -> str:
 
 def report(results: dict[int, dict[str, dict[str, float]]], reached: dict[str, Any]) -> str:
     where = provenance()
-    percent = ', '.join(f'{name} {share:.0%}' for name, share in reached['shares'].items())
+    lines = [
+        f'- {name}: {rate:.0f} GFLOP/s ({rate / reached["convolution"]:.0%}); its time: '
+        + ', '.join(f'{kind} {share:.0%}' for kind, share in reached['shares'][name].items())
+        for name, rate in reached['rates'].items()
+    ]
     return (
         f'{where["date"]}, {where["hardware"]}, commit {where["commit"]}, '
         f'PyTorch {where["torch"]}\n\n{table(results)}\n\n'
-        f'A large convolution does {reached["conv"]:.0f} GFLOP/s here, the forward pass at T = 4 '
-        f'{reached["model"]:.0f} ({reached["model"] / reached["conv"]:.0%}). '
-        f'Where its time goes: {percent}.\n'
+        f'A large convolution does {reached["convolution"]:.0f} GFLOP/s here, and of it at '
+        f'T = {reached["dates"]} the\n\n' + '\n'.join(lines) + '\n'
     )
 
 

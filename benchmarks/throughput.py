@@ -37,17 +37,21 @@ def convolution_gflops(repeats: int = 5) -> float:
     """Billions of operations a second of a large convolution."""
     model = Convolution(size=256)
     with torch.no_grad():
-        times = [seconds(model) for _ in range(repeats)]
-    return count_flops(model) / median(times) / 1e9
+        return gflops(model, repeats)
 
 
-def count_flops(model: nn.Module, *inputs: Tensor) -> int:
-    """Floating-point operations of a forward pass, two for a multiplication and an addition.
+def gflops(call: Callable[[], object], repeats: int) -> float:
+    """Billions of operations a second, from the median time."""
+    return count_flops(call) / median(seconds(call) for _ in range(repeats)) / 1e9
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Floating-point operations of a call, two for a multiplication and an addition.
 
     Only those of convolutions and matrix products; what is around them is not counted.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*inputs)
+    with FlopCounterMode(display=False) as counter:
+        call()
     return int(counter.get_total_flops())
 
 
