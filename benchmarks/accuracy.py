@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything and write tables and figures."""
     args = _parser().parse_args(arguments)
     root, output = args.root.resolve(), args.output.resolve()
-    prepare(root)
+    data = prepare(root)
     configs = args.configs or sorted(p for p in CONF.glob('*.yaml') if p != BASE)
     runs = [
         Run(c.resolve(), s, output / 'runs' / c.stem / f'seed_{s}')
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number, run in enumerate(runs, 1):
         print(f'{number}/{len(runs)} {run.title}, seed {run.seed}', flush=True)
         run.start(root, args.epochs)
-    report(runs, output, 'Synthetic data' if (root / MARKER).exists() else str(root), args.epochs)
+    report(runs, output, data, args.epochs)
 
 
 def report(runs: Sequence[Run], output: Path, data: str, epochs: int) -> None:
@@ -285,17 +285,21 @@ def _confusion(runs: Sequence[Run], scheme: ClassScheme, title: str) -> plt.Figu
     return figure
 
 
-def prepare(root: Path, **options: Any) -> None:
+def prepare(root: Path, **options: Any) -> str:
     """Write the synthetic data set, or what is missing of it, where no real one is.
 
     Args:
         root: Folder of the data set.
         **options: Arguments of ``write_synthetic`` where there is none yet.
+
+    Returns:
+        What to call the data: synthetic, or their folder.
     """
     if (root / MARKER).exists():
         write_synthetic(root, **json.loads((root / MARKER).read_text()))
     elif not (root / LABELS).is_dir():
         write_synthetic(root, **options)
+    return 'Synthetic data' if (root / MARKER).exists() else str(root)
 
 
 def provenance() -> dict[str, str]:

@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +26,6 @@ from torchgeo.datasets import IntersectionDataset, RasterDataset, stack_samples
 from benchmarks import startup
 from benchmarks.accuracy import markdown, prepare, provenance
 from torchgeo_s1s2.datasets import MultiSenGE, pack
-from torchgeo_s1s2.datasets.synthetic import MARKER
 from torchgeo_s1s2.tasks.report import save_figure
 
 Reader = Callable[[int], object]
@@ -109,7 +108,7 @@ def readers(dataset: MultiSenGE, packed: MultiSenGE) -> dict[str, Reader]:
 
 
 def measure_reading(
-    contestants: dict[str, Reader], patches: int, rounds: int
+    contestants: Mapping[str, Reader], patches: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Read every patch with each reader in turn.
 
@@ -231,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write ``table.md``, ``results.json`` and ``loading.png``."""
     args = _parser().parse_args(arguments)
     root, output = args.root.resolve(), args.output.resolve()
-    prepare(root, size=args.size, patches=PATCHES, incomplete=0)
+    data = prepare(root, size=args.size, patches=PATCHES, incomplete=0)
     output.mkdir(parents=True, exist_ok=True)
     dataset = MultiSenGE(root, classes=10)
     folder = pack(dataset, output / 'packed', progress=False)
@@ -245,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reading = measure_reading(readers(dataset, packed), len(dataset), args.rounds)
     counts = dataset.catalog.acquisitions['sensor'].value_counts() / len(dataset.catalog.patches)
     about = {
-        'data': 'Synthetic data' if (root / MARKER).exists() else str(root),
+        'data': data,
         'patches': len(dataset),
         'dates a patch': ', '.join(f'{n:.1f} of {str(s).upper()}' for s, n in counts.items()),
         **provenance(),
