@@ -83,9 +83,10 @@ def predict(
 
 
 def category_names(path: Path, tmp_path: Path) -> list[str | None]:
-    """Names as GDAL reads them."""
+    """Names as GDAL reads them unless told not to look for files beside, as TorchGeo tells it."""
     vrt = tmp_path / 'names.vrt'
-    rasterio.shutil.copy(path, vrt, driver='VRT')
+    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN='FALSE'):
+        rasterio.shutil.copy(path, vrt, driver='VRT')
     return [e.text for e in ElementTree.parse(vrt).iter('Category')]
 
 
