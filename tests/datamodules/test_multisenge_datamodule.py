@@ -515,7 +515,7 @@ def test_statistics_come_from_the_packed_copy(
     sources: list[Any] = []
 
     def recorded(dataset: MultiSenGE, *args: Any) -> Statistics:
-        sources.append(dataset._packed)
+        sources.append(dataset.rasters)
         return compute(dataset, *args)
 
     monkeypatch.setattr(Statistics, 'compute', recorded)

@@ -31,7 +31,7 @@ from torchgeo_s1s2.datasets import (
     MultiSenGE,
     MultiSenNA,
     RandomDates,
-    multisenge,
+    rasters,
 )
 
 LABELS_6_2 = torch.where(torch.arange(32) < 16, 5, 1).expand(32, 32)
@@ -366,14 +366,14 @@ def test_a_check_reads_one_pixel_of_each_raster(
     two_zones: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, read = MultiSenGE(two_zones, split='test'), []
-    real = multisenge._crop
+    real = rasters._crop
 
     def crop(*args: Any) -> Any:
         image = real(*args)
         read.append(image.shape)
         return image
 
-    monkeypatch.setattr(multisenge, '_crop', crop)
+    monkeypatch.setattr(rasters, '_crop', crop)
     dataset.check(1)
     assert read == [(10, 1, 1)] * 4 + [(2, 1, 1)] * 4 + [(1, 1, 1)]
 

@@ -21,9 +21,9 @@ from torchgeo_s1s2.datasets import (
     MonthlySeries,
     MultiSenGE,
     RandomDates,
-    multisenge,
     pack,
     packed,
+    rasters,
 )
 
 SIZE = 12
@@ -59,13 +59,18 @@ def pair(root: Path, **options: Any) -> tuple[MultiSenGE, MultiSenGE]:
     return plain, MultiSenGE(root, **({'split': 'all'} | options), packed=folder)
 
 
+def folder_of(copy: MultiSenGE) -> Path:
+    assert isinstance(copy.rasters, packed.PackedCopy)
+    return copy.rasters.folder
+
+
 def hide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every attempt to open a raster fail."""
 
     def fail(path: Path) -> None:
         raise AssertionError(f'{path} is opened')
 
-    monkeypatch.setattr(multisenge, 'open_raster', fail)
+    monkeypatch.setattr(rasters, 'open_raster', fail)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +184,7 @@ def test_it_is_not_overwritten_by_another(root: Path) -> None:
 
 def test_a_copy_of_every_patch_serves_each_split(root: Path) -> None:
     _, copy = pair(root)
-    test = MultiSenGE(root, 'test', packed=copy._packed.folder if copy._packed else None)
+    test = MultiSenGE(root, 'test', packed=folder_of(copy))
     assert len(test) == 2
     check_same(test[1], MultiSenGE(root, 'test')[1])
 
@@ -188,10 +193,9 @@ def test_rasters_that_changed_are_packed_again(root: Path) -> None:
     plain, copy = pair(root)
     path = root / 's1' / f'31UEQ_{S1_DATES[1]}_S1_12_0.tif'
     os.utime(path, (1, 1))
-    folder = copy._packed.folder if copy._packed else None
+    folder = folder_of(copy)
     with pytest.raises(ValueError, match=r'was made of other files for 1 of the 3.*31UEQ_12_0'):
         MultiSenGE(root, 'all', packed=folder)
-    assert folder is not None
     pack(plain, folder, progress=False)
     MultiSenGE(root, 'all', packed=folder)
 
@@ -203,9 +207,8 @@ def test_another_choice_of_dates_is_noticed(root: Path) -> None:
     new, old = (f'31UEQ_{day}_S2_0_0.tif' for day in ('20200701', S2_DATES[0]))
     label.write_text(label.read_text().replace(old, f'{new};{old}'))
     shutil.copy(root / 's2' / old, root / 's2' / new)
-    assert copy._packed is not None
     with pytest.raises(ValueError, match=r'was made of other files for 1 of the 2 .*31UEQ_0_0'):
-        MultiSenGE(root, 'test', packed=copy._packed.folder)
+        MultiSenGE(root, 'test', packed=folder_of(copy))
 
 
 def test_rules_that_draw_are_refused(root: Path, tmp_path: Path) -> None:
@@ -215,8 +218,7 @@ def test_rules_that_draw_are_refused(root: Path, tmp_path: Path) -> None:
 
 def test_a_truncated_file_names_itself(root: Path) -> None:
     _, copy = pair(root)
-    assert copy._packed is not None
-    path = copy._packed.folder / '31UEQ_0_0.safetensors'
+    path = folder_of(copy) / '31UEQ_0_0.safetensors'
     path.write_bytes(path.read_bytes()[:-5])
     for read in (lambda: copy[0], lambda: MultiSenGE(root, 'all', packed=path.parent)):
         with pytest.raises(OSError, match=f'{path} cannot be read.*Delete it and pack again'):

@@ -5,8 +5,9 @@ from torchgeo_s1s2.datasets.catalog import Catalog
 from torchgeo_s1s2.datasets.classes import NO_LABEL, SCHEMES, ClassScheme, LandCoverClass
 from torchgeo_s1s2.datasets.download import DownloadPlan, SeasonDownload
 from torchgeo_s1s2.datasets.labels import write_label_files
-from torchgeo_s1s2.datasets.multisenge import SENSOR_BANDS, MultiSenGE, MultiSenNA
+from torchgeo_s1s2.datasets.multisenge import MultiSenGE, MultiSenNA
 from torchgeo_s1s2.datasets.packed import pack
+from torchgeo_s1s2.datasets.rasters import SENSOR_BANDS
 from torchgeo_s1s2.datasets.time_series import (
     AllDates,
     DateRule,

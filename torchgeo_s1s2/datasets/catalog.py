@@ -77,6 +77,7 @@ class Patch(NamedTuple):
     width: int
     height: int
     xmin: float
+    xmax: float
     ymax: float
 
 

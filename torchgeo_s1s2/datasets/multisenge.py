@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 from zlib import crc32
@@ -17,9 +17,6 @@ from affine import Affine
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pyproj import CRS
-from rasterio.enums import Resampling
-from rasterio.vrt import WarpedVRT
-from rasterio.windows import Window
 from shapely import box, transform
 from torchgeo.datasets import DatasetNotFoundError, GeoDataset
 
@@ -29,62 +26,20 @@ from torchgeo_s1s2.datasets.catalog import (
     SENSORS,
     Catalog,
     native_footprints,
-    open_raster,
 )
 from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.download import SeasonDownload
 from torchgeo_s1s2.datasets.packed import PackedCopy
 from torchgeo_s1s2.datasets.plot import plot_series
+from torchgeo_s1s2.datasets.rasters import SENSOR_BANDS, Grid, Rasters
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, NoSeriesError, Slots
 
 Sample = dict[str, Any]
 Splits = Mapping[str, Sequence[str]]
 
-SENSOR_BANDS: dict[str, tuple[str, ...]] = {
-    's2': ('B02', 'B03', 'B04', 'B05', 'B06', 'B07', 'B08', 'B8A', 'B11', 'B12'),
-    's1': ('VV', 'VH'),
-}
-"""Bands of each sensor in the order of its files."""
-
-NODATA = {'s2': -10000, 's1': 0}
-"""Value of a pixel without an observation in each sensor's files."""
-
 
 class NoPatchesError(ValueError):
     """A split has no patch with a full series; the message says why."""
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Pixels to be filled: where they lie and how many."""
-
-    epsg: int | None
-    crs: rasterio.CRS
-    transform: Affine
-    width: int
-    height: int
-
-    @property
-    def bounds(self) -> tuple[float, float, float, float]:
-        xmin, ymax = self.transform.c, self.transform.f
-        return (
-            xmin,
-            ymax + self.height * self.transform.e,
-            xmin + self.width * self.transform.a,
-            ymax,
-        )
-
-    def offset_in(self, src: rasterio.DatasetReader) -> tuple[int, int] | None:
-        """Column and row of the first pixel in a raster, None if the two are not on one grid."""
-        return self.offset_from(src.transform) if src.crs == self.crs else None
-
-    def offset_from(self, t: Affine) -> tuple[int, int] | None:
-        """The same in a raster of the same CRS with a transform."""
-        if abs(t.a - self.transform.a) + abs(t.e - self.transform.e) > 1e-6:
-            return None
-        col, row = (self.transform.c - t.c) / t.a, (self.transform.f - t.f) / t.e
-        aligned = abs(col - round(col)) < 1e-3 and abs(row - round(row)) < 1e-3
-        return (round(col), round(row)) if aligned else None
 
 
 class MultiSenGE(GeoDataset):
@@ -205,7 +160,9 @@ class MultiSenGE(GeoDataset):
         self._patches = self._choose_patches()
         self.index = self._index(crs)
         self._lookup = torch.from_numpy(self.classes.lookup.astype(np.int64))
-        self._packed = PackedCopy(packed, self) if packed is not None else None
+        self.rasters = Rasters(self.catalog, self.bands, raw)
+        if packed is not None:
+            self.rasters = PackedCopy(packed, self)
 
     def __getitem__(self, index: Any) -> Sample:
         """Read a patch or a window.
@@ -384,7 +341,7 @@ class MultiSenGE(GeoDataset):
             ValueError: If a raster has another size or number of bands than the others.
         """
         row = int(self._patches[index])
-        grid = replace(self._grid(row), width=1, height=1)
+        grid = replace(self.rasters.grid(row), width=1, height=1)
         self._sample(grid, self._period(index), [(row, *self._select(row))])
 
     def _patch(self, index: int) -> Sample:
@@ -393,15 +350,8 @@ class MultiSenGE(GeoDataset):
         index %= len(self)
         row = int(self._patches[index])
         series = [(row, *self._select(row))]
-        sample = self._sample(self._grid(row), self._period(index), series)
+        sample = self._sample(self.rasters.grid(row), self._period(index), series)
         return sample | {'index': torch.tensor(index)}
-
-    def _grid(self, row: int) -> _Grid:
-        """Grid of a patch in its own zone."""
-        patch = self.catalog.patch(row)
-        origin = Affine(self.res[0], 0, patch.xmin, 0, -self.res[1], patch.ymax)
-        crs = rasterio.CRS.from_epsg(patch.epsg)
-        return _Grid(patch.epsg, crs, origin, patch.width, patch.height)
 
     def _period(self, index: int) -> slice:
         times = self.index.index[index]
@@ -412,7 +362,7 @@ class MultiSenGE(GeoDataset):
         width, height = round((x.stop - x.start) / x.step), round((y.stop - y.start) / y.step)
         origin = Affine(x.step, 0, x.start, 0, -y.step, y.stop)
         crs = rasterio.CRS.from_wkt(self.crs.to_wkt())
-        grid = _Grid(self.crs.to_epsg(), crs, origin, width, height)
+        grid = Grid(self.crs.to_epsg(), crs, origin, width, height)
         found = self.index.sindex.query(box(*grid.bounds), 'intersects', sort=True)
         chosen, failed = [], Counter[str]()
         for row in self._patches[found]:
@@ -426,7 +376,7 @@ class MultiSenGE(GeoDataset):
         return self._sample(grid, t, chosen)
 
     def _sample(
-        self, grid: _Grid, period: slice, series: Iterable[tuple[int, Slots, dict[str, int]]]
+        self, grid: Grid, period: slice, series: Iterable[tuple[int, Slots, dict[str, int]]]
     ) -> Sample:
         """Read the slots of one or more patches onto a grid; the first patch with a value wins."""
         shape = self.series.length, len(self.sensors)
@@ -453,7 +403,7 @@ class MultiSenGE(GeoDataset):
         self,
         image: NDArray[np.float32],
         times: NDArray[np.int64],
-        grid: _Grid,
+        grid: Grid,
         row: int,
         slots: Slots,
         first: Mapping[str, int],
@@ -467,7 +417,7 @@ class MultiSenGE(GeoDataset):
                 if not positions or not (empty or np.isnan(target).any()):
                     continue
                 at = [first[sensor] + p for p in positions]
-                value = self._read_slot(row, sensor, at, grid)
+                value = self.rasters.slot(row, sensor, at, grid)
                 if np.isnan(value.flat[0]) and np.isnan(value).all():
                     continue
                 np.copyto(target, value, where=empty or np.isnan(target))
@@ -475,80 +425,10 @@ class MultiSenGE(GeoDataset):
                     times[t, s] = self.catalog.times(row, sensor)[at[0]].astype(np.int64)
             channel += len(bands)
 
-    def _read_slot(
-        self, row: int, sensor: str, positions: Sequence[int], grid: _Grid
-    ) -> NDArray[np.float32]:
-        """Mean of the acquisitions of a slot, (C, H, W), in the units of a sample."""
-        packed = None
-        if self._packed is not None:
-            packed = self._packed.slot(row, sensor, positions, grid, NODATA[sensor])
-        if packed is None:
-            return self._slot_value(self._read_files(row, sensor, positions, grid), sensor)
-        return packed if packed.dtype.kind == 'f' else self._slot_value([packed], sensor)
-
-    def _slot_value(self, images: Sequence[NDArray[Any]], sensor: str) -> NDArray[np.float32]:
-        """Mean of images, in the units of a sample."""
-        values = [_without_nodata(image, sensor) for image in images]
-        value = values[0] if len(values) == 1 else _nanmean(np.stack(values))
-        return value if self.raw else _to_physical(value, sensor)
-
-    def _read_files(
-        self, row: int, sensor: str, positions: Sequence[int], grid: _Grid
-    ) -> list[NDArray[Any]]:
-        """Bands of acquisitions as they are in their rasters, each (C, H, W)."""
-        names = SENSOR_BANDS[sensor]
-        indexes = [names.index(band) + 1 for band in self.bands[sensor]]
-        paths = (self.catalog.path(row, sensor, position) for position in positions)
-        return [self._read(p, row, indexes, len(names), grid, NODATA[sensor]) for p in paths]
-
-    def _fill_labels(self, labels: NDArray[np.uint8], grid: _Grid, row: int) -> None:
-        value = self._read_labels(row, grid)
+    def _fill_labels(self, labels: NDArray[np.uint8], grid: Grid, row: int) -> None:
+        value = self.rasters.labels(row, grid)
         if value is not None:
             np.copyto(labels, value, where=labels == NO_LABEL)
-
-    def _read_labels(self, row: int, grid: _Grid) -> NDArray[Any] | None:
-        """Labels (H, W) as they are in the raster, None where there is none."""
-        path = self.catalog.ground_reference(row)
-        if path is None:
-            return None
-        packed = self._packed.labels(row, grid, NO_LABEL) if self._packed is not None else None
-        if packed is not None:
-            return packed
-        labels: NDArray[Any] = self._read(path, row, [1], 1, grid, NO_LABEL)[0]
-        return labels
-
-    def _read(
-        self, path: Path, row: int, indexes: list[int], count: int, grid: _Grid, nodata: int
-    ) -> NDArray[Any]:
-        """Read bands of a raster onto a grid: (len(indexes), H, W) in the raster's type."""
-        with open_raster(path) as src:
-            self._check(path, src, row, count)
-            offset = grid.offset_in(src)
-            try:
-                if offset is not None:
-                    return _crop(src, indexes, grid, *offset, nodata)
-                return _warp(src, grid, nodata).read(indexes)
-            except rasterio.errors.RasterioError as error:
-                raise OSError(
-                    f'{path} cannot be read: {error}. Fetch the file again, or delete it and the '
-                    'catalogue leaves it out'
-                ) from error
-
-    def _check(self, path: Path, src: rasterio.DatasetReader, row: int, count: int) -> None:
-        patch = self.catalog.patch(row)
-        got = src.count, src.width, src.height
-        expected = count, patch.width, patch.height
-        if got != expected:
-            raise ValueError(
-                f'{path} has (bands, width, height) {got}, expected {expected} as the other '
-                f'rasters of patch {patch.name}; fetch or write the file again'
-            )
-        t = src.transform
-        if abs(t.c - patch.xmin) + abs(t.f - patch.ymax) > 1e-3:
-            raise ValueError(
-                f'{path} has its upper left corner at {t.c}, {t.f}; the other rasters place patch '
-                f'{patch.name} at {patch.xmin}, {patch.ymax}'
-            )
 
 
 class MultiSenNA(MultiSenGE):
@@ -608,65 +488,7 @@ def _within(times: NDArray[np.datetime64], period: slice) -> tuple[int, int]:
     return int(np.searchsorted(times, start)), int(np.searchsorted(times, stop, 'right'))
 
 
-def _crop(
-    src: rasterio.DatasetReader, indexes: list[int], grid: _Grid, col: int, row: int, nodata: int
-) -> NDArray[Any]:
-    """Read a window that may reach beyond the raster; ``nodata`` there."""
-    left, top = max(col, 0), max(row, 0)
-    width = min(col + grid.width, src.width) - left
-    height = min(row + grid.height, src.height) - top
-    window = Window(left, top, width, height)
-    if (width, height) == (grid.width, grid.height):
-        return src.read(indexes, window=window)
-    out = np.full((len(indexes), grid.height, grid.width), nodata, src.dtypes[0])
-    if width > 0 and height > 0:
-        inside = np.s_[:, top - row : top - row + height, left - col : left - col + width]
-        out[inside] = src.read(indexes, window=window)
-    return out
-
-
-def _warp(src: rasterio.DatasetReader, grid: _Grid, nodata: int) -> WarpedVRT:
-    is_label = nodata == NO_LABEL
-    return WarpedVRT(
-        src,
-        crs=grid.crs,
-        transform=grid.transform,
-        width=grid.width,
-        height=grid.height,
-        resampling=Resampling.nearest if is_label else Resampling.bilinear,
-        src_nodata=None if is_label else nodata,
-        nodata=nodata,
-        dtype=src.dtypes[0],
-    )
-
-
-def _without_nodata(image: NDArray[Any], sensor: str) -> NDArray[np.float32]:
-    """NaN where a sensor has no value; S1 power must be above 0."""
-    value = image.astype(np.float32)
-    missing = image == NODATA['s2'] if sensor == 's2' else ~(image > 0)
-    if missing.any():
-        value[missing] = np.nan
-    return value
-
-
-def _nanmean(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean over the first axis of what is not NaN; NaN where everything is."""
-    seen = ~np.isnan(images)
-    total: NDArray[np.float32] = images.sum(0, where=seen)
-    count: NDArray[np.float32] = seen.sum(0, dtype=np.float32)
-    with np.errstate(invalid='ignore'):
-        return total / count
-
-
-def _to_physical(value: NDArray[np.float32], sensor: str) -> NDArray[np.float32]:
-    """S2 to reflectance, S1 to dB, in place."""
-    if sensor == 's1':
-        np.log10(value, out=value)
-    value *= np.float32(1e-4 if sensor == 's2' else 10)
-    return value
-
-
-def _georeference(grid: _Grid, period: slice) -> Sample:
+def _georeference(grid: Grid, period: slice) -> Sample:
     xmin, ymin, xmax, ymax = grid.bounds
     t = grid.transform
     tres = period.step if period.step is not None else 1

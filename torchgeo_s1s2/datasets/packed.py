@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import rasterio
-from affine import Affine
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -21,9 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.catalog import GDAL_OPTIONS
+from torchgeo_s1s2.datasets.classes import NO_LABEL
+from torchgeo_s1s2.datasets.rasters import NODATA, Grid, Rasters
 
 if TYPE_CHECKING:
-    from torchgeo_s1s2.datasets.multisenge import MultiSenGE, _Grid
+    from torchgeo_s1s2.datasets.multisenge import MultiSenGE
 
 LABELS = 'labels'
 SUFFIX = '.safetensors'
@@ -71,8 +72,8 @@ def pack(
     return folder
 
 
-class PackedCopy:
-    """The packed copy that a data set reads.
+class PackedCopy(Rasters):
+    """Reads the packed copy of a data set, and the rasters for what that does not hold.
 
     Attributes:
         folder: Folder of the copy.
@@ -93,7 +94,7 @@ class PackedCopy:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f'there is no packed copy in {folder}; write it with pack()')
-        self._catalog, self._res = dataset.catalog, dataset.res
+        super().__init__(dataset.catalog, dataset.bands, dataset.raw)
         self._kept: dict[int, Kept] = {}
         missing, changed = [], []
         for patch in _patches(dataset):
@@ -112,49 +113,42 @@ class PackedCopy:
                 )
 
     def slot(
-        self, row: int, sensor: str, positions: Sequence[int], grid: '_Grid', nodata: float
-    ) -> NDArray[Any] | None:
-        """Values of a slot on a grid.
+        self, row: int, sensor: str, positions: Sequence[int], grid: Grid
+    ) -> NDArray[np.float32]:
+        """As of the rasters."""
+        kept, wanted = self._kept.get(row, {}).get(sensor, []), tuple(positions)
+        value = None
+        if wanted in kept:
+            key = f'{sensor}_{kept.index(wanted)}'
+            value = self._held(row, key, grid, NODATA[sensor])
+        if value is None:
+            return super().slot(row, sensor, positions, grid)
+        return value if value.dtype.kind == 'f' else self.mean([value], sensor)
 
-        Args:
-            row: Row of the patch in the catalogue.
-            sensor: ``'s2'`` or ``'s1'``.
-            positions: Positions of the acquisitions in the sensor's times.
-            grid: Where to.
-            nodata: Value of whole numbers beyond the patch; floats are NaN there.
+    def labels(self, row: int, grid: Grid) -> NDArray[Any] | None:
+        """As of the rasters."""
+        if self.catalog.ground_reference(row) is None:
+            return None
+        labels = self._held(row, LABELS, grid, NO_LABEL)
+        return super().labels(row, grid) if labels is None else labels
+
+    def _held(self, row: int, key: str, grid: Grid, nodata: float) -> NDArray[Any] | None:
+        """What the copy holds on a grid, None on the grid of another zone or between pixels.
 
         Returns:
-            (C, H, W): whole numbers as they are in the raster, or floats in the units of a sample.
-            None where the copy does not hold this: of other dates, or on another grid.
+            Whole numbers as they are in the raster, or floats in the units of a sample; *nodata* or
+            NaN beyond the patch.
         """
-        kept = self._kept.get(row, {}).get(sensor, [])
-        if tuple(positions) not in kept:
-            return None
-        return self._read(row, f'{sensor}_{kept.index(tuple(positions))}', grid, nodata)
-
-    def labels(self, row: int, grid: '_Grid', nodata: int) -> NDArray[Any] | None:
-        """Labels (H, W) of a patch that has some, None where it does not lie on the grid.
-
-        Args:
-            row: Row of the patch in the catalogue.
-            grid: Where to.
-            nodata: Label beyond the patch.
-        """
-        return self._read(row, LABELS, grid, nodata)
-
-    def _read(self, row: int, key: str, grid: '_Grid', nodata: float) -> NDArray[Any] | None:
-        patch = self._catalog.patch(row)
-        origin = Affine(self._res[0], 0, patch.xmin, 0, -self._res[1], patch.ymax)
-        offset = grid.offset_from(origin) if grid.epsg == patch.epsg else None
+        native = self.grid(row)
+        offset = grid.offset_in(native)
         if offset is None:
             return None
-        shape = grid.height, grid.width
-        path = _path(self.folder, patch.name)
+        path = _path(self.folder, self.catalog.patch(row).name)
         try:
             with safe_open(path, 'np') as file:
-                if offset == (0, 0) and shape == (patch.height, patch.width):
+                if offset == (0, 0) and grid == native:
                     return file.get_tensor(key)
-                return _crop(file.get_slice(key), shape, *offset, nodata)
+                return _crop(file.get_slice(key), (grid.height, grid.width), *offset, nodata)
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error) from error
 
@@ -172,7 +166,7 @@ class _Packing(Dataset[int]):
     """Items are patches that are not up to date; to read one is to write its file."""
 
     def __init__(self, dataset: 'MultiSenGE', folder: Path) -> None:
-        self.dataset, self.folder = dataset, folder
+        self.rasters, self.folder = Rasters(dataset.catalog, dataset.bands, dataset.raw), folder
         self.todo = []
         for patch in _patches(dataset):
             found = _made_of(folder, patch.name)
@@ -187,11 +181,11 @@ class _Packing(Dataset[int]):
         """Number of bytes that the files will take."""
         total = 0
         for patch in self.todo:
-            where = self.dataset.catalog.patch(patch.row)
+            where = self.rasters.catalog.patch(patch.row)
             bytes_of = {'s2': 2, 's1': 4}
             planes = sum(
                 len(patch.kept[sensor]) * len(bands) * bytes_of[sensor]
-                for sensor, bands in self.dataset.bands.items()
+                for sensor, bands in self.rasters.bands.items()
             )
             total += where.width * where.height * (planes + 1)
         return total
@@ -208,21 +202,20 @@ class _Packing(Dataset[int]):
         return number
 
     def _arrays(self, patch: _Patch) -> Iterator[tuple[str, NDArray[Any]]]:
-        dataset, row = self.dataset, patch.row
-        grid = dataset._grid(row)
+        grid = self.rasters.grid(patch.row)
         with rasterio.Env(**GDAL_OPTIONS):
             for sensor, slots in patch.kept.items():
                 for number, positions in enumerate(slots):
-                    yield f'{sensor}_{number}', self._slot(row, sensor, positions, grid)
-            labels = dataset._read_labels(row, grid)
+                    yield f'{sensor}_{number}', self._slot(patch.row, sensor, positions, grid)
+            labels = self.rasters.labels(patch.row, grid)
         if labels is not None:
             yield LABELS, labels
 
-    def _slot(self, row: int, sensor: str, positions: Sequence[int], grid: '_Grid') -> NDArray[Any]:
+    def _slot(self, row: int, sensor: str, positions: Sequence[int], grid: Grid) -> NDArray[Any]:
         """Whole numbers as they are, which take half the room, anything else as in a sample."""
-        images = self.dataset._read_files(row, sensor, positions, grid)
+        images = self.rasters.acquisitions(row, sensor, positions, grid)
         as_they_are = len(images) == 1 and images[0].dtype.kind in 'iu'
-        return images[0] if as_they_are else self.dataset._slot_value(images, sensor)
+        return images[0] if as_they_are else self.rasters.mean(images, sensor)
 
 
 def _kept(dataset: 'MultiSenGE', index: int) -> Kept:
