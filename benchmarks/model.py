@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ import matplotlib.pyplot as plt
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from torchgeo.tasks import SpatioTemporalSegmentation
@@ -37,7 +37,11 @@ from torchgeo_s1s2.tasks.report import save_figure
 
 register_encoders()
 CHANNELS, CLASSES = 12, 10
-KINDS = ('forward', 'step')
+PANELS = {
+    'forward': 'forward (s)',
+    'step': 'training step (s)',
+    'step_peak': 'training (MiB)',
+}
 Cell = tuple[int, int]
 Result = dict[str, Any]
 
@@ -350,41 +354,36 @@ def facts(results: Sequence[Result]) -> dict[str, str]:
 
 
 def plot(results: Sequence[Result], title: str) -> plt.Figure:
-    """Time and memory over the number of slots, and over pixels."""
+    """Time and memory over the number of slots, a column for each size."""
+    sizes, slots = (sorted({r[key] for r in results}) for key in ('size', 'slots'))
     figure, axes = plt.subplots(
-        2, 2, figsize=(7.5, 6), sharex='col', sharey='row', layout='constrained'
+        len(PANELS),
+        len(sizes),
+        figsize=(3 * len(sizes), 7.5),
+        sharex=True,
+        sharey='row',
+        squeeze=False,
+        layout='constrained',
     )
-    base = _cell(results[0])
-    for row, (key, label) in enumerate(
-        (('forward', 'forward (s)'), ('step_peak', 'training (MiB)'))
-    ):
-        for across, name in enumerate(('slots T', 'pixels in height and width')):
-            axis = axes[row, across]
-            for model in MODELS:
-                _line(axis, [r for r in results if r['model'] == model], key, across, base)
-            axis.set(xscale='log', yscale='log', xlabel=name * row, ylabel=label * (not across))
-            values = sorted({_cell(r)[across] for r in results})
-            axis.set_xticks(values, values)
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter('{x:,g}')
-            axis.minorticks_off()
-    axes[0, 0].set_title(f'{base[1]} x {base[1]} pixels', fontsize=9)
-    axes[0, 1].set_title(f'T = {base[0]}', fontsize=9)
+    for (row, (key, label)), (column, size) in product(enumerate(PANELS.items()), enumerate(sizes)):
+        axis = axes[row, column]
+        for model in MODELS:
+            chosen = [r for r in results if (r['model'], r['size']) == (model, size)]
+            if chosen:
+                x, y = zip(*sorted((r['slots'], r[key]) for r in chosen), strict=True)
+                axis.plot(x, y, marker='o', markersize=3, linewidth=1, label=model)
+        axis.set(xscale='log', yscale='log')
+        axis.set_xticks(slots, slots)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter('{x:,g}')
+        axis.minorticks_off()
+        axis.label_outer()
+        axes[row, 0].set_ylabel(label)
+        axes[0, column].set_title(f'{size} x {size} pixels', fontsize=9)
+        axes[-1, column].set_xlabel('slots T')
     figure.suptitle(title, fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     return figure
-
-
-def _line(axis: Axes, results: Sequence[Result], key: str, across: int, base: Cell) -> None:
-    """Draw a model over slots (0) or pixels (1), the other one being the first measured."""
-    chosen = [r for r in results if _cell(r)[1 - across] == base[1 - across]]
-    if chosen:
-        x, y = [_cell(r)[across] for r in chosen], [r[key] for r in chosen]
-        axis.plot(x, y, marker='o', markersize=3, linewidth=1, label=chosen[0]['model'])
-
-
-def _cell(result: Result) -> Cell:
-    return result['slots'], result['size']
 
 
 def report(results: Sequence[Result], seconds: float, output: Path) -> None:

@@ -2,6 +2,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +100,20 @@ def test_half_precision_is_close_to_single() -> None:
     assert found.dtype == torch.float32
     error = (found - expected).abs().max() / expected.std()
     assert 0 < error < 0.2
+
+
+def test_plot_has_a_column_for_each_size_and_a_row_for_each_measure() -> None:
+    results = [
+        {'model': 'Ours', 'slots': t, 'size': size, 'forward': t, 'step': 2 * t, 'step_peak': size}
+        for size in (64, 128)
+        for t in (8, 4)
+    ]
+    figure = model.plot(results, 'title')
+    drawn = [np.array(line.get_data()).tolist() for a in figure.axes for line in a.get_lines()]
+    t = [4, 8]
+    assert drawn == [[t, t], [t, t], [t, [8, 16]], [t, [8, 16]], [t, [64, 64]], [t, [128, 128]]]
+    assert [axis.get_title() for axis in figure.axes[:2]] == ['64 x 64 pixels', '128 x 128 pixels']
+    plt.close(figure)
 
 
 def test_cells_are_a_cross_unless_all_are_wanted() -> None:
