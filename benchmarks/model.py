@@ -220,12 +220,16 @@ class Worker:
         try:
             self.connection.send(request)
             return self.connection.recv()
-        except (EOFError, BrokenPipeError) as error:
-            raise RuntimeError(f"the process of '{self.name}' failed, see above") from error
+        except (EOFError, ConnectionError) as error:
+            self.process.join()
+            raise RuntimeError(
+                f"the process of '{self.name}' ended with code {self.process.exitcode}; see above, "
+                'or, where memory was short (-9), measure fewer --models at once'
+            ) from error
 
     def close(self) -> None:
         """Let the process end."""
-        with suppress(BrokenPipeError):
+        with suppress(ConnectionError):
             self.connection.send(None)
         self.process.join()
 

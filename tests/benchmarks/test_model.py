@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +133,12 @@ def test_report_says_where_it_was_measured(output: Path) -> None:
 
 def test_failure_names_the_model() -> None:
     worker = model.Worker('Convolution', (1, 16))
-    with pytest.raises(RuntimeError, match="process of 'Convolution' failed"):
+    with pytest.raises(RuntimeError, match="process of 'Convolution' ended with code 1; see above"):
         worker.ask('nothing')
-    worker.close()
+    killed = model.Worker('Convolution', (1, 16))
+    os.kill(killed.process.pid or 0, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r'ended with code -9.*measure fewer --models at once'):
+        killed.ask('about')
 
 
 def test_deadline_ends_the_rounds_after_the_first() -> None:
