@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import product
+from itertools import batched, product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -224,7 +224,7 @@ class Worker:
             self.process.join()
             raise RuntimeError(
                 f"the process of '{self.name}' ended with code {self.process.exitcode}; see above, "
-                'or, where memory was short (-9), measure fewer --models at once'
+                'or, where memory was short (-9), keep fewer models in it with --at-once'
             ) from error
 
     def close(self) -> None:
@@ -299,12 +299,23 @@ def cells(slots: Sequence[int], sizes: Sequence[int], full: bool) -> list[Cell]:
     return [(t, s) for t in slots for s in sizes if full or t == slots[0] or s == sizes[0]]
 
 
+def jobs(grid: Sequence[Cell], options: argparse.Namespace) -> list[tuple[Cell, list[str]]]:
+    """Cells with the models to measure side by side, the plain one in every job of a cell."""
+    made = []
+    for cell in grid:
+        names = [n for n in options.models if n != COMPILED or cell[0] <= options.compile_slots]
+        plain = [PLAIN] * (PLAIN in names)
+        others = batched([n for n in names if n != PLAIN], options.at_once)
+        made += [(cell, [*plain, *batch]) for batch in others] or [(cell, plain)]
+    return made
+
+
 def table(results: Sequence[Result]) -> str:
     """Markdown with one row a model and cell."""
     columns = ['T', 'pixels', 'model', 'parameters', 'GFLOP', 'forward (ms)', 'x plain']
     columns += ['training step (ms)', 'x plain', 'forward (MiB)', 'training (MiB)']
     columns += ['GFLOP/s', 'of a convolution']
-    rows = [_row(result, results) for result in results if result['model'] in MODELS]
+    rows = [_row(result, results) for result in _once(results)]
     return markdown([columns, *rows], texts=(2,))
 
 
@@ -329,10 +340,19 @@ def _row(result: Result, results: Sequence[Result]) -> list[str]:
     ]
 
 
+def _once(results: Iterable[Result]) -> list[Result]:
+    """Results of models, of each the first in a cell."""
+    found: dict[tuple[Any, ...], Result] = {}
+    for r in results:
+        if r['model'] in MODELS:
+            found.setdefault((r['slots'], r['size'], r['model']), r)
+    return list(found.values())
+
+
 def _beside(name: str, result: Result, results: Iterable[Result]) -> Result | None:
-    """The result of another model in the same cell."""
-    key = name, result['slots'], result['size']
-    return next((r for r in results if (r['model'], r['slots'], r['size']) == key), None)
+    """The result of another model in the same job."""
+    key = name, result['job']
+    return next((r for r in results if (r['model'], r['job']) == key), None)
 
 
 def _rate(result: Result) -> float:
@@ -372,7 +392,7 @@ def plot(results: Sequence[Result], title: str) -> plt.Figure:
     for (row, (key, label)), (column, size) in product(enumerate(PANELS.items()), enumerate(sizes)):
         axis = axes[row, column]
         for model in MODELS:
-            chosen = [r for r in results if (r['model'], r['size']) == (model, size)]
+            chosen = [r for r in _once(results) if (r['model'], r['size']) == (model, size)]
             if chosen:
                 x, y = zip(*sorted((r['slots'], r[key]) for r in chosen), strict=True)
                 axis.plot(x, y, marker='o', markersize=3, linewidth=1, label=model)
@@ -405,12 +425,11 @@ def report(results: Sequence[Result], seconds: float, output: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     begin = time.monotonic()
-    grid = cells(options.slots, options.sizes, options.full)
+    planned = jobs(cells(options.slots, options.sizes, options.full), options)
     results: list[Result] = []
-    for done, cell in enumerate(grid, start=1):
-        names = [n for n in options.models if n != COMPILED or cell[0] <= options.compile_slots]
-        deadline = begin + 60 * options.minutes * done / len(grid)
-        results += measure(cell, names, options.rounds, deadline)
+    for job, (cell, names) in enumerate(planned, start=1):
+        deadline = begin + 60 * options.minutes * job / len(planned)
+        results += [{'job': job} | r for r in measure(cell, names, options.rounds, deadline)]
         print(f'T = {cell[0]}, {cell[1]} pixels: {time.monotonic() - begin:.0f} s', flush=True)
         report(results, time.monotonic() - begin, options.output)
     print((options.output / 'table.md').read_text())
@@ -427,6 +446,12 @@ def _parser() -> argparse.ArgumentParser:
         help='every number of slots at every size, not only at the first',
     )
     parser.add_argument('--models', nargs='+', default=list(MODELS), choices=MODELS)
+    parser.add_argument(
+        '--at-once',
+        type=int,
+        default=len(MODELS),
+        help='models in memory beside the plain one, which is measured with each group of them',
+    )
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument(
         '--minutes', type=float, default=15, help='no round but the first begins after its share'

@@ -76,21 +76,24 @@ def test_every_model_is_measured_in_every_cell(output: Path) -> None:
 
 
 def test_table_holds_ratios_and_rates() -> None:
-    def result(name: str, forward: float, step: float, flops: float) -> dict[str, Any]:
+    def result(job: int, name: str, forward: float, step: float, flops: float) -> dict[str, Any]:
         made = {'model': name, 'slots': 4, 'size': 64, 'parameters': 1234, 'flops': flops}
         times = {'forward': forward, 'step': step, 'forward_peak': 10, 'step_peak': 1020.4}
-        return made | times
+        return {'job': job} | made | times
 
     rows = [
-        result('Plain implementation', 0.5, 2, 30e9),
-        result('Ours', 0.25, 1, 20e9),
-        result('Convolution', 0.1, 0, 10e9),
+        result(1, 'Plain implementation', 0.5, 2, 30e9),
+        result(1, 'Ours', 0.25, 1, 20e9),
+        result(1, 'Convolution', 0.1, 0, 10e9),
+        result(2, 'Plain implementation', 0.6, 3, 30e9),
+        result(2, 'Ours, compiled', 0.2, 1, 20e9),
     ]
-    *_, plain, ours = model.table(rows).splitlines()
+    *_, plain, ours, compiled = model.table(rows).splitlines()
     assert plain.endswith('| 30.0 | 500 | 1.00 | 2,000 | 1.00 | 10 | 1,020 | 60 | 60% |')
     assert ours == (
         '| 4 | 64 | Ours | 1,234 | 20.0 | 250 | 2.00 | 1,000 | 2.00 | 10 | 1,020 | 80 | 80% |'
     )
+    assert '| 4 | 64 | Ours, compiled | 1,234 | 20.0 | 200 | 3.00 | 1,000 | 3.00 |' in compiled
 
 
 def test_half_precision_is_close_to_single() -> None:
@@ -102,6 +105,17 @@ def test_half_precision_is_close_to_single() -> None:
     assert found.dtype == torch.float32
     error = (found - expected).abs().max() / expected.std()
     assert 0 < error < 0.2
+
+
+def test_models_share_the_memory_in_groups_beside_the_plain_one() -> None:
+    options = model._parser().parse_args(['--at-once', '2', '--compile-slots', '4'])
+    options.models = [model.PLAIN, 'Ours', model.COMPILED, *NAMES]
+    first, second = ([model.PLAIN, *names] for names in (('Ours', model.COMPILED), NAMES))
+    assert model.jobs([(4, 64)], options) == [((4, 64), first), ((4, 64), second)]
+    third, fourth = [model.PLAIN, 'Ours', NAMES[0]], [model.PLAIN, NAMES[1]]
+    assert model.jobs([(8, 64)], options) == [((8, 64), third), ((8, 64), fourth)]
+    options.models = [model.PLAIN]
+    assert model.jobs([(4, 64)], options) == [((4, 64), [model.PLAIN])]
 
 
 def test_plot_has_a_column_for_each_size_and_a_row_for_each_measure() -> None:
@@ -137,7 +151,7 @@ def test_failure_names_the_model() -> None:
         worker.ask('nothing')
     killed = model.Worker('Convolution', (1, 16))
     os.kill(killed.process.pid or 0, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r'ended with code -9.*measure fewer --models at once'):
+    with pytest.raises(RuntimeError, match=r'ended with code -9.*--at-once'):
         killed.ask('about')
 
 
