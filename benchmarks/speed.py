@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.speed --output outputs/speed.md
 
-Single precision, one sample of 256 by 256 pixels and one thread, random numbers. The models run in
-turns; times are medians of processor time. Memory is that of tensors: what autograd keeps for the
-backward pass, inputs and parameters aside, and the most that a forward pass has at once.
+One sample of 256 by 256 pixels and one thread, random numbers, single precision, or autocast to
+bfloat16. The models run in turns; times are medians of processor time. Memory is that of tensors:
+what autograd keeps for the backward pass, inputs and parameters aside, and the most that a forward
+pass has at once.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from torchgeo_s1s2.models import FuseLSTM
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 MIB = 2**20
+PLAIN = 'plain'
 
 
 class Ours(FuseLSTM):
@@ -33,15 +35,26 @@ class Ours(FuseLSTM):
     forward = FuseLSTM.logits
 
 
+class OursInBFloat16(Ours):
+    """The same under autocast, which is what ``--trainer.precision bf16-mixed`` does."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Logits in single precision."""
+        with torch.autocast('cpu', torch.bfloat16):
+            return super().forward(*inputs).float()
+
+
 def build() -> dict[str, nn.Module]:
     """Models of the same weights."""
     models: dict[str, nn.Module] = {
-        'plain': PlainFuseLSTM(),
+        PLAIN: PlainFuseLSTM(),
         'ours': Ours(),
         'checkpoint': Ours(checkpoint=True),
+        'bf16': OursInBFloat16(),
+        'bf16, checkpoint': OursInBFloat16(checkpoint=True),
     }
     for model in models.values():
-        model.load_state_dict(models['plain'].state_dict())
+        model.load_state_dict(models[PLAIN].state_dict())
     return models
 
 
@@ -148,11 +161,12 @@ def throughput(dates: int) -> dict[str, Any]:
 
 def table(results: dict[int, dict[str, dict[str, float]]]) -> str:
     """Markdown table: the plain model, and how many times faster or what share of memory."""
-    rows = [['T', 'what', 'plain', 'ours', 'ours, `checkpoint=True`']]
+    names, *_ = (values for measured in results.values() for values in measured.values())
+    rows = [['T', 'what', *names]]
     for dates, measured in results.items():
         for what, values in measured.items():
-            plain = values['plain']
-            cells = [_ratio(values[name], plain, what) for name in ('ours', 'checkpoint')]
+            plain = values[PLAIN]
+            cells = [_ratio(value, plain, what) for name, value in values.items() if name != PLAIN]
             rows.append([str(dates), what, f'{plain:.4g}', *cells])
     return markdown(rows, texts=(1,))
 

@@ -25,6 +25,17 @@ def test_a_frozen_encoder_gets_no_gradient() -> None:
         assert all(p.grad is not None for p in model.get_submodule('convLSTM_s2').parameters())
 
 
+def test_models_compute_the_same() -> None:
+    """In single precision to its rounding, in bfloat16 with its 8 bits of mantissa."""
+    models, inputs = speed.build(), speed.make_inputs(2, 64)
+    with torch.no_grad():
+        plain, *others = (model.eval()(*inputs) for model in models.values())
+    errors = [float((output - plain).abs().max() / plain.std()) for output in others]
+    assert max(errors[:2]) < 1e-4
+    assert min(errors[2:]) > 1e-4
+    assert max(errors[2:]) < 0.2
+
+
 def test_turns_alternate() -> None:
     order: list[str] = []
     calls: Any = {name: partial(order.append, name) for name in 'ab'}
@@ -52,6 +63,7 @@ def test_report_holds_ratios_and_rates() -> None:
         'shares': {'forward pass': {'aten::convolution': 0.8}},
     }
     text = speed.report(results, reached)
+    assert '| T | what | plain | ours | checkpoint |' in text
     assert '| 4 | forward (s) | 2 | 1 (2.00x) | 1.25 (1.60x) |' in text
     assert '| 4 | tensors held for backward (MiB) | 200 | 150 (0.75) | 80 (0.40) |' in text
     assert 'A large convolution does 100 GFLOP/s here, and of it at T = 4 the' in text
