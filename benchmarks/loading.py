@@ -212,13 +212,15 @@ def plot(reading: Sequence[dict[str, Any]], about: dict[str, Any]) -> plt.Figure
     """Time of each reader relative to rasterio, and what it shall not exceed."""
     figure, ax = plt.subplots(figsize=(8, 3), layout='constrained')
     names = [r['reader'].replace(', ', ',\n') for r in reading]
-    bars = ax.barh(names, [r['ratio'] for r in reading], color='tab:blue')
-    ax.bar_label(bars, fmt='%.2f', padding=8)
+    ax.barh(names, [r['ratio'] for r in reading], color='tab:blue')
     ax.margins(x=0.12)
     for place, r in enumerate(reading):
-        if r['reader'] in TARGETS:
-            target = TARGETS[r['reader']]
+        target = TARGETS.get(r['reader'], 0)
+        if target:
             ax.plot([target, target], [place - 0.45, place + 0.45], color='black')
+        end = max(r['ratio'], target), place
+        offset: Any = {'xytext': (6, 0), 'textcoords': 'offset points', 'va': 'center'}
+        ax.annotate(f'{r["ratio"]:.2f}', end, **offset)
     ax.tick_params(labelsize=7)
     ax.invert_yaxis()
     ax.set(xlabel='time a patch, rasterio with the option = 1 (line: target)')
