@@ -10,7 +10,8 @@ pass has at once.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,15 +45,17 @@ class OursInBFloat16(Ours):
             return super().forward(*inputs).float()
 
 
-def build() -> dict[str, nn.Module]:
-    """Models of the same weights."""
-    models: dict[str, nn.Module] = {
-        PLAIN: PlainFuseLSTM(),
-        'ours': Ours(),
-        'checkpoint': Ours(checkpoint=True),
-        'bf16': OursInBFloat16(),
-        'bf16, checkpoint': OursInBFloat16(checkpoint=True),
-    }
+MODES: Mapping[str, Callable[[], nn.Module]] = {
+    'ours': Ours,
+    'checkpoint': partial(Ours, checkpoint=True),
+    'bf16': OursInBFloat16,
+    'bf16, checkpoint': partial(OursInBFloat16, checkpoint=True),
+}
+
+
+def build(modes: Iterable[str] = MODES) -> dict[str, nn.Module]:
+    """The plain model and modes of ours, with the same weights."""
+    models = {PLAIN: PlainFuseLSTM()} | {mode: MODES[mode]() for mode in modes}
     for model in models.values():
         model.load_state_dict(models[PLAIN].state_dict())
     return models
@@ -108,7 +111,7 @@ def peak(model: nn.Module, inputs: Sequence[Tensor]) -> float:
 
 
 def alternate(
-    calls: dict[str, Callable[[], object]], measure: Callable[..., float], repeats: int
+    calls: Mapping[str, Callable[[], object]], measure: Callable[..., float], repeats: int
 ) -> dict[str, float]:
     """Median of each call, in turns."""
     values: dict[str, list[float]] = {name: [] for name in calls}
@@ -118,28 +121,29 @@ def alternate(
     return {name: median(times) for name, times in values.items()}
 
 
-def measure(dates: int, repeats: int) -> dict[str, dict[str, float]]:
+def measure(dates: int, modes: Sequence[str], repeats: int) -> dict[str, dict[str, float]]:
     """Seconds and MiB of every model, by what is measured."""
-    models, inputs = build(), make_inputs(dates)
+    models, inputs = build(modes), make_inputs(dates)
 
-    def calls(function: Callable[..., object], *options: object) -> dict[str, Any]:
-        return {
-            name: lambda model=model: function(model, inputs, *options)
-            for name, model in models.items()
-        }
-
-    def call(function: Callable[[], float]) -> float:
-        return function()
+    def compare(
+        function: Callable[..., Any], *options: object, time: bool = True
+    ) -> dict[str, float]:
+        calls = {name: partial(function, model, inputs, *options) for name, model in models.items()}
+        found = alternate(calls, seconds if time else _value, repeats if time else 1)
+        print(f'T = {dates}, {function.__name__} {options}: {json.dumps(found)}', flush=True)
+        return found
 
     return {
-        'forward (s)': alternate(calls(predict), seconds, repeats),
-        'training step, spatial encoder frozen (s)': alternate(
-            calls(learn, True), seconds, repeats
-        ),
-        'training step, all trained (s)': alternate(calls(learn, False), seconds, repeats),
-        'tensors held for backward (MiB)': alternate(calls(held), call, 1),
-        'peak tensors of a forward (MiB)': alternate(calls(peak), call, 1),
+        'forward (s)': compare(predict),
+        'training step, spatial encoder frozen (s)': compare(learn, True),
+        'training step, all trained (s)': compare(learn, False),
+        'tensors held for backward (MiB)': compare(held, time=False),
+        'peak tensors of a forward (MiB)': compare(peak, time=False),
     }
+
+
+def _value(call: Callable[[], float]) -> float:
+    return call()
 
 
 def throughput(dates: int) -> dict[str, Any]:
@@ -195,15 +199,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog='python -m benchmarks.speed')
     parser.add_argument('--output', type=Path, default=Path('outputs/speed.md'))
     parser.add_argument('--dates', type=int, nargs='+', default=[4, 32])
+    parser.add_argument('--modes', nargs='+', default=list(MODES), choices=MODES)
     parser.add_argument('--repeats', type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     reached = throughput(4)
-    results = {}
-    for dates in args.dates:
-        results[dates] = measure(dates, args.repeats)
-        print(json.dumps({dates: results[dates]}), flush=True)
+    results = {dates: measure(dates, args.modes, args.repeats) for dates in args.dates}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(report(results, reached))
     print(args.output.read_text())
