@@ -113,7 +113,9 @@ def peak(model: nn.Module, inputs: Sequence[Tensor]) -> float:
 def alternate(
     calls: Mapping[str, Callable[[], object]], measure: Callable[..., float], repeats: int
 ) -> dict[str, float]:
-    """Median of each call, in turns."""
+    """Median of each call, in turns; one round before asks for the memory and does not count."""
+    for call in calls.values():
+        call()
     values: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -129,7 +131,10 @@ def measure(dates: int, modes: Sequence[str], repeats: int) -> dict[str, dict[st
         function: Callable[..., Any], *options: object, time: bool = True
     ) -> dict[str, float]:
         calls = {name: partial(function, model, inputs, *options) for name, model in models.items()}
-        found = alternate(calls, seconds if time else _value, repeats if time else 1)
+        if time:
+            found = alternate(calls, seconds, repeats)
+        else:
+            found = {name: call() for name, call in calls.items()}
         print(f'T = {dates}, {function.__name__} {options}: {json.dumps(found)}', flush=True)
         return found
 
@@ -140,10 +145,6 @@ def measure(dates: int, modes: Sequence[str], repeats: int) -> dict[str, dict[st
         'tensors held for backward (MiB)': compare(held, time=False),
         'peak tensors of a forward (MiB)': compare(peak, time=False),
     }
-
-
-def _value(call: Callable[[], float]) -> float:
-    return call()
 
 
 def throughput(dates: int) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def test_turns_alternate() -> None:
         return next(values)
 
     assert speed.alternate(calls, measure, 3) == {'a': 2, 'b': 20}
-    assert order == list('ababab')
+    assert order == list('abababab')
 
 
 def test_report_holds_ratios_and_rates() -> None:
