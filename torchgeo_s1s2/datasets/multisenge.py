@@ -154,13 +154,13 @@ class MultiSenGE(GeoDataset):
         if catalog is None:
             self._obtain(checksum)
         self.catalog = catalog or Catalog(self.root)
+        self.rasters = Rasters(self.catalog, self.bands, raw)
         self._names = self.catalog.patches['name'].tolist()
         # Workers that outlive an epoch see a change in shared memory only.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._patches = self._choose_patches()
         self.index = self._index(crs)
         self._lookup = torch.from_numpy(self.classes.lookup.astype(np.int64))
-        self.rasters = Rasters(self.catalog, self.bands, raw)
         if packed is not None:
             self.rasters = PackedCopy(packed, self)
 
@@ -289,7 +289,8 @@ class MultiSenGE(GeoDataset):
         """One row a patch, as TorchGeo's samplers expect it."""
         patches = self.catalog.patches.iloc[self._patches]
         target = CRS.from_user_input(crs or int(patches['epsg'].mode()[0]))
-        self._res = self._resolution(patches)
+        res = self.rasters.grid(int(self._patches[0])).transform.a
+        self._res = res, res
         parts = [self._footprints(group, target) for _, group in patches.groupby('epsg')]
         geometry = pd.concat(parts).loc[patches.index]
         first, last = np.array([self._span(row) for row in self._patches]).T
@@ -311,10 +312,6 @@ class MultiSenGE(GeoDataset):
         warped = native.to_crs(crs)
         snapped = transform(warped.to_numpy(), lambda xy: np.round(xy / res) * res)
         return gpd.GeoSeries(snapped, index=warped.index, crs=crs)
-
-    def _resolution(self, patches: pd.DataFrame) -> tuple[float, float]:
-        res = float(((patches['xmax'] - patches['xmin']) / patches['width']).iloc[0])
-        return res, res
 
     def _span(self, row: int) -> tuple[np.datetime64, np.datetime64]:
         times = [t for s in self.sensors if len(t := self.catalog.times(row, s))]

@@ -146,7 +146,7 @@ class PackedCopy(Rasters):
         path = _path(self.folder, self.catalog.patch(row).name)
         try:
             with safe_open(path, 'np') as file:
-                if offset == (0, 0) and grid == native:
+                if grid == native:
                     return file.get_tensor(key)
                 return _crop(file.get_slice(key), (grid.height, grid.width), *offset, nodata)
         except (OSError, SafetensorError) as error:
