@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -206,9 +206,8 @@ def table(results: Sequence[dict[str, Any]], about: dict[str, Any], scheme: Clas
     whole = _contestants(results, columns)
     flat = [{**r, **r['class_f1']} for r in results]
     classes = _contestants(flat, {name: (name, 2) for name in scheme.names})
-    facts = '\n'.join(f'- {name}: {value}' for name, value in about.items())
     return (
-        f'# {about["data"]}: accuracy on the test tile\n\n{facts}\n\n'
+        f'# {about["data"]}: accuracy on the test tile\n\n{listed(about)}\n\n'
         'Precision, recall and F1 are weighted by the pixels of each class.\n\n'
         f'{whole}\n\n## F1 of each class\n\n{classes}\n'
     )
@@ -300,6 +299,11 @@ def prepare(root: Path, **options: Any) -> str:
     elif not (root / LABELS).is_dir():
         write_synthetic(root, **options)
     return 'Synthetic data' if (root / MARKER).exists() else str(root)
+
+
+def listed(about: Mapping[str, Any]) -> str:
+    """Markdown list of facts."""
+    return '\n'.join(f'- {name}: {value}' for name, value in about.items())
 
 
 def provenance() -> dict[str, str]:

@@ -10,7 +10,6 @@ where it is installed.
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +21,12 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from benchmarks.accuracy import markdown, prepare, provenance
+from benchmarks.accuracy import listed, markdown, prepare, provenance
 from benchmarks.loading import BASELINE, PATCHES, measure_reading, read_plainly, series_paths
 from torchgeo_s1s2.datasets import MultiSenGE
+from torchgeo_s1s2.datasets.catalog import GDAL_OPTIONS
 
 Arrays = dict[str, NDArray[Any]]
-NO_LISTING = {'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR'}
 
 
 class Format(NamedTuple):
@@ -67,7 +66,7 @@ def geotiff(**profile: Any) -> Format:
 
     def read(folder: Path) -> Arrays:
         paths = list(folder.iterdir())
-        return {p.stem: a for p, a in zip(paths, read_plainly(paths, **NO_LISTING), strict=True)}
+        return {p.stem: a for p, a in zip(paths, read_plainly(paths, **GDAL_OPTIONS), strict=True)}
 
     return Format(write, read)
 
@@ -102,11 +101,11 @@ def formats() -> dict[str, Format]:
     return made | {'Zarr 3, uncompressed': zarr(False), 'Zarr 3, zstd': zarr(True)}
 
 
-def read_rasters(dataset: MultiSenGE, index: int) -> Arrays:
-    """The rasters of a patch that the date rule chooses, stacked by sensor."""
+def read_rasters(by_sensor: Mapping[str, Sequence[Path]]) -> Arrays:
+    """Rasters of a patch, stacked by sensor."""
     return {
-        name: np.concatenate(read_plainly(paths, **NO_LISTING))
-        for name, paths in series_paths(dataset, index).items()
+        name: np.concatenate(read_plainly(paths, **GDAL_OPTIONS))
+        for name, paths in by_sensor.items()
         if paths
     }
 
@@ -121,11 +120,13 @@ def write_all(dataset: MultiSenGE, patches: int, output: Path) -> dict[str, floa
         ValueError: If a format gives other values back.
     """
     sizes: dict[str, float] = {}
+    compared = formats()
     for index in range(patches):
-        arrays = read_rasters(dataset, index)
-        rasters = [path for paths in series_paths(dataset, index).values() for path in paths]
+        by_sensor = series_paths(dataset, index)
+        arrays = read_rasters(by_sensor)
+        rasters = [path for paths in by_sensor.values() for path in paths]
         sizes[BASELINE] = sizes.get(BASELINE, 0) + _mib(rasters) / patches
-        for name, form in formats().items():
+        for name, form in compared.items():
             folder = output / name / str(index)
             folder.mkdir(parents=True, exist_ok=True)
             form.write(folder, arrays)
@@ -146,7 +147,8 @@ def measure(
     """Time of reading with each format, as :func:`benchmarks.loading.measure_reading`, and MiB."""
     sizes = write_all(dataset, patches, output)
     readers = {name: _reader(form, output / name) for name, form in formats().items()}
-    readers[BASELINE] = partial(read_rasters, dataset)
+    chosen = [series_paths(dataset, index) for index in range(patches)]
+    readers[BASELINE] = lambda index: read_rasters(chosen[index])
     return measure_reading(readers, patches, rounds), sizes
 
 
@@ -173,8 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     patches = min(args.patches, len(dataset))
     reading, sizes = measure(dataset, patches, args.rounds, output)
     about = {'data': data, 'patches': patches, **provenance()}
-    lines = '\n'.join(f'- {name}: {value}' for name, value in about.items())
-    text = f'# {data}: formats\n\n{lines}\n\n{table(reading, sizes)}\n'
+    text = f'# {data}: formats\n\n{listed(about)}\n\n{table(reading, sizes)}\n'
     (output / 'results.json').write_text(
         json.dumps({'about': about, 'reading': reading, 'mib': sizes}, indent=1)
     )

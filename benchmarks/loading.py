@@ -24,8 +24,9 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchgeo.datasets import IntersectionDataset, RasterDataset, stack_samples
 
 from benchmarks import startup
-from benchmarks.accuracy import markdown, prepare, provenance
+from benchmarks.accuracy import listed, markdown, prepare, provenance
 from torchgeo_s1s2.datasets import MultiSenGE, pack
+from torchgeo_s1s2.datasets.catalog import GDAL_OPTIONS
 from torchgeo_s1s2.tasks.report import save_figure
 
 Reader = Callable[[int], object]
@@ -96,10 +97,9 @@ def readers(dataset: MultiSenGE, packed: MultiSenGE) -> dict[str, Reader]:
     chosen = [series_paths(dataset, i) for i in range(len(dataset))]
     files = [[path for part in paths.values() for path in part] for paths in chosen]
     of_series = {key: [p for paths in chosen for p in paths[key]] for key in chosen[0]}
-    no_listing = {'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR'}
     return {
         'rasterio': lambda i: read_plainly(files[i]),
-        BASELINE: lambda i: read_plainly(files[i], **no_listing),
+        BASELINE: lambda i: read_plainly(files[i], **GDAL_OPTIONS),
         'MultiSenGE': lambda i: dataset[i],
         'MultiSenGE, packed copy': lambda i: packed[i],
         'TorchGeo RasterDataset, the dates of the series': torchgeo_reader(dataset, of_series),
@@ -194,7 +194,6 @@ def table(
     reading: Sequence[dict[str, Any]], epochs: Sequence[dict[str, Any]], about: dict[str, Any]
 ) -> str:
     """Markdown with a row for each reader and one for each epoch."""
-    facts = '\n'.join(f'- {name}: {value}' for name, value in about.items())
     first = [['reader', 'ms', 'time, rasterio with the option = 1', 'processor time']]
     for r in reading:
         first.append([r['reader'], f'{r["ms"]:.1f}', f'{r["ratio"]:.2f}', f'{r["cpu_ratio"]:.2f}'])
@@ -203,7 +202,7 @@ def table(
         cells = [e['reader'], e['workers'], f'{e["samples_per_second"]:.1f}']
         second.append([str(c) for c in (*cells, e['memory_mib'], e['peak_mib'], e['files'])])
     return (
-        f'# {about["data"]}: reading a patch\n\n{facts}\n\n{markdown(first)}\n\n'
+        f'# {about["data"]}: reading a patch\n\n{listed(about)}\n\n{markdown(first)}\n\n'
         f'## Epochs of a DataLoader\n\n{markdown(second)}\n'
     )
 

@@ -28,10 +28,10 @@ from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from torchgeo.tasks import SpatioTemporalSegmentation
 
-from benchmarks.accuracy import markdown, provenance
+from benchmarks.accuracy import listed, markdown, provenance
 from benchmarks.contestants import PixelLTAE
 from benchmarks.plain import PlainFuseLSTM
-from benchmarks.throughput import Convolution, count_flops, process_memory
+from benchmarks.throughput import Convolution, count_flops, in_bfloat16, process_memory
 from torchgeo_s1s2.models import register_encoders
 from torchgeo_s1s2.tasks.report import save_figure
 
@@ -75,20 +75,6 @@ class Stacked(nn.Module):
         return logits
 
 
-class HalfPrecision(nn.Module):
-    """A model under autocast, which is what ``--trainer.precision bf16-mixed`` does."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Read (B, T, C, H, W), return logits (B, K, H, W) in single precision."""
-        with torch.autocast(x.device.type, torch.bfloat16):
-            logits: Tensor = self.model(x)
-        return logits.float()
-
-
 class Product(nn.Module):
     """One large matrix product: the ceiling of anything that a processor computes."""
 
@@ -130,7 +116,7 @@ MODELS: Mapping[str, Callable[[int], nn.Module]] = {
     'Plain implementation': lambda slots: PlainSeries(),
     'Ours': ours,
     COMPILED: compiled,
-    'Ours, bf16': lambda slots: HalfPrecision(ours(slots)),
+    'Ours, bf16': lambda slots: in_bfloat16(ours(slots)),
     "TorchGeo's ConvLSTM": torchgeo_convlstm,
     'U-Net (ResNet-50) on stacked dates': Stacked,
     'L-TAE at each pixel': lambda slots: PixelLTAE(CHANNELS, CLASSES, length=slots),
@@ -379,6 +365,7 @@ def facts(results: Sequence[Result]) -> dict[str, str]:
 
 def plot(results: Sequence[Result], title: str) -> plt.Figure:
     """Time and memory over the number of slots, a column for each size."""
+    results = _once(results)
     sizes, slots = (sorted({r[key] for r in results}) for key in ('size', 'slots'))
     figure, axes = plt.subplots(
         len(PANELS),
@@ -392,7 +379,7 @@ def plot(results: Sequence[Result], title: str) -> plt.Figure:
     for (row, (key, label)), (column, size) in product(enumerate(PANELS.items()), enumerate(sizes)):
         axis = axes[row, column]
         for model in MODELS:
-            chosen = [r for r in _once(results) if (r['model'], r['size']) == (model, size)]
+            chosen = [r for r in results if (r['model'], r['size']) == (model, size)]
             if chosen:
                 x, y = zip(*sorted((r['slots'], r[key]) for r in chosen), strict=True)
                 axis.plot(x, y, marker='o', markersize=3, linewidth=1, label=model)
@@ -415,8 +402,7 @@ def report(results: Sequence[Result], seconds: float, output: Path) -> None:
     about = provenance() | facts(results) | {'running time': f'{seconds / 60:.0f} minutes'}
     output.mkdir(parents=True, exist_ok=True)
     (output / 'results.json').write_text(json.dumps({'about': about, 'results': results}, indent=1))
-    lines = '\n'.join(f'- {name}: {value}' for name, value in about.items())
-    text = f'# Speed and memory of models\n\n{lines}\n\n{table(results)}\n'
+    text = f'# Speed and memory of models\n\n{listed(about)}\n\n{table(results)}\n'
     (output / 'table.md').write_text(text)
     title = f'{about["date"]}, {about["hardware"]}, commit {about["commit"]}'
     save_figure(plot(results, title), output / 'model.png')

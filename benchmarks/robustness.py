@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torchgeo.datasets import stack_samples
 
-from benchmarks.accuracy import CONF, Run, markdown, prepare, provenance, scores
+from benchmarks.accuracy import CONF, Run, listed, markdown, prepare, provenance, scores
 from torchgeo_s1s2.datasets import MonthlySeries, MultiSenGE
 from torchgeo_s1s2.datasets.classes import class_scheme
 from torchgeo_s1s2.datasets.multisenge import SENSOR_BANDS, Sample
@@ -196,9 +196,8 @@ def table(results: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     rows = [['what', 'condition', *(f'{titles[key]}, {name}' for key, name in columns)]]
     for r in results:
         rows.append([r['panel'], r['condition'], *(f'{r[name][key]:.3f}' for key, name in columns)])
-    facts = '\n'.join(f'- {name}: {value}' for name, value in about.items())
     lines = markdown(rows, texts=(0, 1))
-    return f'# Synthetic data: robustness on the test tile\n\n{facts}\n\n{lines}\n'
+    return f'# Synthetic data: robustness on the test tile\n\n{listed(about)}\n\n{lines}\n'
 
 
 def plot(results: Sequence[dict[str, Any]]) -> plt.Figure:

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.accuracy import markdown, provenance
 from benchmarks.plain import PlainFuseLSTM
-from benchmarks.throughput import convolution_gflops, gflops, seconds, shares
+from benchmarks.throughput import convolution_gflops, gflops, in_bfloat16, seconds, shares
 from torchgeo_s1s2.models import FuseLSTM
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -36,20 +36,11 @@ class Ours(FuseLSTM):
     forward = FuseLSTM.logits
 
 
-class OursInBFloat16(Ours):
-    """The same under autocast, which is what ``--trainer.precision bf16-mixed`` does."""
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Logits in single precision."""
-        with torch.autocast('cpu', torch.bfloat16):
-            return super().forward(*inputs).float()
-
-
 MODES: Mapping[str, Callable[[], nn.Module]] = {
     'ours': Ours,
     'checkpoint': partial(Ours, checkpoint=True),
-    'bf16': OursInBFloat16,
-    'bf16, checkpoint': partial(OursInBFloat16, checkpoint=True),
+    'bf16': lambda: in_bfloat16(Ours()),
+    'bf16, checkpoint': lambda: in_bfloat16(Ours(checkpoint=True)),
 }
 
 

@@ -18,6 +18,16 @@ def seconds(call: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """Put a model under autocast, as ``--trainer.precision bf16-mixed`` does.
+
+    It then returns single precision.
+    """
+    run = torch.autocast('cpu', torch.bfloat16)(model.forward)
+    model.forward = lambda *inputs: run(*inputs).float()
+    return model
+
+
 class Convolution(nn.Module):
     """One large 3 x 3 convolution of an image of its own, in channels-last layout."""
 

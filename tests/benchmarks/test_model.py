@@ -101,7 +101,7 @@ def test_half_precision_is_close_to_single() -> None:
     plain = model.ours(2).eval()
     x = torch.randn(1, 2, 12, 32, 32)
     with torch.no_grad():
-        expected, found = plain(x), model.HalfPrecision(plain)(x)
+        expected, found = plain(x), model.in_bfloat16(plain)(x)
     assert found.dtype == torch.float32
     error = (found - expected).abs().max() / expected.std()
     assert 0 < error < 0.2
