@@ -308,7 +308,9 @@ def test_killed_process(server: Server, tmp_path: Path, expected: Mapping[str, b
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    (tmp_path / 's2' / '31UFQ_20200101_S2_0_0.tif.part').write_bytes(b'half')
+    half = tmp_path / 's2' / '.31UFQ_20200101_S2_0_0.tif.x'
+    half.mkdir()
+    (half / '31UFQ_20200101_S2_0_0.tif').write_bytes(b'half')
     there = tree(tmp_path)
     server.stall_after = None
     server.stall.set()

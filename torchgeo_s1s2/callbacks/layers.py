@@ -1,6 +1,5 @@
 """Raster layers of a map: class, confidence and number of observations."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rasterio.io import DatasetWriter, MemoryFile
 from torch import Tensor
 
 from torchgeo_s1s2.datasets.classes import ClassScheme
+from torchgeo_s1s2.files import whole
 
 NO_CLASS = 0
 """Value of a class layer without an observation."""
@@ -161,21 +161,3 @@ def classify(
         numbers.masked_fill(~known, NO_CLASS).cpu().numpy(),
         percent.masked_fill(~known, NO_CONFIDENCE).cpu().numpy(),
     )
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a place to write a file and its sidecars; they reach ``path`` only when complete.
-
-    Args:
-        path: Where the file shall be; a file that is there is replaced.
-
-    Yields:
-        A path of the same name in a temporary folder of the same file system.
-    """
-    with tempfile.TemporaryDirectory(prefix='.', dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        sidecars = (file for file in sorted(Path(folder).iterdir()) if file != temporary)
-        for file in (*sidecars, temporary):
-            file.replace(path.parent / file.name)

@@ -30,9 +30,9 @@ from torchgeo_s1s2.callbacks.layers import (
     Layer,
     class_layer,
     classify,
-    whole,
 )
 from torchgeo_s1s2.datasets.classes import ClassScheme
+from torchgeo_s1s2.files import whole
 
 BLOCK = 512
 """Height and width in pixels of the blocks that a scene is summed in."""

@@ -19,10 +19,11 @@ from torchgeo_s1s2.datamodules.statistics import Statistics
 from torchgeo_s1s2.datasets.catalog import SENSORS, Catalog
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.download import SeasonDownload
-from torchgeo_s1s2.datasets.multisenge import MultiSenGE, NoPatchesError, Sample, Splits
+from torchgeo_s1s2.datasets.multisenge import MultiSenGE, Sample, Splits
 from torchgeo_s1s2.datasets.packed import pack
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, check_at_least
+from torchgeo_s1s2.errors import NoPatchesError
 from torchgeo_s1s2.transforms import AugmentSeries, DayOfYear, NormalizeSeries, SeriesDropout
 from torchgeo_s1s2.transforms.series import count_observations
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.classes import NO_LABEL
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE
+from torchgeo_s1s2.files import whole
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,8 @@ class Statistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, whole or not at all."""
-        path = Path(path)
-        part = path.with_name(f'{path.name}.{os.getpid()}.part')
-        part.write_text(json.dumps(asdict(self), indent=1))
-        part.replace(path)
+        with whole(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1))
 
     def _check(self) -> None:
         if not len(self.bands) == len(self.mean) == len(self.std):

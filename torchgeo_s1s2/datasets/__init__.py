@@ -1,6 +1,5 @@
 """Data sets of Sentinel-1 and Sentinel-2 time series with land-cover labels."""
 
-from torchgeo_s1s2.datasets.archive import DownloadError
 from torchgeo_s1s2.datasets.catalog import Catalog
 from torchgeo_s1s2.datasets.classes import NO_LABEL, SCHEMES, ClassScheme, LandCoverClass
 from torchgeo_s1s2.datasets.download import DownloadPlan, SeasonDownload
@@ -13,9 +12,9 @@ from torchgeo_s1s2.datasets.time_series import (
     DateRule,
     EvenlySpaced,
     MonthlySeries,
-    NoSeriesError,
     RandomDates,
 )
+from torchgeo_s1s2.errors import DownloadError, NoSeriesError
 
 __all__ = (
     'NO_LABEL',

@@ -24,18 +24,12 @@ import requests
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
+from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError
+
 _WINDOW = 2**15
 _CHUNK = 2**16
 _MOST = 2**25
 _EMPTY_FINAL_BLOCK = b'\x03\x00'
-
-
-class DownloadError(RuntimeError):
-    """A download cannot go on; the message names the file and what to do."""
-
-
-class ArchiveChangedError(DownloadError):
-    """A file on a server is no longer the one that a download began with."""
 
 
 class Version(NamedTuple):

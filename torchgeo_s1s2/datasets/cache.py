@@ -5,9 +5,10 @@ import time
 import warnings
 from hashlib import sha256
 from pathlib import Path
-from uuid import uuid4
 
 import geopandas as gpd
+
+from torchgeo_s1s2.files import whole
 
 State = dict[str, list[int]]
 """Of files and folders by name: time of modification and of change in ns, and size or digest."""
@@ -78,12 +79,10 @@ class TableCache:
         """
         table = table.copy(deep=False)
         table.attrs = {**table.attrs, 'version': self.version, 'state': state}
-        part = self.path.with_name(f'.{self.path.name}.{uuid4().hex}.part')
         try:
-            table.to_parquet(part, compression='zstd', write_page_checksum=True)
-            part.replace(self.path)
+            with whole(self.path) as temporary:
+                table.to_parquet(temporary, compression='zstd', write_page_checksum=True)
         except OSError as error:
-            part.unlink(missing_ok=True)
             warnings.warn(
                 f'{self.path} cannot be written ({error}); every start takes as long as this one',
                 stacklevel=4,

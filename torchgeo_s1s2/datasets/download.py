@@ -14,7 +14,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from torchgeo_s1s2.datasets.archive import ArchiveChangedError, DownloadError, RemoteArchive
+from torchgeo_s1s2.datasets.archive import RemoteArchive
 from torchgeo_s1s2.datasets.catalog import (
     GROUND_REFERENCE,
     LABELS,
@@ -22,7 +22,9 @@ from torchgeo_s1s2.datasets.catalog import (
     Catalog,
     reference_name,
 )
-from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, NoSeriesError
+from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
+from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError, NoSeriesError
+from torchgeo_s1s2.files import whole
 
 FILE_SIZE = {GROUND_REFERENCE: 256 * 256, 's2': 256 * 256 * 10 * 2, 's1': 256 * 256 * 2 * 4}
 """Bytes of the pixels of a file; real images take about as much after LZW compression."""
@@ -219,8 +221,8 @@ class SeasonDownload:
         """Make the folders, and clear them of files that an interruption left half written."""
         for folder in self._archives:
             (self.root / folder).mkdir(exist_ok=True)
-            for path in (self.root / folder).glob('*.*.part'):
-                path.unlink()
+            for path in (self.root / folder).glob('.*.tif.*'):
+                shutil.rmtree(path)
 
     def _fetch_labels(self) -> None:
         journal, there = self._archives[LABELS].journal, self._finished(LABELS)
@@ -279,12 +281,8 @@ class SeasonDownload:
                 f'{path}: what {self._archives[folder].url} holds has another checksum than '
                 f'{self._checksums.path} recorded; delete its line there if the archive is right'
             )
-        part = path.with_name(f'{name}.part')
-        with part.open('wb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with whole(path) as temporary:
+            temporary.write_bytes(content)
         self._checksums.add(f'{folder}/{name}', digest)
 
     def _finished(self, folder: str) -> set[str]:
@@ -387,9 +385,8 @@ class _Checksums:
         return ''.join(f'{digest}  {name}\n' for name, digest in self._known.items())
 
     def _rewrite(self) -> None:
-        part = self.path.with_name(f'{self.path.name}.part')
-        part.write_text(self._text())
-        part.replace(self.path)
+        with whole(self.path) as temporary:
+            temporary.write_text(self._text())
 
 
 def _is_in(name: str, names: Collection[str] | None) -> bool:

@@ -19,6 +19,7 @@ from torchgeo_s1s2.datasets.catalog import (
     open_raster,
     reference_name,
 )
+from torchgeo_s1s2.files import whole
 
 _IMAGE = r'(?P<tile>\w+)_\d{{8}}_{sensor}_(?P<x>\d+)_(?P<y>\d+)\.tif'
 _Place = tuple[str, int, int]
@@ -58,9 +59,8 @@ def write_label_files(
     paths = {place: root / LABELS / '{}_{}_{}.json'.format(*place) for place in sorted(images)}
     todo = {place: path for place, path in paths.items() if overwrite or not path.exists()}
     for place, path in tqdm(todo.items(), 'Writing labels', unit='patch', disable=not progress):
-        part = path.with_suffix('.part')
-        part.write_text(json.dumps(_content(root, place, images[place])))
-        part.replace(path)
+        with whole(path) as temporary:
+            temporary.write_text(json.dumps(_content(root, place, images[place])))
     return len(todo)
 
 

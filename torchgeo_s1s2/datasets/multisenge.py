@@ -32,14 +32,11 @@ from torchgeo_s1s2.datasets.download import SeasonDownload
 from torchgeo_s1s2.datasets.packed import PackedCopy
 from torchgeo_s1s2.datasets.plot import plot_series
 from torchgeo_s1s2.datasets.rasters import SENSOR_BANDS, Grid, Rasters
-from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, NoSeriesError, Slots
+from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, Slots
+from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError
 
 Sample = dict[str, Any]
 Splits = Mapping[str, Sequence[str]]
-
-
-class NoPatchesError(ValueError):
-    """A split has no patch with a full series; the message says why."""
 
 
 class MultiSenGE(GeoDataset):

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, SENSORS, reference_name
 from torchgeo_s1s2.datasets.labels import label_content
+from torchgeo_s1s2.files import whole
 
 Array = NDArray[np.float64]
 
@@ -426,6 +427,5 @@ def _write_raster(path: Path, image: NDArray[np.generic], profile: Mapping[str, 
 
 
 def _write_text(path: Path, text: str) -> None:
-    part = path.with_suffix('.part')
-    part.write_text(text)
-    part.replace(path)
+    with whole(path) as temporary:
+        temporary.write_text(text)

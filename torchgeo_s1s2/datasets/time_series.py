@@ -9,6 +9,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from torchgeo_s1s2.errors import NoSeriesError
+
 Times = NDArray[np.datetime64]
 Span = tuple[np.datetime64, np.datetime64]
 Slots = dict[str, tuple[tuple[int, ...], ...]]
@@ -20,10 +22,6 @@ averaged.
 
 Missing = Literal['drop', 'keep', 'nearest']
 _DAY = np.timedelta64(1, 'D')
-
-
-class NoSeriesError(ValueError):
-    """The acquisitions of a patch do not make a series; the message names the slot that fails."""
 
 
 @dataclass(frozen=True)
