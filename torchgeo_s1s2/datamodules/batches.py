@@ -1,11 +1,18 @@
-"""Batches that distributed training and evaluation can count on."""
+"""Crops and batches that distributed training and evaluation can count on."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import BatchSampler, DistributedSampler
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import BatchSampler, Dataset, DistributedSampler
+from torchgeo.datasets import stack_samples
+
+from torchgeo_s1s2.datasets.classes import NO_LABEL
+from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
 
 
 class EvenBatches(BatchSampler):
@@ -63,3 +70,62 @@ class EvenBatches(BatchSampler):
         whole: Any = DistributedSampler(shared.dataset, 1, 0, shared.shuffle, shared.seed)
         whole.set_epoch(shared.epoch)
         return list(whole)
+
+
+class RandomCrops(Dataset[Sample]):
+    """Random windows of the patches of a data set: as many of each as lie side by side in it.
+
+    A window is read, not cut out of its patch. What a patch smaller than the window lacks is
+    missing, and has no label.
+    """
+
+    def __init__(self, dataset: SeriesDataset, size: tuple[int, int]) -> None:
+        """List the windows.
+
+        Args:
+            dataset: The patches.
+            size: Height and width in pixels.
+
+        Raises:
+            ValueError: If every patch is smaller.
+        """
+        self.dataset, self.size = dataset, size
+        self.shapes = [dataset.shape(index) for index in range(len(dataset))]
+        counts = [(height // size[0]) * (width // size[1]) for height, width in self.shapes]
+        if not any(counts):
+            largest = max(self.shapes)
+            raise ValueError(
+                f'patch_size {size} is larger than the patches, {largest}; make it smaller, or '
+                'leave it out to train on whole patches'
+            )
+        self.rows = np.repeat(np.arange(len(counts)), np.maximum(counts, 1))
+
+    def __len__(self) -> int:
+        """Number of windows in an epoch."""
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Sample:
+        """Read a window at a place that PyTorch's generator draws."""
+        index = int(self.rows[number])
+        room = (max(n - size, 0) for n, size in zip(self.shapes[index], self.size, strict=True))
+        top, left = (int(torch.randint(n + 1, ())) for n in room)
+        return self.dataset.crop(index, top, left, *self.size)
+
+
+def pad_samples(samples: Sequence[Sample]) -> Sample:
+    """Stack samples, smaller ones filled below and to the right with what is missing.
+
+    Args:
+        samples: Samples of a data set of series.
+    """
+    height, width = (max(sample['image'].shape[i] for sample in samples) for i in (-2, -1))
+
+    def fill(value: Tensor, empty: float) -> Tensor:
+        return pad(value, (0, width - value.shape[-1], 0, height - value.shape[-2]), value=empty)
+
+    return stack_samples(
+        [
+            {**s, 'image': fill(s['image'], torch.nan), 'mask': fill(s['mask'], NO_LABEL)}
+            for s in samples
+        ]
+    )

@@ -4,17 +4,26 @@ import hashlib
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from torchgeo_s1s2.datasets.classes import NO_LABEL
-from torchgeo_s1s2.datasets.multisenge import MultiSenGE
+from torchgeo_s1s2.datamodules.plausible import Floor, check_values
+from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE
+from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
+from torchgeo_s1s2.errors import DataError, S1S2Warning
 from torchgeo_s1s2.files import whole
+
+WINDOW = 512
+"""Height and width of the windows that patches are read in."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +35,18 @@ class Statistics:
         mean: Mean of each channel over all pixels with a value, in the units of the samples.
         std: Standard deviation of each channel over the same pixels.
         pixels: Number of pixels of each class 0..K-1.
+        labels: Values of the label rasters, and the number of pixels of each.
     """
 
     bands: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     pixels: tuple[int, ...]
+    labels: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def compute(cls, dataset: MultiSenGE, num_workers: int = 0, progress: bool = True) -> Self:
-        """Read every patch of a data set once.
+    def compute(cls, dataset: SeriesDataset, num_workers: int = 0, progress: bool = True) -> Self:
+        """Read every patch of a data set once, window by window.
 
         Args:
             dataset: The training patches.
@@ -43,51 +54,68 @@ class Statistics:
             progress: Show a progress bar.
 
         Raises:
-            ValueError: If a band has no value at all.
+            DataError: If a band has no value at all.
+            ImplausibleValuesError: If values are not in the units they are taken for.
         """
-        bands = tuple(band for names in dataset.bands.values() for band in names)
-        count, total, squares = torch.zeros(3, len(bands), dtype=torch.float64)
-        pixels = torch.zeros(NO_LABEL + 1, dtype=torch.int64)
-        loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
-        for sample in tqdm(loader, 'Computing statistics', disable=not progress, unit='patch'):
-            values = sample['image'].transpose(0, 1).flatten(1).double()
-            count += values.isfinite().sum(1)
-            total += values.nansum(1)
-            squares += values.square().nansum(1)
-            pixels += torch.bincount(sample['mask'].flatten(), minlength=len(pixels))
-        _check_seen(bands, count, dataset)
-        mean = total / count
-        std = (squares / count - mean**2).clamp(min=1e-12).sqrt()
-        classes = pixels[: len(dataset.classes)]
-        return cls(bands, tuple(mean.tolist()), tuple(std.tolist()), tuple(classes.tolist()))
+        images = _image_statistics(dataset, num_workers, progress)
+        labels = count_labels(dataset, num_workers, progress)
+        return cls._of(dataset, images, labels)
 
     @classmethod
-    def beside(cls, dataset: MultiSenGE, num_workers: int = 0) -> Self:
-        """Statistics kept beside the data, computed if these settings have none yet.
+    def _of(
+        cls, dataset: SeriesDataset, images: Mapping[str, Any], labels: Mapping[int, int]
+    ) -> Self:
+        pixels = np.zeros(len(dataset.classes) + 1, np.int64)
+        values = np.array([*labels], np.int64)
+        classes = dataset.classes.remap(values).clip(max=len(dataset.classes))
+        np.add.at(pixels, classes, [*labels.values()])
+        statistics = cls(
+            tuple(map(str, images['bands'])),
+            tuple(map(float, images['mean'])),
+            tuple(map(float, images['std'])),
+            tuple(pixels[:-1].tolist()),
+            tuple(sorted(labels.items())),
+        )
+        statistics._check()
+        return statistics
+
+    @classmethod
+    def beside(cls, dataset: SeriesDataset, num_workers: int = 0) -> Self:
+        """Statistics kept beside the data, computed where there are none of these files yet.
+
+        Those of the images follow the images that the date rule chooses, their sizes and times of
+        change, and how they are read; the number of pixels of each label follows the label rasters.
+        Another class scheme reads no file again.
 
         Args:
             dataset: The training patches.
             num_workers: Number of processes that read.
-
-        Raises:
-            ValueError: If the file that is there is malformed.
         """
         path = statistics_path(dataset)
-        if path.is_file():
-            return cls.load(path)
-        statistics = cls.compute(dataset, num_workers)
-        try:
-            statistics.save(path)
-        except OSError as error:
-            warnings.warn(f'{path} cannot be written ({error}); it is computed anew', stacklevel=2)
-        return statistics
+        kept, files = _kept(path), [dataset.files_of(i) for i in range(len(dataset))]
+        made_of = _digest(p for row in files for s in dataset.sensors for p in row[s])
+        labelled_by = _digest(p for row in files for p in row[GROUND_REFERENCE])
+        content: dict[str, Any] = {'made_of': made_of, 'labelled_by': labelled_by}
+        if kept.get('made_of') == made_of:
+            content |= {key: kept[key] for key in ('bands', 'mean', 'std')}
+        else:
+            content |= _image_statistics(dataset, num_workers)
+        if kept.get('labelled_by') == labelled_by:
+            content['labels'] = kept['labels']
+        else:
+            content['labels'] = [
+                list(n) for n in sorted(count_labels(dataset, num_workers).items())
+            ]
+        if content != kept:
+            _keep(path, content)
+        return cls._of(dataset, content, dict(content['labels']))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a file that ``save`` wrote.
 
         Raises:
-            ValueError: If the file is malformed.
+            DataError: If the file is malformed.
         """
         try:
             content = json.loads(Path(path).read_text())
@@ -95,38 +123,41 @@ class Statistics:
                 tuple(map(str, content['bands'])),
                 tuple(map(float, content['mean'])),
                 tuple(map(float, content['std'])),
-                tuple(map(int, content['pixels'])),
+                tuple(map(int, content.get('pixels', ()))),
+                tuple((int(value), int(n)) for value, n in content.get('labels', ())),
             )
             statistics._check()
             return statistics
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise DataError(
                 f'{path} is not a file of statistics ({error!r}); delete it and it is computed anew'
             ) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, whole or not at all."""
         with whole(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1))
+            temporary.write_text(json.dumps(vars(self), indent=1))
 
     def _check(self) -> None:
         if not len(self.bands) == len(self.mean) == len(self.std):
-            raise ValueError('bands, mean and std differ in length')
+            raise DataError('bands, mean and std differ in length')
+        if not np.isfinite([*self.mean, *self.std]).all():
+            raise DataError('a mean or a standard deviation is not finite')
         if not all(std > 0 for std in self.std):
-            raise ValueError('a standard deviation is not above 0')
+            raise DataError('a standard deviation is not above 0')
 
     @property
-    def class_weights(self) -> torch.Tensor:
+    def class_weights(self) -> Tensor:
         """Inverse pixel frequencies scaled to a sum of 1000, 0 for a class without a pixel.
 
         The scale is that of Wenger et al. 2023, https://doi.org/10.3390/rs15010151.
 
         Raises:
-            ValueError: If no pixel has a label.
+            DataError: If no pixel has a label.
         """
         pixels = torch.tensor(self.pixels, dtype=torch.float64)
         if not pixels.any():
-            raise ValueError(
+            raise DataError(
                 'no training pixel has a label, so there are no class weights; give class_weights, '
                 'or check ground_reference and the class scheme'
             )
@@ -134,18 +165,141 @@ class Statistics:
         return (1000 * inverse / inverse.sum()).float()
 
 
-def statistics_path(dataset: MultiSenGE) -> Path:
+def statistics_path(dataset: SeriesDataset) -> Path:
     """Where the statistics of a data set with its settings are kept."""
-    names = [dataset.name(i) for i in range(len(dataset))]
-    settings = [dataset.series, dataset.bands, dataset.raw, dataset.classes, names]
+    index = dataset.index
+    rows = [
+        index['name'].tolist(),
+        index.geometry.to_wkb().tolist(),
+        index.index.astype(str).tolist(),
+    ]
+    settings = [dataset.series, dataset.readings, rows]
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
     return dataset.root / f'statistics_{key}.json'
 
 
-def _check_seen(bands: tuple[str, ...], count: torch.Tensor, dataset: MultiSenGE) -> None:
+class _Windows(Dataset[Any]):
+    """Windows of all rows of a data set, each read by a function."""
+
+    def __init__(self, dataset: SeriesDataset, labels: bool) -> None:
+        self.dataset, self.labels = dataset, labels
+        self.windows = [
+            (index, top, left, min(WINDOW, height - top), min(WINDOW, width - left))
+            for index in range(len(dataset))
+            for height, width in [dataset.shape(index)]
+            for top in range(0, height, WINDOW)
+            for left in range(0, width, WINDOW)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, number: int) -> Any:
+        window = self.windows[number]
+        return self.dataset.labels(*window) if self.labels else self.dataset.crop(*window)
+
+    def read(self, title: str, num_workers: int, progress: bool) -> Iterable[Any]:
+        """All of them, with a progress bar."""
+        loader = DataLoader(self, batch_size=None, num_workers=num_workers)
+        bar: Iterable[Any] = tqdm(loader, title, disable=not progress, unit='window')
+        return bar
+
+
+def _image_statistics(
+    dataset: SeriesDataset, num_workers: int, progress: bool = True
+) -> dict[str, Any]:
+    """Bands, mean and standard deviation; checked against what the sensors can measure."""
+    bands = [band for names in dataset.bands.values() for band in names]
+    count, total, squares = torch.zeros(3, len(bands), dtype=torch.float64)
+    lowest, floors = torch.full((len(bands),), torch.inf), list[Floor]()
+    windows = _Windows(dataset, labels=False)
+    for sample in windows.read('Computing statistics', num_workers, progress):
+        values = sample['image'].transpose(0, 1).flatten(1).double()
+        count += values.isfinite().sum(1)
+        total += values.nansum(1)
+        squares += values.square().nansum(1)
+        least = sample['image'].nan_to_num(torch.inf).amin((2, 3))
+        lowest = torch.minimum(lowest, least.amin(0))
+        floors += _floors(dataset, sample, least)
+    _check_seen(bands, count, dataset)
+    mean = total / count
+    std = (squares / count - mean**2).clamp(min=1e-12).sqrt()
+    sizes = [len(names) for names in dataset.bands.values()]
+    by_sensor = {s: m.tolist() for s, m in zip(dataset.sensors, mean.split(sizes), strict=True)}
+    least_of = {
+        s: float(v.min()) for s, v in zip(dataset.sensors, lowest.split(sizes), strict=True)
+    }
+    given = any(reading.offsets for reading in dataset.readings.values())
+    check_values(dataset.readings, by_sensor, least_of, floors, given)
+    return {'bands': bands, 'mean': mean.tolist(), 'std': std.tolist()}
+
+
+def _floors(dataset: SeriesDataset, sample: Sample, least: Tensor) -> Iterator[Floor]:
+    """Of each Sentinel-2 image that is not uniform."""
+    if 's2' not in dataset.sensors:
+        return
+    column, channels = dataset.sensors.index('s2'), len(dataset.bands['s2'])
+    for t, time in enumerate(sample['acquisition_times'][:, column].tolist()):
+        values = sample['image'][t, :channels]
+        if (
+            time >= 0
+            and float(values.nan_to_num(-torch.inf).max() - least[t, :channels].min()) > 0.05
+        ):
+            yield Floor(time, float(least[t, :channels].min()))
+
+
+def count_labels(
+    dataset: SeriesDataset, num_workers: int = 0, progress: bool = True
+) -> dict[int, int]:
+    """Number of pixels of each value of the label rasters, no data left out.
+
+    Args:
+        dataset: The training patches.
+        num_workers: Number of processes that read.
+        progress: Show a progress bar.
+    """
+    counts = Counter[int]()
+    windows = _Windows(dataset, labels=True)
+    for labels in windows.read('Counting labels', num_workers, progress):
+        values, pixels = np.unique(labels[~np.isnan(labels)], return_counts=True)
+        counts.update(dict(zip(values.astype(int).tolist(), pixels.tolist(), strict=True)))
+    return dict(counts)
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What a file holds, nothing if it is missing or damaged."""
+    try:
+        Statistics.load(path)
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+    except (OSError, ValueError):
+        return {}
+
+
+def _keep(path: Path, content: Mapping[str, Any]) -> None:
+    try:
+        with whole(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1))
+    except OSError as error:
+        warnings.warn(
+            f'{path} cannot be written ({error}); it is computed anew', S1S2Warning, stacklevel=3
+        )
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    """Of the names, sizes and times of modification and change of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        status = path.stat()
+        stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        digest.update(f'{path.name} {stamp}\n'.encode())
+    return digest.hexdigest()
+
+
+def _check_seen(bands: Iterable[str], count: Tensor, dataset: SeriesDataset) -> None:
     unseen = [band for band, n in zip(bands, count, strict=True) if not n]
     if unseen:
-        raise ValueError(
+        raise DataError(
             f'bands {unseen} have no value in the {len(dataset)} training patches of '
-            f'{dataset.root}; leave them out with bands or sensors'
+            f'{dataset.title}; leave them out with bands or sensors'
         )

@@ -5,8 +5,9 @@ from torchgeo_s1s2.datasets.classes import NO_LABEL, SCHEMES, ClassScheme, LandC
 from torchgeo_s1s2.datasets.download import DownloadPlan, SeasonDownload
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE, MultiSenNA
-from torchgeo_s1s2.datasets.packed import pack
-from torchgeo_s1s2.datasets.rasters import SENSOR_BANDS
+from torchgeo_s1s2.datasets.sensors import SENSOR_BANDS
+from torchgeo_s1s2.datasets.series import SeriesDataset
+from torchgeo_s1s2.datasets.sources import Copy, Download, Source, Synthetic, copy_series
 from torchgeo_s1s2.datasets.time_series import (
     AllDates,
     DateRule,
@@ -23,7 +24,9 @@ __all__ = (
     'AllDates',
     'Catalog',
     'ClassScheme',
+    'Copy',
     'DateRule',
+    'Download',
     'DownloadError',
     'DownloadPlan',
     'EvenlySpaced',
@@ -34,6 +37,9 @@ __all__ = (
     'NoSeriesError',
     'RandomDates',
     'SeasonDownload',
-    'pack',
+    'SeriesDataset',
+    'Source',
+    'Synthetic',
+    'copy_series',
     'write_label_files',
 )

@@ -3,93 +3,123 @@
 import json
 import os
 import re
-import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date, datetime
-from functools import cached_property, lru_cache
+from datetime import UTC, datetime
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import geopandas as gpd
 import numpy as np
 import pandas as pd
-import rasterio
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.errors import RasterioError, RasterioIOError
 from shapely import box
 from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.cache import CONTENTS, TableCache, wait_for_next_tick
-
-SENSORS = ('s2', 's1')
-"""Names of the sensors, which are also the names of their folders."""
+from torchgeo_s1s2.datasets.rasters import Grid, read_grid
+from torchgeo_s1s2.datasets.sensors import SENSORS
+from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError
 
 LABELS, GROUND_REFERENCE = 'labels', 'ground_reference'
-CACHE, VERSION = 'catalog.parquet', 1
-# Opening one of a thousand files of a folder would list them all.
-GDAL_OPTIONS = {'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR'}
+FOLDERS = (*SENSORS, GROUND_REFERENCE)
+"""Folders of rasters."""
 
+CACHE, VERSION = 'catalog.parquet', 2
 KEYS = {'s2': 'corresponding_s2', 's1': 'corresponding_s1'}
 _PATCH = re.compile(r'(?P<tile>\w+)_(?P<x>\d+)_(?P<y>\d+)')
 _EPSG = re.compile(r'AUTHORITY\["EPSG","(\d+)"\]\]\s*$')
+_SIDECAR = re.compile(r'(?P<stem>.+?)(\.tiff?)?\.(aux\.xml|msk|tfw|tifw|tiffw|wld)', re.IGNORECASE)
+# TILE_20200706_S2_X_Y.tif. What follows S2 or S1 may tell two images of one day apart, and so may
+# the time of day.
+_IMAGE = re.compile(
+    r'(?P<tile>\w+?)_(?P<time>\d{8}(T\d{6})?)_(?P<kind>S[12][A-Za-z0-9]*(_[A-Za-z]+)?)'
+    r'_(?P<place>\d+_\d+)(?P<ending>\.tiff?)',
+    re.IGNORECASE,
+)
+_REFERENCE = re.compile(
+    r'(?P<tile>\w+)_(?P<kind>GR)_(?P<place>\d+_\d+)(?P<ending>\.tiff?)', re.IGNORECASE
+)
 
 
-@dataclass
-class _Label:
-    """What the label file of one patch says; dates are sorted strings YYYYMMDD."""
+class Layout(NamedTuple):
+    """What the paths of many rasters share.
 
-    tile: str
-    x: int
-    y: int
-    epsg: int
-    classes: tuple[int, ...]
-    dates: dict[str, list[str]]
-    has_reference: bool = True
+    Attributes:
+        folder: Folder, relative to the root, that ends with ``/``.
+        time: How the time is written, as ``strftime`` has it.
+        kind: What names the sensor.
+        ending: ``.tif`` or another spelling.
+        sidecars: Whether files beside the raster belong to it.
+    """
 
-    @property
-    def name(self) -> str:
-        return f'{self.tile}_{self.x}_{self.y}'
+    folder: str
+    time: str
+    kind: str
+    ending: str
+    sidecars: bool = False
 
-    def image(self, sensor: str, date: str) -> str:
-        return image_name(self.tile, date, sensor, self.x, self.y)
+    def path(self, patch: str, time: int) -> str:
+        """Path, relative to the root, of a raster of a patch; seconds since 1970."""
+        tile, place = split_name(patch)
+        middle = datetime.fromtimestamp(time, UTC).strftime(self.time) if self.time else ''
+        return f'{self.folder}{tile}_{middle}{self.kind}_{place}{self.ending}'
 
-    @property
-    def ground_reference(self) -> str:
-        return reference_name(self.tile, self.x, self.y)
 
-    def times(self, sensor: str) -> NDArray[np.datetime64]:
-        days = np.array([_day(date) for date in self.dates[sensor]], np.int64)
-        return days.astype('datetime64[D]').astype('datetime64[ms]')
+class Image(NamedTuple):
+    """An acquisition on disk: when (seconds since 1970), and how its path is made."""
+
+    time: int
+    layout: Layout
 
 
 class Patch(NamedTuple):
     """What reading needs to know of a patch; the fields are columns of ``Catalog.patches``."""
 
     name: str
-    tile: str
-    x: int
-    y: int
     epsg: int
     ground_reference: bool
     width: int
     height: int
     xmin: float
+    ymin: float
     xmax: float
     ymax: float
 
+    @property
+    def grid(self) -> Grid:
+        """Its pixels, in its own zone."""
+        bounds = self.xmin, self.ymin, self.xmax, self.ymax
+        return Grid.of_bounds(self.epsg, bounds, self.width, self.height)
+
+
+@dataclass
+class _Label:
+    """What the label file of a patch says, and what is known of its rasters by folder."""
+
+    name: str
+    epsg: int
+    classes: tuple[int, ...]
+    images: dict[str, list[Image]]
+    grid: Grid | None = None
+
 
 class Catalog:
-    """Every patch and every acquisition of a data set, known without opening its rasters.
+    """Every patch and every acquisition of a data set, known without reading its rasters.
 
-    The label files and one listing of each folder say what there is. Where the patches of a tile
-    lie follows from the tile's origin and their x and y. The origins of Sentinel-2's tiles follow
-    from their names (the corner of the 100 km square, moved out to a multiple of 60 m), but the
-    size of the patches does not, and a tile of other data may have any name. So two rasters a tile
-    are opened to learn origin and size, and one a patch only in a tile where these two disagree. A
-    raster that turns out to lie elsewhere or to have another size is an error when it is read.
+    A label file makes a patch. Its images are those on disk, at any depth below the folder of their
+    sensor: what the label file names and the disk lacks is left out, what is there besides is read
+    too, and both are counted in a warning. One raster a patch is opened, the label raster if there
+    is one, to learn where the patch lies and its size.
+
+    Images are named ``TILE_YYYYMMDD_S2_X_Y.tif``, or ``.tiff``, in upper or lower case. The time
+    of day (``YYYYMMDDTHHMMSS``) or letters after the sensor (``S1A``, ``S1_ASC``) tell images of
+    one day apart; images of one time are all kept.
 
     What was learnt is kept in ``catalog.parquet`` in root, a GeoParquet of the patches, and used
     as long as no file was added to or removed from the folders, and no label file and none of the
@@ -100,10 +130,10 @@ class Catalog:
     Attributes:
         root: Folder of the data set.
         patches: One row a patch, in the order of the label files' names: ``name``, ``tile``,
-            ``x``, ``y`` (pixels in the tile), ``epsg``, ``classes`` (tuple of the labels present),
+            ``x``, ``y`` (as in the name), ``epsg``, ``classes`` (tuple of the labels present),
             ``ground_reference`` (has a label raster), ``width``, ``height`` (pixels), ``xmin``,
-            ``ymin``, ``xmax``, ``ymax`` (metres in the patch's own CRS) and ``geometry``
-            (footprint, EPSG:4326).
+            ``ymin``, ``xmax``, ``ymax`` (in the patch's own CRS) and ``geometry`` (footprint,
+            EPSG:4326).
         missing: Number of images by sensor that label files name and the disk lacks.
     """
 
@@ -126,7 +156,8 @@ class Catalog:
 
         Raises:
             FileNotFoundError: If root lacks a folder, or ``labels`` holds no label file.
-            ValueError: If a label file is malformed.
+            DataError: If a label file is malformed.
+            UnreadableError: If no raster of a patch can be opened.
         """
         self.root = Path(root)
         kept = TableCache(self.root / CACHE, VERSION) if files and cache else None
@@ -134,38 +165,36 @@ class Catalog:
         if table is None:
             table = _Builder(self.root, files, progress).build(kept)
         self.missing: dict[str, int] = table.attrs['missing']
-        self._set_times(table)
+        self._layouts = [Layout(*layout) for layout in table.attrs['layouts']]
+        self._set_images(table)
         table['classes'] = pd.Series(map(tuple, table['classes']), table.index, object)
-        self.patches = table.drop(columns=list(SENSORS))
+        self.patches = table.drop(columns=_columns())
         self.patches.attrs = {}
-        fields = (self.patches[field].tolist() for field in Patch._fields)
+        fields = (self.patches[name].tolist() for name in Patch._fields)
         self._records = [Patch(*values) for values in zip(*fields, strict=True)]
-        self._report_missing()
+        if table.attrs['notes']:
+            notes = '; '.join(table.attrs['notes'])
+            warnings.warn(f'{self.root}: {notes}', S1S2Warning, stacklevel=2)
 
     @cached_property
     def acquisitions(self) -> pd.DataFrame:
         """One row an image on disk, sorted by patch, sensor and time.
 
-        The columns are ``patch`` (row in ``patches``), ``sensor``, ``time`` (UTC day) and ``path``
+        The columns are ``patch`` (row in ``patches``), ``sensor``, ``time`` (UTC) and ``path``
         (relative to root). The table is made when first asked for; reading does without it.
         """
-        counts = np.diff(self._offsets)
-        sensors = np.tile(np.arange(len(SENSORS), dtype=np.int8), len(self.patches))
-        patches = np.arange(len(self.patches), dtype=np.int32).repeat(len(SENSORS))
-        paths = [
-            f'{sensor}/{image_name(patch.tile, date, sensor, patch.x, patch.y)}'
-            for number, patch in enumerate(self._records)
+        rows = [
+            (number, sensor, time, str(self.path(number, sensor, position).relative_to(self.root)))
+            for number in range(len(self._records))
             for sensor in SENSORS
-            for date in _dates_of(self.times(number, sensor))
+            for position, time in enumerate(self.times(number, sensor))
         ]
-        return pd.DataFrame(
-            {
-                'patch': patches.repeat(counts),
-                'sensor': pd.Categorical.from_codes(sensors.repeat(counts), pd.Index(SENSORS)),
-                'time': self._time,
-                'path': pd.Series(paths, dtype='str'),
-            }
-        )
+        table = pd.DataFrame(rows, columns=['patch', 'sensor', 'time', 'path'])
+        return table.astype({'sensor': pd.CategoricalDtype([*SENSORS]), 'path': 'str'})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: a catalogue does not change, and parts of a data set share it."""
+        return self
 
     def times(self, patch: int, sensor: str) -> NDArray[np.datetime64]:
         """Sorted acquisition times of a patch.
@@ -177,14 +206,15 @@ class Catalog:
         Returns:
             datetime64[s] array, UTC.
         """
-        first = len(SENSORS) * patch + SENSORS.index(sensor)
-        return self._time[self._offsets[first] : self._offsets[first + 1]]
+        return self._time[self._span(patch, sensor)]
 
     def path(self, patch: int, sensor: str, position: int) -> Path:
         """Path of the image at a position of ``times(patch, sensor)``."""
-        row = self._records[patch]
-        (date,) = _dates_of(self.times(patch, sensor)[[position]])
-        return self.root / sensor / image_name(row.tile, date, sensor, row.x, row.y)
+        return self._raster(patch, sensor, position)[0]
+
+    def has_sidecars(self, patch: int, sensor: str, position: int) -> bool:
+        """Whether files beside an image belong to it."""
+        return self._raster(patch, sensor, position)[1].sidecars
 
     def patch(self, patch: int) -> Patch:
         """What reading needs to know of a patch, faster than a row of the table.
@@ -196,65 +226,60 @@ class Catalog:
 
     def ground_reference(self, patch: int) -> Path | None:
         """Path of the label raster of a patch, None where there is none."""
-        row = self.patch(patch)
-        if not row.ground_reference:
-            return None
-        return self.root / GROUND_REFERENCE / reference_name(row.tile, row.x, row.y)
+        return self.path(patch, GROUND_REFERENCE, 0) if self.patch(patch).ground_reference else None
 
-    def _set_times(self, table: pd.DataFrame) -> None:
-        """All times in one array, and where those of each patch and sensor start."""
-        times = [t for row in zip(*(table[s] for s in SENSORS), strict=True) for t in row]
+    def _raster(self, patch: int, folder: str, position: int) -> tuple[Path, Layout]:
+        at = self._span(patch, folder).start + position
+        layout = self._layouts[self._layout[at]]
+        path = layout.path(self._records[patch].name, int(self._time[at].astype(np.int64)))
+        return self.root / path, layout
+
+    def _span(self, patch: int, folder: str) -> slice:
+        first = len(FOLDERS) * patch + FOLDERS.index(folder)
+        return slice(self._offsets[first], self._offsets[first + 1])
+
+    def _set_images(self, table: pd.DataFrame) -> None:
+        """Times and layouts of all rasters in two arrays, and where those of each patch start."""
+        times, layouts = (
+            [
+                part
+                for row in zip(*(table[f'{f}_{what}'] for f in FOLDERS), strict=True)
+                for part in row
+            ]
+            for what in ('time', 'layout')
+        )
         self._time = np.concatenate(times).astype('datetime64[s]')
+        self._layout = np.concatenate(layouts).astype(np.int16)
         self._offsets = np.cumsum([0, *map(len, times)])
-
-    def _report_missing(self) -> None:
-        missing = {sensor: n for sensor, n in self.missing.items() if n}
-        references = int((~self.patches['ground_reference']).sum())
-        if references:
-            missing[GROUND_REFERENCE] = references
-        if missing:
-            what = ', '.join(f'{n} of {name}' for name, n in missing.items())
-            warnings.warn(
-                f'{self.root}: the labels name files that are not on disk ({what}); '
-                'they are left out',
-                stacklevel=3,
-            )
 
 
 class _Builder:
-    """Makes the table of a catalogue from the label files, the folders and a few rasters.
+    """Makes the table of a catalogue from the label files, the folders and a raster a patch.
 
-    The table has a row a patch, with its sorted times of each sensor.
+    The table has a row a patch, with sorted times and layouts of its rasters by folder.
     """
 
     def __init__(self, root: Path, files: bool, progress: bool) -> None:
         self.root = root
         self.files = files
         self.progress = progress
-        self.opened: dict[str, None] = {}
+        self.notes: list[str] = []
 
     def build(self, cache: TableCache | None) -> gpd.GeoDataFrame:
         """The table, kept in the cache if there is one."""
-        if self.files:
-            self._check_folders()
-        folders = LABELS, LABELS + CONTENTS, GROUND_REFERENCE, *SENSORS
-        state = cache.state(*folders) if cache else {}
+        folders = [self._folder(f).name for f in (FOLDERS if self.files else ())]
+        everything = [d for f in folders for d in folders_below(self.root, f)]
+        state = cache.state(LABELS, LABELS + CONTENTS, *everything) if cache else {}
         if state:
             wait_for_next_tick(state)
-        labels = list(self._read_labels())
-        missing = dict.fromkeys(SENSORS, 0)
-        if self.files:
-            missing = {sensor: self._leave_out_missing(labels, sensor) for sensor in SENSORS}
-            self._find_references(labels)
-        table = self._table(labels)
-        table.attrs = {'missing': missing}
+        labels = self._read_labels()
+        missing = self._find_images(labels) if self.files else {}
+        opened = self._find_grids(labels) if self.files else []
+        table = _table(labels)
+        table.attrs |= {'missing': dict.fromkeys(SENSORS, 0) | missing, 'notes': self.notes}
         if cache:
-            cache.save(table, state | cache.state(*self.opened))
+            cache.save(table, state | cache.state(*opened))
         return table
-
-    def _check_folders(self) -> None:
-        for folder in (*SENSORS, GROUND_REFERENCE, LABELS):
-            self._folder(folder)
 
     def _folder(self, folder: str) -> Path:
         path = self.root / folder
@@ -266,116 +291,153 @@ class _Builder:
             )
         return path
 
-    def _list(self, folder: str) -> set[str]:
-        return {entry.name for entry in os.scandir(self._folder(folder))}
-
-    def _read_labels(self) -> Iterator[_Label]:
-        names = sorted(name for name in self._list(LABELS) if name.endswith('.json'))
+    def _read_labels(self) -> list[_Label]:
+        folder = self._folder(LABELS)
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith('.json'))
         if not names:
-            raise FileNotFoundError(
-                f'{self.root / LABELS} holds no label file; expected TILE_X_Y.json'
-            )
+            raise FileNotFoundError(f'{folder} holds no label file; expected TILE_X_Y.json')
         hidden = not self.progress or len(names) < 1000
-        for name in tqdm(names, 'Reading labels', disable=hidden, unit='patch'):
-            yield _read_label(self.root / LABELS / name)
+        bar = tqdm(names, 'Reading labels', disable=hidden, unit='patch')
+        labels = [_read_label(folder / name) for name in bar]
+        twice = sum(_thin(label.images) for label in labels)
+        if twice:
+            self.notes.append(f'label files name {twice} images twice; each counts once')
+        return labels
 
-    def _leave_out_missing(self, labels: list[_Label], sensor: str) -> int:
-        """Take dates without an image on disk out of the labels; the number of these dates."""
-        names, missing = self._list(sensor), 0
-        for label in labels:
-            dates = label.dates[sensor]
-            label.dates[sensor] = [d for d in dates if label.image(sensor, d) in names]
-            missing += len(dates) - len(label.dates[sensor])
-        return missing
+    def _find_images(self, labels: Sequence[_Label]) -> dict[str, int]:
+        """Put what is on disk in the place of what the label files name."""
+        missing, absent, unlisted = Counter[str](), Counter[str](), 0
+        for folder in FOLDERS:
+            found, notes = list_rasters(self.root, folder)
+            self.notes += notes
+            for label in labels:
+                there = sorted(found.pop(label.name, ()), key=lambda i: (i.time, i.layout))
+                listed = Counter(_day(image) for image in label.images.get(folder, ()))
+                days = Counter(map(_day, there))
+                missing[folder] += (listed - days).total()
+                unlisted += (days - listed).total() * (folder != GROUND_REFERENCE)
+                absent[folder] += folder == GROUND_REFERENCE and not there
+                label.images[folder] = there
+            if found:
+                n, example = sum(map(len, found.values())), min(found)
+                self.notes.append(
+                    f'{n} rasters in {folder} are of places without a label file, such as '
+                    f'{example}, and are left out; write_label_files adds them'
+                )
+        if unlisted:
+            self.notes.append(f'{unlisted} images that no label file names are read too')
+        if lacking := {folder: n for folder, n in (missing + absent).items() if n}:
+            what = ', '.join(f'{n} of {folder}' for folder, n in lacking.items())
+            self.notes.insert(
+                0, f'the labels name files that are not on disk ({what}); they are left out'
+            )
+        return {sensor: missing[sensor] for sensor in SENSORS}
 
-    def _find_references(self, labels: list[_Label]) -> None:
-        names = self._list(GROUND_REFERENCE)
-        for label in labels:
-            label.has_reference = label.ground_reference in names
-
-    def _table(self, labels: list[_Label]) -> gpd.GeoDataFrame:
-        frame = pd.DataFrame(
-            {
-                'name': [label.name for label in labels],
-                'tile': pd.Categorical([label.tile for label in labels]),
-                'x': [label.x for label in labels],
-                'y': [label.y for label in labels],
-                'epsg': [label.epsg for label in labels],
-                'classes': [label.classes for label in labels],
-                'ground_reference': [label.has_reference for label in labels],
-            }
-        )
-        for sensor in SENSORS:
-            frame[sensor] = pd.Series([label.times(sensor) for label in labels], dtype=object)
-        place = np.full((len(frame), 5), np.nan)
-        if self.files:
-            for rows in frame.groupby('tile', observed=True).indices.values():
-                place[rows] = self._probe_tile([labels[row] for row in rows])
-        width, height, left, top, res = place.T
-        xmin, ymax = left + frame['x'] * res, top - frame['y'] * res
-        frame['width'], frame['height'] = np.nan_to_num(place[:, :2]).astype(int).T
-        frame['xmin'], frame['ymin'] = xmin, ymax - height * res
-        frame['xmax'], frame['ymax'] = xmin + width * res, ymax
-        return gpd.GeoDataFrame(frame, geometry=_footprints(frame), crs='EPSG:4326')
-
-    def _probe_tile(self, labels: list[_Label]) -> NDArray[np.float64]:
-        """What ``_probe`` tells of each patch of a tile, or of all of them where they agree."""
-        probes = [self._probe(labels[i]) for i in (0, -1)]
-        if probes[0] != probes[1]:
-            probes = [self._probe(label) for label in labels]
-        return np.array(probes if len(set(probes)) > 1 else probes[:1])
-
-    def _probe(self, label: _Label) -> tuple[float, ...]:
-        """Width, height, tile origin and resolution that one raster of a patch tells."""
-        images = [f'{s}/{label.image(s, date)}' for s in SENSORS for date in label.dates[s]]
-        if label.has_reference:
-            images = [f'{GROUND_REFERENCE}/{label.ground_reference}']
-        if not images:
-            return (np.nan,) * 5
-        path = self.root / images[0]
-        self.opened[images[0]] = None
-        with open_raster(path) as src:
-            t = src.transform
-            _check_georeference(path, src, label.epsg)
-            origin = t.c - label.x * t.a, t.f - label.y * t.e
-            return src.width, src.height, round(origin[0], 6), round(origin[1], 6), t.a
+    def _find_grids(self, labels: Sequence[_Label]) -> list[str]:
+        """Open a raster a patch to learn where it lies; the paths of these."""
+        hidden = not self.progress or len(labels) < 1000
+        with ThreadPoolExecutor(8) as pool:
+            grids = pool.map(partial(_find_grid, self.root), labels)
+            bar = tqdm(grids, 'Locating patches', len(labels), disable=hidden, unit='patch')
+            found = list(bar)
+        for label, (_, grid) in zip(labels, found, strict=True):
+            label.grid = grid
+        return [path for path, _ in found if path]
 
 
-def image_name(tile: str, date: str, sensor: str, x: int, y: int) -> str:
-    """File name of an image of a patch; the date is YYYYMMDD."""
-    return f'{tile}_{date}_{sensor.upper()}_{x}_{y}.tif'
+def folders_below(root: Path, folder: str) -> Iterator[str]:
+    """A folder and all below it but hidden ones, relative to root."""
+    for where, folders, _ in os.walk(root / folder):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        yield Path(where).relative_to(root).as_posix()
 
 
-def reference_name(tile: str, x: int, y: int) -> str:
-    """File name of the label raster of a patch."""
-    return f'{tile}_GR_{x}_{y}.tif'
+def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[str]]:
+    """Rasters in a folder and below it by patch, and what is to be said of the others.
 
-
-def open_raster(path: Path) -> rasterio.DatasetReader:
-    """Open a raster, or say which one cannot be opened.
-
-    Raises:
-        OSError: If the file is missing or not a raster.
+    Args:
+        root: Folder of the data set.
+        folder: One of ``FOLDERS``.
     """
-    try:
-        # GDAL's own reader takes three quarters of the time that libtiff does, of most GeoTIFFs.
-        return rasterio.open(path, driver='LIBERTIFF')
-    except RasterioError:
-        pass
-    try:
-        return rasterio.open(path)
-    except RasterioIOError as error:
-        raise OSError(
-            f'{path} cannot be opened: {error}. Fetch the file again, or delete it and the '
-            'catalogue leaves it out'
-        ) from error
+    found: dict[str, list[Image]] = defaultdict(list)
+    odd, doubles, layouts = list[str](), 0, dict[Layout, Layout]()
+    pattern = _REFERENCE if folder == GROUND_REFERENCE else _IMAGE
+    kind = 'gr' if folder == GROUND_REFERENCE else folder
+    for where in folders_below(root, folder):
+        names = sorted(e.name for e in os.scandir(root / where) if not e.name.startswith('.'))
+        beside = {m['stem'] for m in map(_SIDECAR.fullmatch, names) if m}
+        stems = set[str]()
+        for name in names:
+            match = pattern.fullmatch(name)
+            if match is None or not match['kind'].lower().startswith(kind):
+                odd += [name] * (name.lower().endswith(('.tif', '.tiff')))
+                continue
+            stem = name[: match.start('ending')]
+            doubles += stem in stems
+            if stem not in stems:
+                stems.add(stem)
+                image = _image(match, f'{where}/', stem in beside)
+                layout = layouts.setdefault(image.layout, image.layout)
+                found[f'{match["tile"]}_{match["place"]}'].append(Image(image.time, layout))
+    notes = _notes(folder, odd, doubles, found.values())
+    return found, notes
+
+
+def _notes(
+    folder: str, odd: Sequence[str], doubles: int, found: Iterable[Sequence[Image]]
+) -> list[str]:
+    same = sum(len(images) - len({image.time for image in images}) for images in found)
+    read = 'the first of each is' if folder == GROUND_REFERENCE else 'all are'
+    example = min(odd, default='')
+    texts = {
+        f'have other names than its rasters, such as {example}, and are left out': len(odd),
+        'differ from another one in the ending only; one of each is read': doubles,
+        f'have the place and time of another one; {read} read': same,
+    }
+    return [f'{n} files in {folder} {text}' for text, n in texts.items() if n]
+
+
+def _image(match: re.Match[str], folder: str, sidecars: bool) -> Image:
+    """Acquisition that a file name tells of; that of a label raster has the time 0."""
+    parts = match.groupdict()
+    text = parts.get('time') or ''
+    style = {0: '', 8: '%Y%m%d_', 15: '%Y%m%dT%H%M%S_'}[len(text)]
+    seconds = _seconds(text) if text else 0
+    return Image(seconds, Layout(folder, style, parts['kind'], parts['ending'], sidecars))
+
+
+@lru_cache(maxsize=100_000)
+def _seconds(text: str) -> int:
+    """Seconds since 1970 of YYYYMMDD or YYYYMMDDTHHMMSS."""
+    style = '%Y%m%d' if len(text) == 8 else '%Y%m%dT%H%M%S'
+    return int(datetime.strptime(text.upper(), style).replace(tzinfo=UTC).timestamp())
+
+
+def _day(image: Image) -> int:
+    return image.time // 86400
+
+
+def split_name(patch: str) -> tuple[str, str]:
+    """Tile and place (``X_Y``) in the name of a patch."""
+    tile, x, y = patch.rsplit('_', 2)
+    return tile, f'{x}_{y}'
+
+
+def image_name(patch: str, date: str, sensor: str) -> str:
+    """File name of an image of a patch; the date is YYYYMMDD."""
+    tile, place = split_name(patch)
+    return f'{tile}_{date}_{sensor.upper()}_{place}.tif'
+
+
+def reference_name(patch: str) -> str:
+    """File name of the label raster of a patch."""
+    tile, place = split_name(patch)
+    return f'{tile}_GR_{place}.tif'
 
 
 def _read_label(path: Path) -> _Label:
-    match = _PATCH.fullmatch(path.stem)
-    if match is None:
-        raise ValueError(f'{path} is not named TILE_X_Y.json, for example 31UEQ_257_514.json')
-    tile, x, y = match['tile'], int(match['x']), int(match['y'])
+    if _PATCH.fullmatch(path.stem) is None:
+        raise DataError(f'{path} is not named TILE_X_Y.json, for example 31UEQ_257_514.json')
     try:
         content = json.loads(path.read_bytes())
         epsg = _epsg(content['projection'])
@@ -383,41 +445,40 @@ def _read_label(path: Path) -> _Label:
         listed = {sensor: content[key].split(';') for sensor, key in KEYS.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         keys = ', '.join([*KEYS.values(), 'projection', 'labels'])
-        raise ValueError(
+        raise DataError(
             f'{path} is malformed ({type(error).__name__}: {error}); expected a JSON object with '
             f'the strings {keys}. Fetch the file again or delete it'
         ) from error
-    dates = {s: sorted(_dates(path, names, s, f'{x}_{y}', tile)) for s, names in listed.items()}
-    return _Label(tile, x, y, epsg, classes, dates)
+    images = {s: sorted(_listed(path, s, names)) for s, names in listed.items()}
+    return _Label(path.stem, epsg, classes, images)
 
 
-def _dates(path: Path, names: Iterable[str], sensor: str, xy: str, tile: str) -> Iterator[str]:
-    """Dates of image names; each must name this patch."""
-    head, tail, end = f'{tile}_', f'_{sensor.upper()}_{xy}.tif', len(tile) + 9
-    for name in names:
-        if not name:
-            continue
-        date = name[len(head) : end]
-        if not (name.startswith(head) and name[end:] == tail and _day(date) is not None):
-            raise ValueError(
+def _listed(path: Path, sensor: str, names: Iterable[str]) -> Iterator[Image]:
+    """Images that a label file names; each must be of its patch."""
+    tile, place = split_name(path.stem)
+    head, tail, end = f'{tile}_', f'_{sensor.upper()}_{place}.tif', len(tile) + 9
+    usual = Layout(f'{sensor}/', '%Y%m%d_', sensor.upper(), '.tif')
+    for name in filter(None, names):
+        try:
+            if name.startswith(head) and name[end:] == tail:
+                yield Image(_seconds(name[len(head) : end]), usual)
+            else:
+                match = _IMAGE.fullmatch(name)
+                if not match or f'{match["tile"]}_{match["place"]}' != path.stem:
+                    raise ValueError(name)
+                yield _image(match, f'{sensor}/', sidecars=False)
+        except ValueError as error:
+            raise DataError(
                 f'{path} names {name!r} as an image of {sensor}; expected {head}YYYYMMDD{tail}'
-            )
-        yield sys.intern(date)  # a million names hold a few hundred dates
+            ) from error
 
 
-@lru_cache(maxsize=10_000)
-def _day(text: str) -> int | None:
-    """Days since 1970 of a date YYYYMMDD, None if it is not one."""
-    try:
-        day = datetime.strptime(text, '%Y%m%d').date()
-    except ValueError:
-        return None
-    return (day - date(1970, 1, 1)).days if text.isdigit() else None
-
-
-def _dates_of(times: NDArray[np.datetime64]) -> list[str]:
-    """Dates YYYYMMDD."""
-    return [day.replace('-', '') for day in times.astype('datetime64[D]').astype(str).tolist()]
+def _thin(images: dict[str, list[Image]]) -> int:
+    """Leave one of each image; how many were left out."""
+    before = sum(map(len, images.values()))
+    for sensor, listed in images.items():
+        images[sensor] = list(dict.fromkeys(listed))
+    return before - sum(map(len, images.values()))
 
 
 @lru_cache(maxsize=64)
@@ -431,14 +492,73 @@ def _epsg(wkt: str) -> int:
     return code
 
 
-def _check_georeference(path: Path, src: rasterio.DatasetReader, epsg: int) -> None:
-    t = src.transform
-    if src.crs is None or src.crs.to_epsg() != epsg:
-        raise ValueError(
-            f'{path} is in {src.crs}, its label file says EPSG:{epsg}; mend one of them'
+def _find_grid(root: Path, label: _Label) -> tuple[str, Grid | None]:
+    """Grid of a patch after its label raster, or after the first image that can be opened."""
+    path, failed = '', None
+    for folder in (GROUND_REFERENCE, *SENSORS):
+        for image in label.images[folder]:
+            path = image.layout.path(label.name, image.time)
+            try:
+                return path, _north_up(root / path, image.layout.sidecars, label.epsg)
+            except UnreadableError as error:
+                if folder == GROUND_REFERENCE:
+                    raise
+                failed = error
+    if failed:
+        raise failed
+    return path, None
+
+
+def _north_up(path: Path, sidecars: bool, epsg: int) -> Grid:
+    grid = read_grid(path, sidecars)
+    if grid.epsg != epsg:
+        raise DataError(
+            f'{path} is in {grid.crs}, its label file says EPSG:{epsg}; mend one of them'
         )
-    if t.b or t.d or t.a <= 0 or t.e != -t.a:
-        raise ValueError(f'{path} is not north-up with square pixels ({t[:6]}); warp it to be')
+    if not grid.is_north_up:
+        raise DataError(f'{path} is not north-up ({grid.transform[:6]}); warp it to be')
+    return grid
+
+
+def _columns() -> list[str]:
+    """Columns of the table that are not of ``Catalog.patches``."""
+    return [f'{folder}_{what}' for folder in FOLDERS for what in ('time', 'layout')]
+
+
+def _table(labels: Sequence[_Label]) -> gpd.GeoDataFrame:
+    names = [_PATCH.fullmatch(label.name) for label in labels]
+    frame = pd.DataFrame(
+        {
+            'name': [label.name for label in labels],
+            'tile': pd.Categorical([m['tile'] for m in names if m]),
+            'x': [int(m['x']) for m in names if m],
+            'y': [int(m['y']) for m in names if m],
+            'epsg': [label.epsg for label in labels],
+            'classes': [label.classes for label in labels],
+            'ground_reference': [bool(label.images.get(GROUND_REFERENCE)) for label in labels],
+        }
+    )
+    layouts: dict[Layout, int] = {}
+    for folder in FOLDERS:
+        images = [label.images.get(folder, []) for label in labels]
+        times = [[image.time for image in row] for row in images]
+        numbers = [[layouts.setdefault(i.layout, len(layouts)) for i in row] for row in images]
+        frame[f'{folder}_time'] = _arrays(times)
+        frame[f'{folder}_layout'] = _arrays(numbers)
+    places = [_place(label.grid) for label in labels]
+    frame[['width', 'height', 'xmin', 'ymin', 'xmax', 'ymax']] = np.array(places)
+    frame = frame.astype({'width': int, 'height': int})
+    table = gpd.GeoDataFrame(frame, geometry=_footprints(frame), crs='EPSG:4326')
+    table.attrs = {'layouts': [tuple(layout) for layout in layouts]}
+    return table
+
+
+def _arrays(rows: Iterable[Sequence[int]]) -> 'pd.Series[Any]':
+    return pd.Series([np.array(row, np.int64) for row in rows], dtype=object)
+
+
+def _place(grid: Grid | None) -> tuple[float, ...]:
+    return (0, 0, *4 * [np.nan]) if grid is None else (grid.width, grid.height, *grid.bounds)
 
 
 def _footprints(frame: pd.DataFrame) -> gpd.GeoSeries:

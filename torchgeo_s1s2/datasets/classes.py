@@ -23,7 +23,7 @@ class LandCoverClass:
         name: Name shown in legends and written into maps.
         color: Red, green and blue, each 0..255, or a colour as Matplotlib spells it, such as
             ``'#1e64d2'``.
-        labels: Values of the label raster that belong to the class, each 0..254.
+        labels: Values of the label raster that belong to the class, each -32768..65535.
 
     Raises:
         ValueError: If the colour is none.
@@ -90,7 +90,7 @@ class ClassScheme:
         if len(self.ids) != len(self.classes):
             raise ValueError(f'{len(self.classes)} classes have {len(self.ids)} ids; give one each')
         _check_unique('id', self.ids, 0, NO_LABEL)
-        _check_unique('label', [label for c in self.classes for label in c.labels], -1, NO_LABEL)
+        _check_unique('label', [n for c in self.classes for n in c.labels], -(2**15) - 1, 2**16)
 
     def __len__(self) -> int:
         """Number of classes K."""
@@ -111,24 +111,21 @@ class ClassScheme:
         """Matplotlib colour map whose entry i is the colour of class i."""
         return ListedColormap(np.array(self.colors) / 255)
 
-    @property
-    def lookup(self) -> np.ndarray:
-        """Table of 256 uint8: label on disk -> class index, or 255 without a class."""
-        table = np.full(256, NO_LABEL, np.uint8)
-        for index, cls in enumerate(self.classes):
-            table[list(cls.labels)] = index
-        return table
-
     def remap(self, labels: np.ndarray) -> np.ndarray:
         """Turn labels as they are on disk into class indices.
 
         Args:
-            labels: uint8 array of any shape.
+            labels: Whole numbers of any shape.
 
         Returns:
-            uint8 array of the same shape with values 0..K-1, and 255 where there is no class.
+            int64 array of the same shape with values 0..K-1, and 255 where there is no class.
         """
-        return self.lookup[labels]
+        claimed = {label: index for index, c in enumerate(self.classes) for label in c.labels}
+        low, high = min(claimed, default=0) - 1, max(claimed, default=0) + 1
+        table = np.full(high - low + 1, NO_LABEL)
+        for label, index in claimed.items():
+            table[label - low] = index
+        return table[np.asarray(labels, np.int64).clip(low, high) - low]
 
 
 def _check_unique(what: str, values: Sequence[int], above: int, below: int) -> None:

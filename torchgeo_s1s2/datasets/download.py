@@ -18,10 +18,10 @@ from torchgeo_s1s2.datasets.archive import RemoteArchive
 from torchgeo_s1s2.datasets.catalog import (
     GROUND_REFERENCE,
     LABELS,
-    SENSORS,
     Catalog,
     reference_name,
 )
+from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
 from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError, NoSeriesError
 from torchgeo_s1s2.files import whole
@@ -123,7 +123,7 @@ class SeasonDownload:
         url: str,
         tiles: Collection[str] | None = None,
         series: DateRule | None = None,
-        sensors: Sequence[str] = SENSORS,
+        sensors: Sequence[str] = tuple(SENSORS),
         progress: bool = True,
     ) -> None:
         """Keep the settings.
@@ -304,9 +304,10 @@ class SeasonDownload:
         sensors = self.series.reads(self.sensors)
         held = {folder: self._held(folder) for folder in (GROUND_REFERENCE, *sensors)}
         needed: dict[str, set[str]] = {folder: set() for folder in held}
-        references = map(reference_name, patches['tile'], patches['x'], patches['y'])
         needed[GROUND_REFERENCE] = {
-            name for name in references if _is_in(name, held[GROUND_REFERENCE])
+            name
+            for name in map(reference_name, patches['name'])
+            if _is_in(name, held[GROUND_REFERENCE])
         }
         tiles = set(patches['tile']) if self.tiles is None else self.tiles
         chosen = 0

@@ -2,9 +2,8 @@
 
 import json
 import os
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +11,17 @@ import rasterio
 from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.catalog import (
+    FOLDERS,
     GROUND_REFERENCE,
     KEYS,
     LABELS,
-    SENSORS,
-    open_raster,
-    reference_name,
+    Image,
+    list_rasters,
 )
+from torchgeo_s1s2.datasets.rasters import open_raster, read_grid
+from torchgeo_s1s2.datasets.sensors import SENSORS
+from torchgeo_s1s2.errors import DataError, S1S2Warning
 from torchgeo_s1s2.files import whole
-
-_IMAGE = r'(?P<tile>\w+)_\d{{8}}_{sensor}_(?P<x>\d+)_(?P<y>\d+)\.tif'
-_Place = tuple[str, int, int]
 
 
 def write_label_files(
@@ -44,46 +43,37 @@ def write_label_files(
         Number of label files written.
 
     Raises:
+        DataError: If an image has no EPSG code.
         FileNotFoundError: If root has no folder of a sensor, or neither has an image.
-        ValueError: If a file in them has no name of an image, or an image has no EPSG code.
     """
     root = Path(root)
-    images = _images(root)
-    if not images:
+    rasters = {folder: _rasters(root, folder) for folder in FOLDERS}
+    names = sorted({name for sensor in SENSORS for name in rasters[sensor]})
+    if not names:
         raise FileNotFoundError(
             f'{root} has no image; expected s2/TILE_YYYYMMDD_S2_X_Y.tif or s1/TILE_YYYYMMDD_S1_X_Y'
             '.tif'
         )
     for folder in (LABELS, GROUND_REFERENCE):
         (root / folder).mkdir(exist_ok=True)
-    paths = {place: root / LABELS / '{}_{}_{}.json'.format(*place) for place in sorted(images)}
-    todo = {place: path for place, path in paths.items() if overwrite or not path.exists()}
-    for place, path in tqdm(todo.items(), 'Writing labels', unit='patch', disable=not progress):
+    paths = {name: root / LABELS / f'{name}.json' for name in names}
+    todo = {name: path for name, path in paths.items() if overwrite or not path.exists()}
+    for name, path in tqdm(todo.items(), 'Writing labels', unit='patch', disable=not progress):
         with whole(path) as temporary:
-            temporary.write_text(json.dumps(_content(root, place, images[place])))
+            own = {folder: rasters[folder].get(name, []) for folder in FOLDERS}
+            temporary.write_text(json.dumps(_content(root, name, own)))
     return len(todo)
 
 
-def _images(root: Path) -> dict[_Place, dict[str, list[str]]]:
-    """File names of each patch by sensor, sorted."""
-    images: dict[_Place, dict[str, list[str]]] = defaultdict(lambda: {s: [] for s in SENSORS})
-    for sensor in SENSORS:
-        for name, place in _places(root / sensor, sensor.upper()):
-            images[place][sensor].append(name)
-    return images
-
-
-def _places(folder: Path, sensor: str) -> Iterator[tuple[str, _Place]]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f'there is no folder {folder}; make it, empty if there is nothing')
-    pattern = re.compile(_IMAGE.format(sensor=sensor))
-    for path in sorted(folder.glob('*.tif')):
-        match = pattern.fullmatch(path.name)
-        if match is None:
-            raise ValueError(
-                f'{path} is not named TILE_YYYYMMDD_{sensor}_X_Y.tif; rename or remove it'
-            )
-        yield path.name, (match['tile'], int(match['x']), int(match['y']))
+def _rasters(root: Path, folder: str) -> Mapping[str, list[Image]]:
+    if not (root / folder).is_dir() and folder != GROUND_REFERENCE:
+        raise FileNotFoundError(
+            f'there is no folder {root / folder}; make it, empty if there is nothing'
+        )
+    found, notes = list_rasters(root, folder)
+    if notes:
+        warnings.warn(f'{root}: {"; ".join(notes)}', S1S2Warning, stacklevel=3)
+    return found
 
 
 def label_content(
@@ -103,20 +93,33 @@ def label_content(
     }
 
 
-def _content(root: Path, place: _Place, images: Mapping[str, list[str]]) -> dict[str, str]:
-    sensor = next(s for s in SENSORS if images[s])
-    path = root / sensor / images[sensor][0]
-    with open_raster(path) as src:
-        crs = src.crs
-    if crs is None or crs.to_epsg() is None:
-        raise ValueError(f'{path} has no CRS with an EPSG code ({crs}); warp it to one')
-    return label_content(images, crs, _labels(root / GROUND_REFERENCE / reference_name(*place)))
+def listed_images(path: Path) -> dict[str, list[str]]:
+    """Sorted names of the images of each sensor in a label file."""
+    content = json.loads(path.read_text())
+    return {sensor: sorted(filter(None, content[key].split(';'))) for sensor, key in KEYS.items()}
 
 
-def _labels(path: Path) -> list[int]:
-    """Labels in a raster but 0, which stands for none."""
-    if not path.exists():
-        return []
-    with open_raster(path) as src:
-        present = [np.unique(src.read(1, window=window)) for _, window in src.block_windows(1)]
-    return sorted({int(label) for labels in present for label in labels} - {0})
+def _content(root: Path, name: str, rasters: Mapping[str, Sequence[Image]]) -> dict[str, str]:
+    paths = {
+        folder: [root / image.layout.path(name, image.time) for image in images]
+        for folder, images in rasters.items()
+    }
+    first = next(folder for folder in (*SENSORS,) if paths[folder])
+    grid = read_grid(paths[first][0], rasters[first][0].layout.sidecars)
+    if grid.epsg is None:
+        raise DataError(
+            f'{paths[first][0]} has no CRS with an EPSG code ({grid.crs}); warp it to one'
+        )
+    names = {sensor: [path.name for path in paths[sensor]] for sensor in SENSORS}
+    return label_content(names, rasterio.CRS.from_epsg(grid.epsg), _labels(paths[GROUND_REFERENCE]))
+
+
+def _labels(paths: Sequence[Path]) -> list[int]:
+    """Labels in the first of these rasters but 0, which stands for none."""
+    present: set[int] = set()
+    for path in paths[:1]:
+        with open_raster(path) as src:
+            for _, window in src.block_windows(1):
+                block = src.read(1, window=window, masked=True).compressed()
+                present |= {int(label) for label in np.unique(block) if np.isfinite(label)}
+    return sorted(present - {0})

@@ -1,7 +1,9 @@
-"""Rasters of patches, read onto grids."""
+"""Rasters: where they lie, what they say of themselves, and windows of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,207 +11,398 @@ import numpy as np
 import rasterio
 from affine import Affine
 from numpy.typing import NDArray
-from rasterio.enums import Resampling
-from rasterio.vrt import WarpedVRT
+from rasterio.crs import CRS
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.errors import RasterioError
+from rasterio.transform import array_bounds
+from rasterio.warp import reproject
+from rasterio.warp import transform as warp_points
 from rasterio.windows import Window
 
-from torchgeo_s1s2.datasets.catalog import Catalog, open_raster
-from torchgeo_s1s2.datasets.classes import NO_LABEL
+from torchgeo_s1s2.datasets.sensors import Array, Reading
+from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, UnreadableError
 
-SENSOR_BANDS: dict[str, tuple[str, ...]] = {
-    's2': ('B02', 'B03', 'B04', 'B05', 'B06', 'B07', 'B08', 'B8A', 'B11', 'B12'),
-    's1': ('VV', 'VH'),
-}
-"""Bands of each sensor in the order of its files."""
-
-NODATA = {'s2': -10000, 's1': 0}
-"""Value of a pixel without an observation in each sensor's files."""
+# Opening one of a thousand files of a folder would list them all.
+GDAL_OPTIONS = {'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR'}
+_CLOSE = 0.01  # pixels within which two grids are one
+Read = Callable[[Window], NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Pixels to be filled: where they lie and how many."""
+    """Pixels: where they lie and how many.
 
-    epsg: int | None
-    crs: rasterio.CRS
+    Attributes:
+        crs: CRS.
+        transform: From columns and rows to the CRS.
+        width: Number of columns.
+        height: Number of rows.
+    """
+
+    crs: CRS
     transform: Affine
     width: int
     height: int
 
+    @classmethod
+    def of_bounds(
+        cls, epsg: int, bounds: tuple[float, float, float, float], width: int, height: int
+    ) -> 'Grid':
+        """North-up pixels that fill bounds: least x and y, largest x and y."""
+        xmin, ymin, xmax, ymax = bounds
+        xres, yres = (xmax - xmin) / width, (ymax - ymin) / height
+        return cls(crs_of(epsg), Affine(xres, 0, xmin, 0, -yres, ymax), width, height)
+
+    @property
+    def epsg(self) -> int | None:
+        """EPSG code, None if the CRS has none."""
+        return _epsg(self.crs.to_wkt())
+
     @property
     def bounds(self) -> tuple[float, float, float, float]:
-        """Least x and y, largest x and y."""
-        xmin, ymax = self.transform.c, self.transform.f
-        return (
-            xmin,
-            ymax + self.height * self.transform.e,
-            xmin + self.width * self.transform.a,
-            ymax,
-        )
+        """Least x and y, largest x and y of a north-up grid."""
+        return array_bounds(self.height, self.width, self.transform)
 
-    def offset_in(self, src: 'rasterio.DatasetReader | Grid') -> tuple[int, int] | None:
-        """Column and row of the first pixel in a raster, None if the two are not on one grid."""
-        here, there = self.transform, src.transform
-        if src.crs != self.crs or abs(there.a - here.a) + abs(there.e - here.e) > 1e-6:
+    @property
+    def res(self) -> tuple[float, float]:
+        """Width and height of a pixel of a north-up grid."""
+        return self.transform.a, -self.transform.e
+
+    @property
+    def is_north_up(self) -> bool:
+        """Whether columns go east and rows south, within a hundredth of a pixel."""
+        t = self.transform
+        skew = abs(t.b) * self.height < _CLOSE * abs(t.a), abs(t.d) * self.width < _CLOSE * abs(t.e)
+        return t.a > 0 > t.e and all(skew)
+
+    def window(self, col: int, row: int, width: int, height: int) -> 'Grid':
+        """Part that begins at a column and row, which may reach beyond."""
+        return Grid(self.crs, self.transform @ Affine.translation(col, row), width, height)
+
+    def offset_in(self, other: 'Grid') -> tuple[int, int] | None:
+        """Column and row of the first pixel in another grid, None if pixels do not coincide."""
+        if not same_crs(self.crs, other.crs):
             return None
-        col, row = (here.c - there.c) / there.a, (here.f - there.f) / there.e
-        aligned = abs(col - round(col)) < 1e-3 and abs(row - round(row)) < 1e-3
-        return (round(col), round(row)) if aligned else None
+        step = ~other.transform @ self.transform
+        size = max(self.width, self.height)
+        straight = max(abs(step.a - 1), abs(step.b), abs(step.d), abs(step.e - 1)) * size < _CLOSE
+        col, row = round(step.c), round(step.f)
+        whole = abs(step.c - col) < _CLOSE and abs(step.f - row) < _CLOSE
+        return (col, row) if straight and whole else None
+
+    def pixels_of(self, other: 'Grid') -> NDArray[np.float64]:
+        """Columns and rows, in this grid, of points along the border of another one: (2, N)."""
+        steps = np.linspace(0, 1, 21)
+        columns, rows = np.meshgrid(steps * other.width, steps * other.height)
+        x, y = _apply(other.transform, columns.ravel(), rows.ravel())
+        if not same_crs(self.crs, other.crs):
+            x, y = np.array(warp_points(other.crs, self.crs, x, y))
+        return _apply(~self.transform, x, y)
 
 
-class Rasters:
-    """Reads the rasters of patches, which a catalogue knows by row."""
-
-    def __init__(self, catalog: Catalog, bands: Mapping[str, Sequence[str]], raw: bool) -> None:
-        """Keep the settings.
-
-        Args:
-            catalog: Catalogue of the data set.
-            bands: Bands to read of each sensor.
-            raw: Give the values of the files instead of reflectance and dB.
-        """
-        self.catalog = catalog
-        self.bands = bands
-        self.raw = raw
-
-    def grid(self, row: int) -> Grid:
-        """Grid of a patch in its own zone."""
-        patch = self.catalog.patch(row)
-        res = (patch.xmax - patch.xmin) / patch.width
-        origin = Affine(res, 0, patch.xmin, 0, -res, patch.ymax)
-        crs = rasterio.CRS.from_epsg(patch.epsg)
-        return Grid(patch.epsg, crs, origin, patch.width, patch.height)
-
-    def slot(
-        self, row: int, sensor: str, positions: Sequence[int], grid: Grid
-    ) -> NDArray[np.float32]:
-        """Mean of the acquisitions of a slot in the units of a sample.
-
-        Args:
-            row: Row of the patch in the catalogue.
-            sensor: ``'s2'`` or ``'s1'``.
-            positions: Positions of the acquisitions in the sensor's times.
-            grid: Where to.
-
-        Returns:
-            Values (C, H, W), NaN without an observation.
-
-        Raises:
-            OSError: If a raster cannot be read; the message names it.
-            ValueError: If a raster has another size or number of bands than the others.
-        """
-        return self.mean(self.acquisitions(row, sensor, positions, grid), sensor)
-
-    def acquisitions(
-        self, row: int, sensor: str, positions: Sequence[int], grid: Grid
-    ) -> list[NDArray[Any]]:
-        """Bands of acquisitions as they are in their rasters, each (C, H, W); else as slot."""
-        names = SENSOR_BANDS[sensor]
-        indexes = [names.index(band) + 1 for band in self.bands[sensor]]
-        paths = (self.catalog.path(row, sensor, position) for position in positions)
-        return [self._read(p, row, indexes, len(names), grid, NODATA[sensor]) for p in paths]
-
-    def mean(self, images: Sequence[NDArray[Any]], sensor: str) -> NDArray[np.float32]:
-        """Mean of acquisitions (C, H, W) of a sensor, in the units of a sample."""
-        values = [_without_nodata(image, sensor) for image in images]
-        value = values[0] if len(values) == 1 else _nanmean(np.stack(values))
-        return value if self.raw else _to_physical(value, sensor)
-
-    def labels(self, row: int, grid: Grid) -> NDArray[Any] | None:
-        """Labels (H, W) as they are in the raster, None where there is none; else as slot."""
-        path = self.catalog.ground_reference(row)
-        if path is None:
-            return None
-        labels: NDArray[Any] = self._read(path, row, [1], 1, grid, NO_LABEL)[0]
-        return labels
-
-    def _read(
-        self, path: Path, row: int, indexes: list[int], count: int, grid: Grid, nodata: int
-    ) -> NDArray[Any]:
-        """Read bands of a raster onto a grid: (len(indexes), H, W) in the raster's type."""
-        with open_raster(path) as src:
-            self._check(path, src, row, count)
-            offset = grid.offset_in(src)
-            try:
-                if offset is not None:
-                    return _crop(src, indexes, grid, *offset, nodata)
-                return _warp(src, grid, nodata).read(indexes)
-            except rasterio.errors.RasterioError as error:
-                raise OSError(
-                    f'{path} cannot be read: {error}. Fetch the file again, or delete it and the '
-                    'catalogue leaves it out'
-                ) from error
-
-    def _check(self, path: Path, src: rasterio.DatasetReader, row: int, count: int) -> None:
-        patch = self.catalog.patch(row)
-        got = src.count, src.width, src.height
-        expected = count, patch.width, patch.height
-        if got != expected:
-            raise ValueError(
-                f'{path} has (bands, width, height) {got}, expected {expected} as the other '
-                f'rasters of patch {patch.name}; fetch or write the file again'
-            )
-        t = src.transform
-        if abs(t.c - patch.xmin) + abs(t.f - patch.ymax) > 1e-3:
-            raise ValueError(
-                f'{path} has its upper left corner at {t.c}, {t.f}; the other rasters place patch '
-                f'{patch.name} at {patch.xmin}, {patch.ymax}'
-            )
-
-
-def _crop(
-    src: rasterio.DatasetReader, indexes: list[int], grid: Grid, col: int, row: int, nodata: int
-) -> NDArray[Any]:
-    """Read a window that may reach beyond the raster; ``nodata`` there."""
-    left, top = max(col, 0), max(row, 0)
-    width = min(col + grid.width, src.width) - left
-    height = min(row + grid.height, src.height) - top
-    window = Window(left, top, width, height)
-    if (width, height) == (grid.width, grid.height):
-        return src.read(indexes, window=window)
-    out = np.full((len(indexes), grid.height, grid.width), nodata, src.dtypes[0])
-    if width > 0 and height > 0:
-        inside = np.s_[:, top - row : top - row + height, left - col : left - col + width]
-        out[inside] = src.read(indexes, window=window)
-    return out
-
-
-def _warp(src: rasterio.DatasetReader, grid: Grid, nodata: int) -> WarpedVRT:
-    is_label = nodata == NO_LABEL
-    return WarpedVRT(
-        src,
-        crs=grid.crs,
-        transform=grid.transform,
-        width=grid.width,
-        height=grid.height,
-        resampling=Resampling.nearest if is_label else Resampling.bilinear,
-        src_nodata=None if is_label else nodata,
-        nodata=nodata,
-        dtype=src.dtypes[0],
+def _apply(affine: Affine, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.array(
+        [affine.a * x + affine.b * y + affine.c, affine.d * x + affine.e * y + affine.f]
     )
 
 
-def _without_nodata(image: NDArray[Any], sensor: str) -> NDArray[np.float32]:
-    """NaN where a sensor has no value; S1 power must be above 0."""
-    value = image.astype(np.float32)
-    missing = image == NODATA['s2'] if sensor == 's2' else ~(image > 0)
-    if missing.any():
-        value[missing] = np.nan
+@lru_cache(maxsize=64)
+def crs_of(epsg: int) -> CRS:
+    """CRS of an EPSG code."""
+    return CRS.from_epsg(epsg)
+
+
+@lru_cache(maxsize=64)
+def _epsg(wkt: str) -> int | None:
+    return CRS.from_wkt(wkt).to_epsg()
+
+
+def same_crs(one: CRS, other: CRS) -> bool:
+    """Whether two CRS are one, however they are written."""
+    return one == other or _same_crs(one.to_wkt(), other.to_wkt())
+
+
+@lru_cache(maxsize=64)
+def _same_crs(one: str, other: str) -> bool:
+    return _epsg(one) is not None and _epsg(one) == _epsg(other)
+
+
+@contextmanager
+def open_raster(path: Path, sidecars: bool = False) -> Iterator[rasterio.DatasetReader]:
+    """Open a raster, and say which one if it cannot be opened or read.
+
+    Args:
+        path: File.
+        sidecars: Whether files beside it belong to it: a world file, a mask, GDAL's metadata.
+
+    Raises:
+        UnreadableError: If the file is missing, damaged or no raster.
+    """
+    try:
+        with _open(path, sidecars) as src:
+            yield src
+    except RasterioError as error:
+        raise UnreadableError(
+            f'{path} cannot be read: {error}. Fetch the file again, or delete it and the '
+            'catalogue leaves it out'
+        ) from error
+
+
+def _open(path: Path, sidecars: bool) -> rasterio.DatasetReader:
+    if sidecars:
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN='TRUE'):
+            return rasterio.open(path)
+    try:
+        # GDAL's own reader takes three quarters of the time that libtiff does, of most GeoTIFFs.
+        return rasterio.open(path, driver='LIBERTIFF')
+    except RasterioError:
+        return rasterio.open(path)
+
+
+def read_grid(path: Path, sidecars: bool = False) -> Grid:
+    """Where a raster lies.
+
+    Raises:
+        DataError: If the raster does not say.
+        UnreadableError: If it cannot be opened.
+    """
+    with rasterio.Env(**GDAL_OPTIONS), open_raster(path, sidecars) as src:
+        return _grid_of(path, src)
+
+
+def _grid_of(path: Path, src: rasterio.DatasetReader) -> Grid:
+    if src.crs is None or src.transform.is_identity:
+        raise DataError(
+            f'{path} does not say where it lies (CRS {src.crs}, transform {src.transform[:6]}); '
+            'write its georeference, for instance with gdal_edit -a_srs and -a_ullr'
+        )
+    return Grid(src.crs, src.transform, src.width, src.height)
+
+
+def read_image(
+    path: Path,
+    reading: Reading,
+    grid: Grid,
+    time: np.datetime64,
+    patch: Grid,
+    sidecars: bool = False,
+) -> Array:
+    """Read bands of an image onto a grid, warped (bilinear) if its own pixels are others.
+
+    Args:
+        path: File.
+        reading: Which bands, and what the file cannot say of its values.
+        grid: Where to.
+        time: Time of the acquisition.
+        patch: Grid of the patch that the raster is of.
+        sidecars: As in :func:`open_raster`.
+
+    Returns:
+        Values (C, H, W) in the sensor's physical unit, NaN without an observation.
+
+    Raises:
+        DataError: If the raster lacks bands, does not say where it lies or lies elsewhere.
+        ImplausibleValuesError: If a power is below 0 nearly everywhere.
+        UnreadableError: If it cannot be read.
+    """
+    with open_raster(path, sidecars) as src:
+        indexes = _indexes(path, src, reading)
+        scaled = any(src.scales[i - 1] != 1 for i in indexes)
+
+        def read(window: Window) -> Array:
+            value = _values(path, src, indexes, window, reading.nodata, np.float32)
+            value += np.float32(reading.offset(time) if not reading.raw else 0)
+            if not reading.raw:
+                _rescale(value, src, indexes)
+            _check_power(path, value, reading)
+            return reading.physical(value, scaled)
+
+        return _onto(path, src, grid, patch, read, Resampling.bilinear, len(indexes))
+
+
+def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> NDArray[np.float64]:
+    """Read a label raster onto a grid, by the nearest pixel.
+
+    Returns:
+        Whole numbers (H, W), NaN where the raster has no data or does not reach.
+
+    Raises:
+        DataError: If a label is no whole number, or as in :func:`read_image`.
+        UnreadableError: If it cannot be read.
+    """
+    with open_raster(path, sidecars) as src:
+        if src.count != 1:
+            raise DataError(f'{path} has {src.count} bands, a label raster has one')
+
+        def read(window: Window) -> NDArray[np.float64]:
+            return _values(path, src, [1], window, np.nan, np.float64)
+
+        labels: NDArray[np.float64] = _onto(path, src, grid, patch, read, Resampling.nearest, 1)[0]
+    odd = labels[(labels != np.round(labels)) & ~np.isnan(labels)]
+    if odd.size:
+        raise DataError(f'{path} holds the label {odd[0]}; labels are whole numbers')
+    return labels
+
+
+def _indexes(path: Path, src: rasterio.DatasetReader, reading: Reading) -> list[int]:
+    """Numbers of the bands to read: by name where the file names them."""
+    sensor = reading.sensor
+    names = {i: sensor.band(text) for i, text in enumerate(src.descriptions, 1)}
+    data = [i for i in names if names[i] or src.colorinterp[i - 1] != ColorInterp.alpha]
+    known = [names[i] for i in data if names[i]]
+    if len(set(known)) < len(known):
+        raise DataError(f'{path} names a band twice: {src.descriptions}; mend its descriptions')
+    if known:
+        at = {name: i for i, name in names.items() if name}
+    elif len(data) == len(reading.file_bands):
+        at = dict(zip(reading.file_bands, data, strict=True))
+    else:
+        raise DataError(
+            f'{path} has {len(data)} bands without known names ({src.descriptions[:3]} ...), '
+            f'expected {len(reading.file_bands)}: {", ".join(reading.file_bands)}. Say which they '
+            f'are in order, as in file_bands={{{sensor.name!r}: [...]}}'
+        )
+    lacking = [band for band in reading.bands if band not in at]
+    if lacking:
+        raise DataError(
+            f'{path} has the bands {", ".join(at)} and lacks {", ".join(lacking)}; choose others '
+            'with bands'
+        )
+    return [at[band] for band in reading.bands]
+
+
+def _values(
+    path: Path,
+    src: rasterio.DatasetReader,
+    indexes: Sequence[int],
+    window: Window,
+    nodata: float,
+    dtype: type[np.floating[Any]],
+) -> NDArray[Any]:
+    """Values of bands, NaN where the raster has none: after its tag or its mask, or *nodata*."""
+    data = src.read(indexes, window=window)
+    if data.dtype.kind == 'c':
+        raise DataError(f'{path} holds complex numbers ({data.dtype}); give power or dB')
+    value: NDArray[Any] = data.astype(dtype)
+    masked = any(MaskFlags.per_dataset in src.mask_flag_enums[i - 1] for i in indexes)
+    if data.dtype.kind == 'u' and nodata < 0:
+        nodata = 0  # as in ESA's products, whose type has no other
+    for band, i in enumerate(indexes):
+        tag = src.nodatavals[i - 1]
+        if tag is None and masked:
+            continue
+        missing = data[band] == (nodata if tag is None else tag)
+        if missing.any():
+            value[band, missing] = np.nan
+    if masked:
+        value[src.read_masks(indexes, window=window) == 0] = np.nan
+    if data.dtype.kind == 'f':
+        value[~np.isfinite(value)] = np.nan
     return value
 
 
-def _nanmean(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean over the first axis of what is not NaN; NaN where everything is."""
-    seen = ~np.isnan(images)
-    total: NDArray[np.float32] = images.sum(0, where=seen)
-    count: NDArray[np.float32] = seen.sum(0, dtype=np.float32)
+def _rescale(value: Array, src: rasterio.DatasetReader, indexes: Sequence[int]) -> None:
+    """Apply the file's own scale and offset, in place."""
+    for band, i in enumerate(indexes):
+        if (src.scales[i - 1], src.offsets[i - 1]) != (1, 0):
+            value[band] = value[band] * src.scales[i - 1] + src.offsets[i - 1]
+
+
+def _check_power(path: Path, value: Array, reading: Reading) -> None:
+    """Raise an error where values that shall be power are mostly well below 0."""
+    if reading.unit == 'db' or not reading.sensor.positive or not (value < 0).any():
+        return
+    middle = float(np.nanmedian(value))
+    if middle < -1:
+        name = reading.sensor.name
+        raise ImplausibleValuesError(
+            f'{path} holds mostly negative values (median {middle:.4g}), which are no power. If '
+            f"they are dB, give unit={{{name!r}: 'db'}}; if that value stands for none, give "
+            f'nodata={{{name!r}: {middle:.4g}}}, or tag it in the file'
+        )
+
+
+def _onto(
+    path: Path,
+    src: rasterio.DatasetReader,
+    grid: Grid,
+    patch: Grid,
+    read: Read,
+    how: Resampling,
+    count: int,
+) -> NDArray[Any]:
+    """Read a window onto a grid: as it is where the pixels coincide, and else warped."""
+    own = _grid_of(path, src)
+    if own.transform != patch.transform or own.crs != patch.crs:
+        _check_overlap(path, own, patch)
+    offset = grid.offset_in(own)
+    if offset is not None:
+        return _crop(own, grid, read, *offset, count)
+    (left, right), (top, bottom) = _reach(own, grid)
+    if right <= left or bottom <= top:
+        return np.full((count, grid.height, grid.width), np.nan, np.float32)
+    part = own.window(left, top, right - left, bottom - top)
+    source = read(Window(left, top, part.width, part.height))
+    out = np.full((count, grid.height, grid.width), np.nan, source.dtype)
+    reproject(
+        source,
+        out,
+        src_transform=part.transform,
+        src_crs=part.crs,
+        src_nodata=np.nan,
+        dst_transform=grid.transform,
+        dst_crs=grid.crs,
+        dst_nodata=np.nan,
+        resampling=how,
+        UNIFIED_SRC_NODATA='NO',
+    )
+    return out
+
+
+def _check_overlap(path: Path, own: Grid, patch: Grid) -> None:
+    columns, rows = own.pixels_of(patch)
+    beside = columns.max() <= 0 or columns.min() >= own.width
+    if beside or rows.max() <= 0 or rows.min() >= own.height:
+        raise DataError(
+            f'{path} lies at {own.bounds} in {own.crs}, beside its patch at {patch.bounds} in '
+            f'{patch.crs}; mend its georeference or its name'
+        )
+
+
+def _reach(own: Grid, grid: Grid) -> list[tuple[int, int]]:
+    """First and last + 1 column, and row, of the pixels that a warp to a grid needs."""
+    points = own.pixels_of(grid)
+    if not np.isfinite(points).all():
+        return [(0, 0), (0, 0)]
+    low, high = points.min(1), points.max(1)
+    # Where pixels are made larger, each needs as many as it is larger.
+    margin = 2 + np.ceil((high - low) / (grid.width, grid.height))
+    first = np.maximum(np.floor(low - margin), 0).astype(int)
+    last = np.minimum(np.ceil(high + margin), (own.width, own.height)).astype(int)
+    return [(int(a), int(b)) for a, b in zip(first, last, strict=True)]
+
+
+def _crop(own: Grid, grid: Grid, read: Read, col: int, row: int, count: int) -> NDArray[Any]:
+    """Read a window that may reach beyond the raster; NaN there."""
+    left, top = max(col, 0), max(row, 0)
+    width = min(col + grid.width, own.width) - left
+    height = min(row + grid.height, own.height) - top
+    if (width, height) == (grid.width, grid.height):
+        return read(Window(left, top, width, height))
+    out = np.full((count, grid.height, grid.width), np.nan)
+    if width > 0 and height > 0:
+        part = read(Window(left, top, width, height))
+        out = out.astype(part.dtype)
+        out[:, top - row : top - row + height, left - col : left - col + width] = part
+    return out
+
+
+def mean(images: Sequence[Array]) -> Array:
+    """Mean of images of what is not NaN; NaN where everything is."""
+    if len(images) == 1:
+        return images[0]
+    stack = np.stack(images)
+    seen = ~np.isnan(stack)
     with np.errstate(invalid='ignore'):
-        return total / count
-
-
-def _to_physical(value: NDArray[np.float32], sensor: str) -> NDArray[np.float32]:
-    """S2 to reflectance, S1 to dB, in place."""
-    if sensor == 's1':
-        np.log10(value, out=value)
-    value *= np.float32(1e-4 if sensor == 's2' else 10)
-    return value
+        average: Array = np.add.reduce(stack, 0, where=seen) / seen.sum(0, dtype=np.float32)
+    return average

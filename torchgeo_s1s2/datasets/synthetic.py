@@ -38,8 +38,14 @@ from rasterio.crs import CRS
 from rasterio.transform import from_origin
 from tqdm import tqdm
 
-from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, SENSORS, reference_name
+from torchgeo_s1s2.datasets.catalog import (
+    GROUND_REFERENCE,
+    LABELS,
+    image_name,
+    reference_name,
+)
 from torchgeo_s1s2.datasets.labels import label_content
+from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.files import whole
 
 Array = NDArray[np.float64]
@@ -254,14 +260,18 @@ def _names(patches: Mapping[str, int], size: int) -> Iterator[tuple[str, int, in
             yield tile, number % side * (size + 1), number // side * (size + 1)
 
 
-def _label_path(root: Path, name: tuple[str, int, int]) -> Path:
-    return root / LABELS / '{}_{}_{}.json'.format(*name)
+def _label_path(root: Path, place: tuple[str, int, int]) -> Path:
+    return root / LABELS / f'{_name(place)}.json'
 
 
-def _write_patch(root: Path, name: tuple[str, int, int], settings: Mapping[str, Any]) -> None:
+def _name(place: tuple[str, int, int]) -> str:
+    return '{}_{}_{}'.format(*place)
+
+
+def _write_patch(root: Path, place: tuple[str, int, int], settings: Mapping[str, Any]) -> None:
     """Write the rasters of a patch and then its label file, which makes it part of the set."""
-    tile, x, y = name
-    rng = np.random.default_rng([settings['seed'], crc32('{}_{}_{}'.format(*name).encode())])
+    tile, x, y = place
+    rng = np.random.default_rng([settings['seed'], crc32(_name(place).encode())])
     scene = _draw_scene(rng, settings['size'], settings['delay'])
     draw: dict[str, Callable[..., NDArray[Any]]] = {
         's2': partial(_reflectance, haze=settings['haze']),
@@ -273,13 +283,13 @@ def _write_patch(root: Path, name: tuple[str, int, int], settings: Mapping[str, 
     for sensor in SENSORS:
         for day in rng.permutation(days[sensor]):
             date = str(np.datetime64(f'{settings["year"]}-01-01') + int(day)).replace('-', '')
-            file = f'{tile}_{date}_{sensor.upper()}_{x}_{y}.tif'
+            file = image_name(_name(place), date, sensor)
             _write_raster(root / sensor / file, draw[sensor](rng, scene, int(day)), profile)
             names[sensor].append(file)
     labels = scene.field('label').astype(np.uint8)
-    _write_raster(root / GROUND_REFERENCE / reference_name(*name), labels[None], profile)
+    _write_raster(root / GROUND_REFERENCE / reference_name(_name(place)), labels[None], profile)
     content = label_content(names, profile['crs'], np.unique(labels))
-    _write_text(_label_path(root, name), json.dumps(content))
+    _write_text(_label_path(root, place), json.dumps(content))
 
 
 def _draw_scene(rng: np.random.Generator, size: int, delay: float) -> _Scene:

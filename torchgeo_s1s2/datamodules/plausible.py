@@ -1,0 +1,112 @@
+"""Checks that values are in the units that they are taken for, when statistics are made."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from torchgeo_s1s2.datasets.sensors import Reading
+from torchgeo_s1s2.errors import ImplausibleValuesError
+
+# Of reflectance: no band is brighter on average than fresh snow, and some band is brighter than
+# deep water.
+_DARK, _BRIGHT = 0.01, 1.5
+# Lowest reflectance of an image whose values are 1,000 too high: shadows, water and forest have
+# 0 to 0.05 in some band, which the offset of processing baseline 04.00 makes 0.1 to 0.2.
+_OFFSET_FLOOR = 0.095, 0.2
+_LOUD, _SILENT = 5.0, -50.0  # dB
+
+
+class Floor(NamedTuple):
+    """Lowest value of any band in an image, and when it was acquired (seconds since 1970)."""
+
+    time: int
+    value: float
+
+
+def check_values(
+    readings: Mapping[str, Reading],
+    mean: Mapping[str, Sequence[float]],
+    lowest: Mapping[str, float],
+    floors: Sequence[Floor],
+    offset_given: bool,
+) -> None:
+    """Compare statistics of training images with what their sensors can measure.
+
+    Args:
+        readings: How the files of each sensor are read.
+        mean: Mean of each band by sensor.
+        lowest: Lowest value by sensor.
+        floors: Of Sentinel-2 images.
+        offset_given: Whether somebody said what the offset is.
+
+    Raises:
+        ImplausibleValuesError: If the values look like others; the message says which argument to
+            set.
+    """
+    for name, reading in readings.items():
+        if not reading.raw:
+            why = (
+                _reflectance(mean[name])
+                if name == 's2'
+                else _backscatter(reading, mean[name], lowest[name])
+            )
+            if why:
+                raise ImplausibleValuesError(why)
+    if not offset_given and 's2' in readings and not readings['s2'].raw:
+        _check_offset(floors)
+
+
+def _reflectance(mean: Sequence[float]) -> str:
+    low, high = min(mean), max(mean)
+    seen = f'Sentinel-2 has mean reflectances of {low:.3g} to {high:.3g}'
+    if low < 0:
+        return f'{seen}: the offset takes away too much; leave offset out, or give it by day'
+    if high < _DARK:
+        return (
+            f'{seen}: the files seem to hold reflectance itself; give unit="reflectance", or write '
+            'their scale into them'
+        )
+    if high > _BRIGHT:
+        return (
+            f'{seen}: the files seem to hold reflectance x 10,000; give unit="dn", or '
+            'write their scale and no-data value into them'
+        )
+    return ''
+
+
+def _backscatter(reading: Reading, mean: Sequence[float], lowest: float) -> str:
+    seen = f'Sentinel-1 has mean backscatters of {min(mean):.3g} to {max(mean):.3g} dB'
+    if reading.unit == 'db' and lowest >= 0:
+        return f'{seen} and none below 0: the files seem to hold power; give unit="linear"'
+    if max(mean) > _LOUD and reading.unit != 'amplitude':
+        return (
+            f'{seen}: the files seem to hold uncalibrated amplitudes; calibrate them to sigma0 or '
+            'gamma0, or give unit="amplitude", whose dB are right but for a constant'
+        )
+    if min(mean) < _SILENT:
+        return f'{seen}: no such signal can be measured; look for the unit and scale of the files'
+    return ''
+
+
+def _check_offset(floors: Sequence[Floor]) -> None:
+    """Look for images that are 1,000 too bright: all, or those from some day on."""
+    floors = sorted(floors)
+    low, high = _OFFSET_FLOOR
+    lifted = np.array([low <= floor.value <= high for floor in floors])
+    if lifted.sum() < max(3, 0.2 * len(lifted)):
+        return
+    first = int(lifted.argmax())
+    day = str(np.datetime64(floors[first].time, 's').astype('datetime64[D]'))
+    if lifted.mean() > 0.5:
+        say = 'offset=-1000, or offset={day: -1000} with the day from which on it holds'
+    elif lifted[first:].mean() > 0.9:
+        say = f'offset={{{day!r}: -1000}}'
+    else:
+        return
+    raise ImplausibleValuesError(
+        f'in {lifted.sum()} of {len(lifted)} Sentinel-2 images (the first of {day}) no pixel of '
+        f'any band is darker than {low}: they seem to hold the offset of +1000 of products since '
+        f'processing baseline 04.00 (25 January 2022). Give {say}; if the ground is so bright, '
+        'offset=0'
+    )

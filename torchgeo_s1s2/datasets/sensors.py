@@ -1,0 +1,220 @@
+"""What a sensor is, said once: its bands, and how its files' values become those of a sample."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+Offset = float | Mapping[str, float]
+
+
+def _unchanged(value: Array) -> Array:
+    return value
+
+
+def _from_dn(value: Array) -> Array:
+    return value * np.float32(1e-4)
+
+
+def _from_db(value: Array) -> Array:
+    return np.float32(10) ** (value / np.float32(10))
+
+
+def _to_db(power: Array) -> Array:
+    with np.errstate(divide='ignore', invalid='ignore'):
+        return np.float32(10) * np.log10(power)
+
+
+@dataclass(frozen=True)
+class Sensor:
+    """A sensor of a data set.
+
+    Attributes:
+        name: Its name, which is also that of its folder.
+        bands: Its bands, in the order of files that do not name them.
+        units: What the values of a file may be, each with the function that brings them to the
+            physical unit, in which images are warped and averaged; the first is the default.
+        nodata: Value of a pixel without an observation in files that do not say.
+        positive: Whether only physical values above 0 are observations.
+        finish: Function from the physical unit to that of a sample.
+        aliases: Other names that files give the bands, in lower case.
+    """
+
+    name: str
+    bands: tuple[str, ...]
+    units: Mapping[str, Callable[[Array], Array]]
+    nodata: float
+    positive: bool
+    finish: Callable[[Array], Array]
+    aliases: Mapping[str, str]
+
+    def band(self, text: str | None) -> str | None:
+        """Name of the band that a file calls ``text``, None if it is none of the sensor's."""
+        key = (text or '').strip().lower()
+        return {band.lower(): band for band in self.bands}.get(key) or self.aliases.get(key)
+
+
+SENSORS = {
+    's2': Sensor(
+        's2',
+        ('B02', 'B03', 'B04', 'B05', 'B06', 'B07', 'B08', 'B8A', 'B11', 'B12'),
+        {'dn': _from_dn, 'reflectance': _unchanged},
+        nodata=-10000,
+        positive=False,
+        finish=_unchanged,
+        aliases={f'b{n}': f'B{n:02}' for n in range(2, 9)}
+        | {'blue': 'B02', 'green': 'B03', 'red': 'B04', 'rededge': 'B05', 'rededge1': 'B05'}
+        | {'rededge2': 'B06', 'rededge3': 'B07', 'nir': 'B08', 'nir08': 'B8A'}
+        | {'swir16': 'B11', 'swir22': 'B12'},
+    ),
+    's1': Sensor(
+        's1',
+        ('VV', 'VH'),
+        {'linear': _unchanged, 'db': _from_db, 'amplitude': np.square},
+        nodata=0,
+        positive=True,
+        finish=_to_db,
+        aliases={
+            f'{kind}_{band}': band.upper() for kind in ('sigma0', 'gamma0') for band in ('vv', 'vh')
+        },
+    ),
+}
+"""The sensors by name, in the order of a sample's channels.
+
+Sentinel-2 leaves a data set as reflectance; its files hold that (``reflectance``) or, unless told,
+10,000 times that (``dn``). Sentinel-1 leaves it in dB; its files hold power (``linear``, unless
+told), ``db`` or ``amplitude``.
+"""
+
+SENSOR_BANDS = {name: sensor.bands for name, sensor in SENSORS.items()}
+"""Bands of each sensor in the order of its files."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a sensor are read: what they cannot say themselves.
+
+    Attributes:
+        sensor: The sensor.
+        bands: Bands to read, in the sensor's order.
+        unit: What the values are, a key of ``sensor.units``; None for the default, or for the
+            physical unit where a file has a scale.
+        offsets: What is added to the values of a file from a day on, in the order of the days.
+        nodata: Value without an observation in files that do not say.
+        file_bands: Bands of files that do not name them.
+        raw: Whether a sample holds the values of the files.
+    """
+
+    sensor: Sensor
+    bands: tuple[str, ...]
+    unit: str | None
+    offsets: tuple[tuple[str, float], ...]
+    nodata: float
+    file_bands: tuple[str, ...]
+    raw: bool = False
+
+    def offset(self, time: np.datetime64) -> float:
+        """What is added to the values of an acquisition."""
+        known = (value for day, value in reversed(self.offsets) if np.datetime64(day) <= time)
+        return next(known, 0.0)
+
+    def physical(self, value: Array, scaled: bool) -> Array:
+        """Values of a file in the physical unit, NaN where there is none.
+
+        Args:
+            value: Values, NaN without an observation; scale and offset are applied.
+            scaled: Whether the file has a scale.
+        """
+        units = self.sensor.units
+        unit = self.unit or next(iter(units))
+        if not self.raw and (self.unit or not scaled):
+            value = units[unit](value)
+        if self.sensor.positive and not (self.raw and unit == 'db'):
+            value = np.where(value > 0, value, np.float32(np.nan))
+        return value
+
+    def finish(self, value: Array) -> Array:
+        """Physical values in the unit of a sample."""
+        return value if self.raw else self.sensor.finish(value)
+
+
+def readings(
+    sensors: Sequence[str],
+    bands: Sequence[str] | None = None,
+    unit: str | Mapping[str, str] | None = None,
+    offset: Offset | None = None,
+    nodata: Mapping[str, float] | None = None,
+    file_bands: Mapping[str, Sequence[str]] | None = None,
+    raw: bool = False,
+) -> dict[str, Reading]:
+    """How the files of each sensor are read; see :class:`~torchgeo_s1s2.datasets.MultiSenGE`.
+
+    Raises:
+        ValueError: If an argument has no such value; the message says which there are.
+    """
+    chosen = in_order(sensors, [*SENSORS], 'sensor')
+    by_sensor = _bands_of(bands, chosen)
+    units = _units(unit)
+    for name, what in (('nodata', nodata), ('file_bands', file_bands)):
+        if what:
+            in_order(list(what), [*SENSORS], f'sensor in {name}')
+    return {
+        name: Reading(
+            sensor=SENSORS[name],
+            bands=by_sensor[name],
+            unit=units.get(name),
+            offsets=_offsets(offset) if name == 's2' else (),
+            nodata=(nodata or {}).get(name, SENSORS[name].nodata),
+            file_bands=tuple((file_bands or {}).get(name, SENSORS[name].bands)),
+            raw=raw,
+        )
+        for name in chosen
+    }
+
+
+def in_order(chosen: Sequence[str], allowed: Sequence[str], what: str) -> tuple[str, ...]:
+    """The chosen names in the order of the allowed ones.
+
+    Raises:
+        ValueError: If there is none, or no such name.
+    """
+    unknown = chosen if isinstance(chosen, str) else [n for n in chosen if n not in allowed]
+    if unknown or not chosen:
+        raise ValueError(f'no such {what}: {unknown or chosen!r}; choose from {", ".join(allowed)}')
+    return tuple(name for name in allowed if name in chosen)
+
+
+def _bands_of(bands: Sequence[str] | None, sensors: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    allowed = [band for sensor in sensors for band in SENSOR_BANDS[sensor]]
+    chosen = in_order(allowed if bands is None else bands, allowed, 'band')
+    by_sensor = {s: tuple(b for b in SENSOR_BANDS[s] if b in chosen) for s in sensors}
+    for sensor, names in by_sensor.items():
+        if not names:
+            raise ValueError(f'no band of {sensor} in {bands}; add one or leave {sensor} out')
+    return by_sensor
+
+
+def _units(unit: str | Mapping[str, str] | None) -> dict[str, str]:
+    """Unit by sensor; a single one is that of the sensor that has it."""
+    if isinstance(unit, str):
+        unit = {next((s for s in SENSORS if unit in SENSORS[s].units), 'unit'): unit}
+    for sensor, value in (unit or {}).items():
+        if sensor not in SENSORS or value not in SENSORS[sensor].units:
+            known = '; '.join(f'{s}: {", ".join(sensor.units)}' for s, sensor in SENSORS.items())
+            raise ValueError(f'no such unit: {unit!r}; choose from {known}')
+    return dict(unit or {})
+
+
+def _offsets(offset: Offset | None) -> tuple[tuple[str, float], ...]:
+    if offset is None:
+        return ()
+    by_day = offset if isinstance(offset, Mapping) else {'0001-01-01': offset}
+    try:
+        return tuple(sorted((str(np.datetime64(d, 'D')), float(v)) for d, v in by_day.items()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'offset is {offset!r}; expected a number such as -1000, or one by first day, such as '
+            '{2022-01-25: -1000}'
+        ) from error

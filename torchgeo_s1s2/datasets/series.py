@@ -1,0 +1,741 @@
+"""Data sets of time series: their index, samples, windows and date rules; no file name."""
+
+import copy
+import warnings
+from abc import abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+from zlib import crc32
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import rasterio
+import torch
+from affine import Affine
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pyproj import CRS, Transformer
+from rasterio.features import geometry_mask
+from rasterio.warp import calculate_default_transform
+from shapely import box, transform
+from shapely.geometry.base import BaseGeometry
+from shapely.ops import transform as project
+from torchgeo.datasets import GeoDataset, UnionDataset
+
+from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme
+from torchgeo_s1s2.datasets.plot import plot_series
+from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS, Grid, mean, same_crs
+from torchgeo_s1s2.datasets.sensors import Array, Reading
+from torchgeo_s1s2.datasets.time_series import DateRule
+from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError, S1S2Warning, UnreadableError
+
+Sample = dict[str, Any]
+Chosen = dict[str, list[tuple[int, ...]]]
+"""For each sensor T slots, each a tuple of positions in the sensor's times of a patch."""
+
+
+class _Series(NamedTuple):
+    """Acquisitions of a patch to fill slots with, and the pixels of the grid that it may fill."""
+
+    patch: int
+    period: slice
+    slots: Chosen
+    inside: NDArray[np.bool_] | None
+
+
+class SeriesDataset(GeoDataset):
+    """Patches of ground, each with time series of sensors and perhaps labels.
+
+    Everything that a data set gives follows from its ``index``, a GeoDataFrame with a row a patch
+    or a part of one: ``patch`` and ``name`` say which, ``geometry`` which pixels of it (those whose
+    centre lies within), and the interval of the row which acquisitions. So whatever cuts, filters
+    or copies the index gives a data set that holds that and no more, TorchGeo's splitters included.
+
+    ``dataset[i]`` is row i on the patch's own grid in its own zone, without resampling.
+    ``dataset[xmin:xmax, ymin:ymax, tmin:tmax]`` is any window in the data set's CRS: plain reads
+    where it lies on the grid of the patches, and otherwise warped (bilinear, labels nearest), and
+    mosaicked slot by slot; ``tmin:tmax`` limits the acquisitions that the date rule may use. Times
+    are of any kind that pandas knows; without a zone they are UTC.
+
+    A sample holds:
+
+    ===================== ============ ======= ==================================================
+    key                   shape        dtype   meaning
+    ===================== ============ ======= ==================================================
+    ``image``             (T, C, H, W) float32 bands of the sensors in order; NaN without a value
+    ``mask``              (H, W)       int64   class 0..K-1, 255 without a label
+    ``valid``             (T, S)       bool    the sensor saw a pixel in the slot
+    ``acquisition_times`` (T, S)       int64   seconds since 1970 UTC, -1 where not valid
+    ``bounds``            (9,)         float64 x, y and t as TorchGeo gives them
+    ``transform``         (9,)         float64 affine transform, row by row
+    ``crs``               ()           int64   EPSG code
+    ``index``             ()           int64   row i; only of ``dataset[i]``
+    ===================== ============ ======= ==================================================
+
+    Where a window lies on several patches, ``acquisition_times`` tell of each slot the time that
+    most of its pixels have, the earlier of two.
+
+    An image that cannot be read is left out with a warning that names it where the date rule finds
+    another one, and an error otherwise.
+    """
+
+    root: Path
+    rgb_bands = ('B04', 'B03', 'B02')
+
+    def __init__(
+        self,
+        patches: Sequence[int],
+        series: DateRule,
+        classes: ClassScheme,
+        readings: Mapping[str, Reading],
+        crs: CRS | None = None,
+        res: float | tuple[float, float] | None = None,
+        transforms: Callable[[Sample], Sample] | None = None,
+    ) -> None:
+        """Choose the patches that have a full series, and index them.
+
+        Args:
+            patches: Numbers of the patches.
+            series: Date rule.
+            classes: Class scheme of the masks.
+            readings: How the files of each sensor are read.
+            crs: CRS of the index and of windows; that of most patches unless given.
+            res: Width and height of a pixel of a window in units of that CRS; those of the patches
+                unless given.
+            transforms: Function applied to each sample.
+
+        Raises:
+            NoPatchesError: If no patch has a full series.
+        """
+        self.series = series
+        self.classes = classes
+        self.readings = dict(readings)
+        self.sensors = tuple(readings)
+        self.bands = {name: reading.bands for name, reading in readings.items()}
+        self.transforms = transforms
+        self._unreadable: set[tuple[int, str, int]] = set()
+        # Workers that outlive an epoch see a change in shared memory only.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._columns: list[str] = []
+        chosen = self._choose(patches)
+        epsg = pd.Series([self.grid_of(patch).epsg for patch in chosen]).mode()[0]
+        target = CRS.from_user_input(crs or int(epsg))
+        self._res = self._res_in(target, chosen[0]) if res is None else _pair(res)
+        self.index = self._index_of(chosen, target)
+
+    @abstractmethod
+    def name_of(self, patch: int) -> str:
+        """Name of a patch."""
+
+    @abstractmethod
+    def grid_of(self, patch: int) -> Grid:
+        """Pixels of a patch in its own zone, known without opening a raster."""
+
+    @abstractmethod
+    def times_of(self, patch: int, sensor: str) -> NDArray[np.datetime64]:
+        """Sorted acquisition times of a patch, datetime64[s], UTC."""
+
+    @abstractmethod
+    def read_image(self, patch: int, sensor: str, position: int, grid: Grid) -> Array:
+        """Values (C, H, W) of an acquisition on a grid in the sensor's physical unit, or NaN."""
+
+    @abstractmethod
+    def read_labels(self, patch: int, grid: Grid) -> NDArray[Any] | None:
+        """Labels (H, W) on a grid as the files have them, NaN for none; None without a file."""
+
+    @abstractmethod
+    def files_of(self, index: int) -> dict[str, list[Path]]:
+        """Files that row ``index`` is read from, by sensor, and those of its labels."""
+
+    @property
+    def index(self) -> gpd.GeoDataFrame:
+        """One row a patch or a part of one, as TorchGeo's samplers expect it."""
+        return self._index
+
+    @index.setter
+    def index(self, index: gpd.GeoDataFrame) -> None:
+        # random_grid_cell_assignment gives columns numbers in the place of their names.
+        if 'patch' not in index and self._columns:
+            names = {i: name for i, name in enumerate(self._columns) if name != 'geometry'}
+            index = index.rename(columns=names)[[*names.values(), 'geometry']]
+        self._columns = list(index.columns)
+        self._index = index
+
+    @property
+    def crs(self) -> CRS:
+        """CRS of the index and of windows."""
+        return self.index.crs
+
+    @crs.setter
+    def crs(self, new_crs: CRS) -> None:
+        if new_crs == self.crs:
+            return
+        self._res = self._res_in(new_crs, int(self.index['patch'].iat[0]))
+        self._index = self.index.to_crs(new_crs)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch, from which date rules draw that draw; worker processes see it."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Share the number of the epoch with worker processes after a copy, too."""
+        self.__dict__.update(state)
+        self._epoch.share_memory_()
+
+    def __getitem__(self, index: Any) -> Sample:
+        """Read a row of the index or a window.
+
+        Args:
+            index: Number of a row, or [xmin:xmax:xres, ymin:ymax:yres, tmin:tmax:tres].
+
+        Returns:
+            The sample; see the class.
+
+        Raises:
+            DataError: If a raster is not what it must be.
+            IndexError: If there is no such row, or nothing in the window.
+            UnreadableError: If a raster cannot be read and no other date takes its place.
+        """
+        window = isinstance(index, slice | tuple)
+        sample = self._window(index) if window else self._row(int(index))
+        return self.transforms(sample) if self.transforms else sample
+
+    def __and__(self, other: GeoDataset) -> Any:
+        """Refuse: a series has a dimension that images of other data sets lack.
+
+        Raises:
+            TypeError: Always; the message says what to do instead.
+        """
+        raise TypeError(
+            f'a series (T, C, H, W) cannot be joined with the samples of {type(other).__name__}; '
+            'read both with the windows of one sampler: for w in sampler: dataset[w], other[w]'
+        )
+
+    def __or__(self, other: GeoDataset) -> 'SeriesUnion':
+        """Join with another data set of series; see :class:`SeriesUnion`."""
+        return SeriesUnion(self, other)
+
+    def name(self, index: int) -> str:
+        """Name of the patch of row ``index``."""
+        return str(self.index['name'].iat[index])
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Height and width of ``dataset[index]``."""
+        grid = self._part(index)[0]
+        return grid.height, grid.width
+
+    def crop(self, index: int, top: int, left: int, height: int, width: int) -> Sample:
+        """Read a window of row ``index`` on its own grid.
+
+        Args:
+            index: Number of a row.
+            top: First row of pixels.
+            left: First column of pixels.
+            height: Number of rows of pixels.
+            width: Number of columns; what lies beyond the row's own pixels is missing.
+
+        Returns:
+            The sample, as of ``dataset[index]``.
+        """
+        sample = self._row(index, (left, top, width, height))
+        return self.transforms(sample) if self.transforms else sample
+
+    def labels(self, index: int, top: int, left: int, height: int, width: int) -> NDArray[Any]:
+        """Labels of a window of row ``index`` as they are on disk.
+
+        Args:
+            index: Number of a row.
+            top: First row of pixels.
+            left: First column of pixels.
+            height: Number of rows of pixels.
+            width: Number of columns of pixels.
+
+        Returns:
+            float64 (H, W), NaN without a label.
+        """
+        grid, inside = self._target(index, (left, top, width, height))
+        with rasterio.Env(**GDAL_OPTIONS):
+            labels = self.read_labels(self._patch(index), grid)
+        if labels is None:
+            return np.full((height, width), np.nan)
+        return labels if inside is None else np.where(inside, labels, np.nan)
+
+    def slots(self, index: int) -> Chosen:
+        """Time slots of row ``index`` as the date rule chooses them."""
+        return self._select(self._patch(index), self._period(index))
+
+    def zones(self) -> list[Self]:
+        """This data set cut by the CRS of the patches, each part with its own as the index's."""
+        codes = [self.grid_of(patch).epsg for patch in self.index['patch']]
+        parts = []
+        for code in dict.fromkeys(codes):
+            part = copy.copy(self)
+            rows = [i for i, c in enumerate(codes) if c == code]
+            geometry = [self._cut(i) or box(*self._grid(i).bounds) for i in rows]
+            part.index = self.index.iloc[rows].set_geometry(
+                gpd.GeoSeries(geometry, self.index.index[rows], crs=code)
+            )
+            part._res = self._grid(rows[0]).res
+            parts.append(part)
+        return parts
+
+    def check(self, index: int = 0) -> None:
+        """Read one pixel of each raster of a row, which costs little whatever its size.
+
+        Args:
+            index: Number of a row.
+
+        Raises:
+            DataError: If a raster is not what it must be.
+            UnreadableError: If a raster cannot be read and no other date takes its place.
+        """
+        self._row(index, (0, 0, 1, 1))
+
+    def plot(self, sample: Sample, show_titles: bool = True, suptitle: str | None = None) -> Figure:
+        """Plot the series, the mask and, if there is one, the prediction.
+
+        Args:
+            sample: A sample, with a ``prediction`` (H, W) or without.
+            show_titles: Whether to title each panel.
+            suptitle: Title of the figure.
+
+        Returns:
+            A figure with a row for each sensor, one for the classes, and their legend.
+        """
+        return plot_series(sample, self.bands, self.classes, show_titles, suptitle)
+
+    def _choose(self, patches: Sequence[int]) -> list[int]:
+        """Patches that have a full series; the others are counted in a warning."""
+        failed = Counter[str]()
+        reasons: dict[tuple[bytes, ...], str] = {}  # many patches have the same times
+        chosen = []
+        for patch in map(int, patches):
+            key = tuple(self.times_of(patch, s).tobytes() for s in self.series.reads(self.sensors))
+            if key not in reasons:
+                reasons[key] = self._why_not(patch)
+            failed[reasons[key]] += 1
+            if not reasons[key]:
+                chosen.append(patch)
+        del failed['']
+        if failed:
+            why = '; '.join(f'{n} patches have {reason}' for reason, n in failed.most_common(3))
+            text = (
+                f'of the {len(patches)} patches of {self.title} has the series {self.series}: {why}'
+            )
+            if not chosen:
+                raise NoPatchesError(f'none {text}. Choose another series, or missing="keep"')
+            left = failed.total()
+            warnings.warn(f'{left} {text}'.replace('has', 'lack', 1), S1S2Warning, stacklevel=4)
+        return chosen
+
+    @property
+    def title(self) -> str:
+        """What messages call the data set."""
+        return type(self).__name__
+
+    def _why_not(self, patch: int) -> str:
+        """Why a patch has no series, empty if it has one."""
+        try:
+            slots = self._select(patch)
+        except NoSeriesError as error:
+            return str(error)
+        seen = any(any(slots[sensor]) for sensor in self.sensors)
+        return '' if seen else 'no acquisition at all'
+
+    def _index_of(self, patches: Sequence[int], crs: CRS) -> gpd.GeoDataFrame:
+        """One row a patch."""
+        spans = np.array([self._span(patch) for patch in patches]).T
+        first, last = (pd.DatetimeIndex(times) for times in spans)
+        times = pd.IntervalIndex.from_arrays(first, last, closed='both', name='datetime')
+        columns = {'name': [self.name_of(patch) for patch in patches], 'patch': [*patches]}
+        grids = [self.grid_of(patch) for patch in patches]
+        bounds, codes = np.array([grid.bounds for grid in grids]), np.array([g.epsg for g in grids])
+        geometry = np.empty(len(grids), object)
+        for code in np.unique(codes):
+            rows = codes == code
+            geometry[rows] = self._footprints(bounds[rows], CRS.from_epsg(int(code)), crs)
+        return gpd.GeoDataFrame(columns, index=times, geometry=geometry, crs=crs)
+
+    def _footprints(self, bounds: NDArray[np.float64], own: CRS, crs: CRS) -> NDArray[np.object_]:
+        """Footprints in a CRS, on whole pixels so that samplers stay on the grid of the others."""
+        native = gpd.GeoSeries(box(*bounds.T), crs=own)
+        if own == crs:
+            return native.to_numpy()
+        res, warped = np.array(self.res), native.to_crs(crs).to_numpy()
+        snapped: NDArray[np.object_] = transform(warped, lambda xy: np.round(xy / res) * res)
+        return snapped
+
+    def _res_in(self, crs: CRS, patch: int) -> tuple[float, float]:
+        """Size of a patch's pixels in a CRS: the same where its unit is."""
+        grid = self.grid_of(patch)
+        own = CRS.from_user_input(grid.crs.to_wkt())
+        if [a.unit_name for a in own.axis_info] == [a.unit_name for a in crs.axis_info]:
+            return grid.res
+        target = rasterio.CRS.from_wkt(crs.to_wkt())
+        affine, _, _ = calculate_default_transform(
+            grid.crs, target, grid.width, grid.height, *grid.bounds
+        )
+        return affine.a, -affine.e
+
+    def _span(self, patch: int) -> tuple[np.datetime64, np.datetime64]:
+        times = [t for s in self.sensors if len(t := self.times_of(patch, s))]
+        return min(t[0] for t in times), max(t[-1] for t in times)
+
+    def _select(self, patch: int, period: slice | None = None) -> Chosen:
+        """Slots of a patch from what was acquired in a period and can be read."""
+        at, times = {}, {}
+        for sensor in self.series.reads(self.sensors):
+            t = self.times_of(patch, sensor)
+            start, stop = _within(t, period) if period else (0, len(t))
+            bad = {p for n, s, p in self._unreadable if (n, s) == (patch, sensor)}
+            at[sensor] = [p for p in range(start, stop) if p not in bad]
+            times[sensor] = t[start:stop] if not bad else t[at[sensor]]
+        draw = crc32(f'{self.name_of(patch)} {self.epoch}'.encode())
+        slots = self.series.select(times, draw)
+        return {s: [tuple(at[s][p] for p in slot) for slot in slots[s]] for s in slots}
+
+    def _period(self, index: int) -> slice:
+        """Times of a row, its ends included: those of time_series_split do not overlap so."""
+        interval = self.index.index[index]
+        return slice(_utc(interval.left), _utc(interval.right), 1)
+
+    def _patch(self, index: int) -> int:
+        return int(self.index['patch'].iat[index])
+
+    def _grid(self, index: int) -> Grid:
+        return self.grid_of(self._patch(index))
+
+    def _cut(self, index: int) -> BaseGeometry | None:
+        """Geometry of a row in the CRS of its patch, None if it is the whole patch."""
+        grid, geometry = self._grid(index), self.index.geometry.iat[index]
+        whole, tolerance = box(*grid.bounds), 0.01
+        if not same_crs(grid.crs, _crs(self.crs.srs)):
+            tolerance = 1.5  # pixels, for footprints are snapped to those of the index
+            there = _transformer(self.crs.srs, grid.crs.to_wkt())
+            geometry = project(there.transform, geometry)
+        reach = geometry.buffer(tolerance * max(grid.res), join_style='mitre')
+        return None if reach.covers(whole) else geometry
+
+    def _part(self, index: int) -> tuple[Grid, BaseGeometry | None]:
+        """Pixels of a row, and what of them to leave out if that is no rectangle."""
+        grid, geometry = self._grid(index), self._cut(index)
+        if geometry is None:
+            return grid, None
+        xmin, ymin, xmax, ymax = geometry.bounds
+        (left, top), (right, bottom) = (
+            ~grid.transform @ (xmin, ymax),
+            ~grid.transform @ (xmax, ymin),
+        )
+        # Pixels whose centre lies within.
+        col, row = max(round(left), 0), max(round(top), 0)
+        last = min(round(right), grid.width), min(round(bottom), grid.height)
+        rectangle = geometry.equals(box(*geometry.bounds))
+        part = grid.window(col, row, last[0] - col, last[1] - row)
+        return part, None if rectangle else geometry
+
+    def _row(self, index: int, crop: tuple[int, int, int, int] | None = None) -> Sample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'index: {index} not found in dataset with {len(self)} patches')
+        index %= len(self)
+        grid, inside = self._target(index, crop)
+        period = self._period(index)
+        sample = self._sample(grid, period, [(self._patch(index), period, inside)])
+        return sample | {'index': torch.tensor(index)}
+
+    def _target(
+        self, index: int, crop: tuple[int, int, int, int] | None
+    ) -> tuple[Grid, NDArray[np.bool_] | None]:
+        """Pixels to read of a row, and which of them are its own if not all of the patch's are."""
+        part, geometry = self._part(index)
+        grid = part.window(*crop) if crop else part
+        if grid.width < 1 or grid.height < 1:
+            raise IndexError(f'index: {index} ({self.name(index)}) holds no pixel')
+        inside = None if geometry is None else _inside(geometry, grid)
+        if crop and part != self._grid(index):
+            inside = _and(inside, _inside(box(*part.bounds), grid))
+        return grid, inside
+
+    def _window(self, index: Any) -> Sample:
+        x, y, t = self._disambiguate_slice(index)
+        period = slice(_utc(t.start), _utc(t.stop), t.step)
+        width, height = round((x.stop - x.start) / x.step), round((y.stop - y.start) / y.step)
+        if width < 1 or height < 1:
+            raise IndexError(f'index: {index} holds no pixel of {x.step} x {y.step}')
+        affine = Affine(x.step, 0, x.start, 0, -y.step, y.stop)
+        grid = Grid(_crs(self.crs.srs), affine, width, height)
+        parts = []
+        for row in self.index.sindex.query(box(*grid.bounds), 'intersects', sort=True):
+            own, cut = self._period(row), self._cut(row)
+            inside = None if cut is None else _inside(self.index.geometry.iat[row], grid)
+            common = slice(max(period.start, own.start), min(period.stop, own.stop))
+            parts.append((self._patch(row), common, inside))
+        try:
+            return self._sample(grid, period, parts)
+        except NoSeriesError as error:
+            raise IndexError(
+                f'index: {index} not found in dataset with bounds: {self.bounds} ({error})'
+            ) from error
+
+    def _sample(
+        self,
+        grid: Grid,
+        period: slice,
+        parts: Iterable[tuple[int, slice, NDArray[np.bool_] | None]],
+    ) -> Sample:
+        """Read the slots of one or more patches onto a grid; the first patch with a value wins."""
+        chosen, failed = list[_Series](), Counter[str]()
+        for patch, own, inside in parts:
+            try:
+                chosen.append(_Series(patch, own, self._select(patch, own), inside))
+            except NoSeriesError as error:
+                failed[f'{self.name_of(patch)}: {error}'] += 1
+        if not chosen:
+            raise NoSeriesError(
+                f'none of {len(failed)} patches has the series {self.series} from {period.start} '
+                f'to {period.stop}: {"; ".join(list(failed)[:3])}'
+            )
+        canvas = _Canvas(self.series.length, self.bands, grid)
+        with rasterio.Env(**GDAL_OPTIONS):
+            for series in chosen:
+                self._fill(canvas, series)
+        return canvas.sample(self.classes) | _georeference(grid, period)
+
+    def _fill(self, canvas: '_Canvas', series: _Series) -> None:
+        """Fill what a canvas lacks from one patch, around images that cannot be read."""
+        while True:
+            try:
+                images = [
+                    (
+                        sensor,
+                        t,
+                        positions[0],
+                        self._slot(series.patch, sensor, positions, canvas.grid),
+                    )
+                    for sensor in self.sensors
+                    for t, positions in enumerate(series.slots[sensor])
+                    if positions and canvas.lacks(sensor, t)
+                ]
+                break
+            except UnreadableError as error:
+                series = self._without(series, error)
+        for sensor, t, position, value in images:
+            time = int(self.times_of(series.patch, sensor)[position].astype(np.int64))
+            canvas.add(sensor, t, time, value, series.inside)
+        canvas.add_labels(self.read_labels(series.patch, canvas.grid), series.inside)
+
+    def _slot(self, patch: int, sensor: str, positions: Sequence[int], grid: Grid) -> Array:
+        """Mean of the acquisitions of a slot in the unit of a sample."""
+        images = []
+        for position in positions:
+            try:
+                images.append(self.read_image(patch, sensor, position, grid))
+            except UnreadableError:
+                self._unreadable.add((patch, sensor, position))
+                raise
+        return self.readings[sensor].finish(mean(images))
+
+    def _without(self, series: _Series, error: UnreadableError) -> _Series:
+        """Another choice of dates, without the image that could not be read.
+
+        Raises:
+            UnreadableError: If the date rule has no other.
+        """
+        try:
+            slots = self._select(series.patch, series.period)
+        except NoSeriesError:
+            self._unreadable -= {bad for bad in self._unreadable if bad[0] == series.patch}
+            raise error from None
+        warnings.warn(f'{error} Another date takes its place', S1S2Warning, stacklevel=2)
+        return series._replace(slots=slots)
+
+
+class _Canvas:
+    """What a sample is made of, filled from patches; what is there is not filled again."""
+
+    def __init__(self, length: int, bands: Mapping[str, Sequence[str]], grid: Grid) -> None:
+        self.grid = grid
+        borders = np.cumsum([0, *map(len, bands.values())]).tolist()
+        spans = zip(bands, pairwise(borders), strict=True)
+        self.channels = {sensor: slice(*span) for sensor, span in spans}
+        self.image = np.full((length, borders[-1], grid.height, grid.width), np.nan, np.float32)
+        self.labels = np.full((grid.height, grid.width), np.nan)
+        self.pixels: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
+
+    def lacks(self, sensor: str, t: int) -> bool:
+        """Whether a slot has pixels without a value."""
+        seen = self.pixels.get((sensor, t))
+        return not seen or bool(np.isnan(self.image[t, self.channels[sensor]]).any())
+
+    def add(
+        self, sensor: str, t: int, time: int, value: Array, inside: NDArray[np.bool_] | None
+    ) -> None:
+        """Fill a slot of a sensor where it has no value, within a mask if there is one."""
+        known = ~np.isnan(value)
+        if not known.any():
+            return
+        target, seen = self.image[t, self.channels[sensor]], self.pixels[sensor, t]
+        if seen or inside is not None:
+            known &= np.isnan(target) if inside is None else np.isnan(target) & inside
+            np.copyto(target, value, where=known)
+        else:
+            target[...] = value
+        if count := int(known.any(0).sum()):
+            seen[time] += count
+
+    def add_labels(self, labels: NDArray[Any] | None, inside: NDArray[np.bool_] | None) -> None:
+        """Fill labels where there are none."""
+        if labels is not None:
+            free = np.isnan(self.labels)
+            np.copyto(self.labels, labels, where=free if inside is None else free & inside)
+
+    def sample(self, classes: ClassScheme) -> Sample:
+        """Everything of a sample but its georeference."""
+        shape = len(self.image), len(self.channels)
+        times = np.full(shape, -1, np.int64)
+        for s, sensor in enumerate(self.channels):
+            for t in range(shape[0]):
+                if seen := self.pixels.get((sensor, t)):
+                    times[t, s] = min(seen, key=lambda time: (-seen[time], time))
+        return {
+            'image': torch.from_numpy(self.image),
+            'mask': torch.from_numpy(remap(self.labels, classes)),
+            'valid': torch.from_numpy(times >= 0),
+            'acquisition_times': torch.from_numpy(times),
+        }
+
+
+class SeriesUnion(UnionDataset):
+    """Data sets of series side by side: a window gets the values that any of them has.
+
+    Where several have a value, that of the first counts.
+    """
+
+    def __init__(
+        self,
+        dataset1: GeoDataset,
+        dataset2: GeoDataset,
+        transforms: Callable[[Sample], Sample] | None = None,
+    ) -> None:
+        """Join two data sets.
+
+        Args:
+            dataset1: A data set of series, or a union.
+            dataset2: Another one, of the same bands, classes and number of slots.
+            transforms: Function applied to each sample.
+
+        Raises:
+            TypeError: If one is no data set of series.
+            ValueError: If their samples differ.
+        """
+        described = [_description(dataset) for dataset in (dataset1, dataset2)]
+        if described[0] != described[1]:
+            raise ValueError(
+                f'samples of the two data sets differ: {described[0]} and {described[1]}; give '
+                'both the same bands, classes and number of slots'
+            )
+        super().__init__(dataset1, dataset2, merge_series, transforms)
+
+    def __or__(self, other: GeoDataset) -> 'SeriesUnion':
+        """Join with another data set of series."""
+        return SeriesUnion(self, other)
+
+    __and__ = SeriesDataset.__and__
+
+
+def _description(dataset: GeoDataset) -> tuple[Any, ...]:
+    if isinstance(dataset, SeriesUnion):
+        return _description(dataset.datasets[0])
+    if not isinstance(dataset, SeriesDataset):
+        raise TypeError(f'{type(dataset).__name__} is no data set of series; it cannot be joined')
+    return dataset.bands, dataset.classes.names, dataset.series.length
+
+
+def merge_series(samples: Iterable[Sample]) -> Sample:
+    """Merge samples of one window: each pixel, label and slot from the first that has it."""
+    merged: Sample = {}
+    for sample in samples:
+        if not merged:
+            merged = dict(sample)
+            continue
+        for key, free in (
+            ('image', torch.isnan),
+            ('mask', _unlabelled),
+            ('acquisition_times', _unseen),
+        ):
+            merged[key] = torch.where(free(merged[key]), sample[key], merged[key])
+        merged['valid'] = merged['valid'] | sample['valid']
+    return merged
+
+
+def _unlabelled(mask: torch.Tensor) -> torch.Tensor:
+    return mask == NO_LABEL
+
+
+def _unseen(times: torch.Tensor) -> torch.Tensor:
+    return times < 0
+
+
+def remap(labels: NDArray[np.float64], classes: ClassScheme) -> NDArray[np.int64]:
+    """Class indices of labels, 255 where there is none or no class claims it."""
+    known = ~np.isnan(labels)
+    mask: NDArray[np.int64] = classes.remap(np.where(known, labels, 0))
+    mask[~known] = NO_LABEL
+    return mask
+
+
+def _pair(res: float | tuple[float, float]) -> tuple[float, float]:
+    return res if isinstance(res, tuple) else (res, res)
+
+
+def _utc(time: Any) -> pd.Timestamp:
+    """A time of any kind, without its zone; without one it is UTC."""
+    stamp = pd.Timestamp(time)
+    return stamp.tz_convert('UTC').tz_localize(None) if stamp.tz else stamp
+
+
+def _within(times: NDArray[np.datetime64], period: slice) -> tuple[int, int]:
+    """First and last + 1 position of sorted times within a closed period."""
+    start, stop = (np.datetime64(t, 'ns') for t in (period.start, period.stop))
+    return int(np.searchsorted(times, start)), int(np.searchsorted(times, stop, 'right'))
+
+
+def _inside(geometry: BaseGeometry, grid: Grid) -> NDArray[np.bool_]:
+    """Pixels of a grid whose centre lies within a geometry."""
+    return geometry_mask([geometry], (grid.height, grid.width), grid.transform, invert=True)
+
+
+def _and(one: NDArray[np.bool_] | None, other: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return other if one is None else one & other
+
+
+@lru_cache(maxsize=64)
+def _crs(text: str) -> rasterio.CRS:
+    return rasterio.CRS.from_user_input(text)
+
+
+@lru_cache(maxsize=64)
+def _transformer(source: str, target: str) -> Transformer:
+    return Transformer.from_crs(source, target, always_xy=True)
+
+
+def _georeference(grid: Grid, period: slice) -> Sample:
+    xmin, ymin, xmax, ymax = grid.bounds
+    xres, yres = grid.res
+    tres = period.step if period.step is not None else 1
+    seconds = period.start.timestamp(), period.stop.timestamp(), tres
+    bounds = [xmin, xmax, xres, ymin, ymax, yres, *seconds]
+    return {
+        'bounds': torch.tensor(bounds, dtype=torch.float64),
+        'transform': torch.tensor(grid.transform, dtype=torch.float64),
+        'crs': torch.tensor(grid.epsg or -1),
+    }

@@ -1,0 +1,256 @@
+"""What fills the root of a data set before a run; a configuration names it as ``source``."""
+
+import json
+import os
+import shutil
+import warnings
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import rasterio
+import rasterio.shutil
+from tqdm import tqdm
+
+from torchgeo_s1s2.datasets.catalog import FOLDERS, GROUND_REFERENCE, LABELS
+from torchgeo_s1s2.datasets.download import SeasonDownload
+from torchgeo_s1s2.datasets.labels import label_content, listed_images
+from torchgeo_s1s2.datasets.multisenge import MultiSenGE
+from torchgeo_s1s2.datasets.rasters import crs_of, open_raster
+from torchgeo_s1s2.datasets.sensors import SENSORS
+from torchgeo_s1s2.datasets.synthetic import write_synthetic
+from torchgeo_s1s2.datasets.time_series import DateRule
+from torchgeo_s1s2.errors import S1S2Warning, UnreadableError
+from torchgeo_s1s2.files import whole
+
+
+class Wanted(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+        url: Where the archives of the data set are.
+        tiles: Tiles of all splits, None for all.
+        series: Date rule.
+        sensors: Sensors.
+        splits: Opens the data sets of the run's splits below a root.
+    """
+
+    url: str
+    tiles: Sequence[str] | None
+    series: DateRule
+    sensors: Sequence[str]
+    splits: Callable[[Path], Iterator[MultiSenGE]]
+
+
+class Source(ABC):
+    """Fills the root of a data set. Only the first process of a run is asked to."""
+
+    @abstractmethod
+    def fill(self, root: Path, wanted: Wanted) -> None:
+        """Get what is wanted and missing."""
+
+    def place(self, root: Path) -> Path:
+        """Where the data are read from afterwards."""
+        return root
+
+
+@dataclass
+class Synthetic(Source):
+    """Writes a small synthetic data set, unless it is there.
+
+    The attributes are arguments of :func:`~torchgeo_s1s2.datasets.synthetic.write_synthetic`.
+    """
+
+    size: int = 64
+    patches: Mapping[str, int] | None = None
+    year: int = 2020
+    incomplete: float = 0.1
+    haze: float = 0.2
+    seed: int = 0
+    delay: float = 0
+
+    def fill(self, root: Path, wanted: Wanted) -> None:
+        """Write it."""
+        write_synthetic(root, **vars(self))
+
+
+@dataclass
+class Download(Source):
+    """Downloads what the series and the sensors need in the tiles of all splits.
+
+    See :class:`~torchgeo_s1s2.datasets.SeasonDownload`.
+
+    Attributes:
+        checksum: Compare the files with the checksums recorded when they were downloaded, which
+            reads them all.
+    """
+
+    checksum: bool = False
+
+    def fill(self, root: Path, wanted: Wanted) -> None:
+        """Download, and verify if that is wanted."""
+        season = SeasonDownload(root, wanted.url, wanted.tiles, wanted.series, wanted.sensors)
+        season.run()
+        if self.checksum:
+            season.verify()
+
+
+@dataclass
+class Copy(Source):
+    """Keeps an uncompressed copy of what the run reads; see :func:`copy_series`.
+
+    Attributes:
+        folder: Folder of the copy, on a fast disk if there is one.
+        num_workers: Number of threads that copy.
+    """
+
+    folder: str
+    num_workers: int = 4
+
+    def fill(self, root: Path, wanted: Wanted) -> None:
+        """Copy what is missing or has changed."""
+        for dataset in wanted.splits(root):
+            copy_series(dataset, self.folder, self.num_workers)
+
+    def place(self, root: Path) -> Path:
+        """The copy."""
+        return Path(self.folder)
+
+
+def copy_series(
+    dataset: MultiSenGE,
+    folder: str | os.PathLike[str],
+    num_workers: int = 4,
+    progress: bool = True,
+) -> Path:
+    """Copy what the date rule of a data set may choose, uncompressed, in the same layout.
+
+    The copy is a data set of its own, which reads several times as fast as compressed rasters. It
+    serves every date rule and class scheme over its dates, and several data sets may share it.
+    Rasters keep their type, no-data value, scale and names of bands. A file is there whole or not
+    at all; an interrupted copy goes on where it was, and a raster that has changed is copied again.
+    A raster that cannot be read is left out with a warning.
+
+    Args:
+        dataset: The data set.
+        folder: Folder to write to; made if it is not there.
+        num_workers: Number of threads.
+        progress: Show a progress bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: If the disk lacks the room.
+    """
+    folder = Path(folder)
+    for name in (LABELS, *FOLDERS):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    chosen = {index: _files(dataset, index) for index in range(len(dataset))}
+    jobs = [
+        (path, target, sidecars)
+        for files in chosen.values()
+        for rasters in files.values()
+        for path, sidecars in rasters
+        if _is_outdated(path, target := folder / path.relative_to(dataset.root))
+    ]
+    _check_room(folder, jobs)
+    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
+        title, hidden = f'Copying to {folder}', not (progress and jobs)
+        bar = tqdm(pool.map(_copy, jobs), title, len(jobs), disable=hidden, unit='raster')
+        failed = [text for text in bar if text]
+    if failed:
+        warnings.warn(
+            f'{len(failed)} rasters cannot be read and are not copied: {"; ".join(failed[:3])}',
+            S1S2Warning,
+            stacklevel=2,
+        )
+    for index, files in chosen.items():
+        _write_label_file(dataset, index, folder, files)
+    return folder
+
+
+_Files = dict[str, list[tuple[Path, bool]]]
+_Job = tuple[Path, Path, bool]
+
+
+def _files(dataset: MultiSenGE, index: int) -> _Files:
+    """Rasters that a row may be read from by folder, each with whether it has sidecars."""
+    patch, catalog = int(dataset.index['patch'].iat[index]), dataset.catalog
+    times = {s: catalog.times(patch, s) for s in dataset.series.reads(dataset.sensors)}
+    positions: dict[str, Any] = dict(dataset.series.candidates(times))
+    if catalog.patch(patch).ground_reference:
+        positions[GROUND_REFERENCE] = [0]
+    return {
+        folder: [
+            (catalog.path(patch, folder, p), catalog.has_sidecars(patch, folder, p))
+            for p in sorted(chosen)
+        ]
+        for folder, chosen in positions.items()
+    }
+
+
+def _is_outdated(source: Path, target: Path) -> bool:
+    return not target.exists() or target.stat().st_mtime_ns != source.stat().st_mtime_ns
+
+
+def _copy(job: _Job) -> str:
+    """Copy a raster with its time of change; why not, if it cannot be read."""
+    source, target, sidecars = job
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole(target) as temporary, open_raster(source, sidecars) as src:
+            options = {'tiled': True} if max(src.shape) > 512 else {}
+            with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+                rasterio.shutil.copy(
+                    src, temporary, driver='GTiff', compress='none', bigtiff='if_safer', **options
+                )
+            shutil.copystat(source, temporary)
+    except UnreadableError as error:
+        return str(error)
+    return ''
+
+
+def _check_room(folder: Path, jobs: Sequence[_Job]) -> None:
+    """Compare the free disk with the pixels of the rasters to copy."""
+    by_kind = defaultdict(list)
+    for source, target, sidecars in jobs:
+        by_kind[target.parent].append((source, sidecars))
+    size = 0
+    for rasters in by_kind.values():
+        with open_raster(*rasters[0]) as src:
+            pixel = sum(np.dtype(dtype).itemsize for dtype in src.dtypes)
+            size += len(rasters) * src.width * src.height * pixel
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            f'the copy takes about {size / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; '
+            'make room, or choose fewer dates or patches'
+        )
+
+
+def _write_label_file(dataset: MultiSenGE, index: int, folder: Path, files: _Files) -> None:
+    """Name what the copy holds of a patch, what it held before included."""
+    patch = dataset.catalog.patches.iloc[int(dataset.index['patch'].iat[index])]
+    path = folder / LABELS / f'{patch["name"]}.json'
+    before = listed_images(path) if path.exists() else {}
+    names = {
+        sensor: sorted(
+            {source.name for source, _ in files.get(sensor, []) if _copied(dataset, folder, source)}
+            | set(before.get(sensor, ()))
+        )
+        for sensor in SENSORS
+    }
+    if names != before:
+        with whole(path) as temporary:
+            content = label_content(names, crs_of(patch['epsg']), patch['classes'])
+            temporary.write_text(json.dumps(content))
+
+
+def _copied(dataset: MultiSenGE, folder: Path, source: Path) -> bool:
+    return (folder / source.relative_to(dataset.root)).exists()
