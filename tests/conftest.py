@@ -1,3 +1,4 @@
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,12 +23,21 @@ os.environ['OMP_NUM_THREADS'] = str(THREADS)
 SHARED = Path(__file__).parents[2] / 'shared'
 ORIGINS = {'31UEQ': (32631, 500000.0, 5500000.0), '32ULU': (32632, 300000.0, 5400000.0)}
 S2_DATES = ('20200706', '20200805', '20200904', '20201108')
+BANDS = ('descriptions', 'scales', 'offsets', 'colorinterp')
 S1_DATES = ('20200704', '20200807', '20200904', '20201111')
 
 
 def write_raster(
-    path: Path, data: NDArray[np.generic], epsg: int, left: float, top: float, res: float = 10
+    path: Path,
+    data: NDArray[Any],
+    epsg: int,
+    left: float,
+    top: float,
+    res: float = 10,
+    mask: NDArray[Any] | None = None,
+    **options: Any,
 ) -> None:
+    """A raster; options are of its profile, or what is set of its bands."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count, height, width = data.shape
     profile = {
@@ -39,8 +49,14 @@ def write_raster(
         'crs': CRS.from_epsg(epsg),
         'transform': from_origin(left, top, res, res),
     }
-    with rasterio.open(path, 'w', **profile) as dst:
+    bands = {name: options.pop(name) for name in BANDS if name in options}
+    inside = rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True)
+    with inside, rasterio.open(path, 'w', **(profile | options)) as dst:
+        for name, values in bands.items():
+            setattr(dst, name, values)
         dst.write(data)
+        if mask is not None:
+            dst.write_mask(mask)
 
 
 def write_label_file(
@@ -53,8 +69,6 @@ def write_label_file(
     labels: str = '2;6',
     **changes: str,
 ) -> Path:
-    import json
-
     epsg = ORIGINS[tile][0]
     content = {
         'corresponding_s2': ';'.join(f'{tile}_{d}_S2_{x}_{y}.tif' for d in s2),
@@ -77,11 +91,12 @@ def write_patch(
     s2: Mapping[str, NDArray[np.generic]] | None = None,
     s1: Mapping[str, NDArray[np.generic]] | None = None,
     labels: NDArray[np.generic] | None = None,
+    **options: Mapping[str, Any],
 ) -> None:
     """A patch whose values a person can work out.
 
     S2 band b (0..9) of date t (0..3) is 1000 * t + 100 * b + column, S1 is 0.1 (VV) and 0.01 (VH),
-    the left half is label 6 and the right half label 2.
+    the left half is label 6 and the right half label 2. Options are of ``write_raster``, by folder.
     """
     epsg, left, top = ORIGINS[tile]
     column = np.arange(size)
@@ -101,10 +116,10 @@ def write_patch(
     for sensor, images in (('s2', s2), ('s1', s1)):
         (root / sensor).mkdir(parents=True, exist_ok=True)
         for date, image in images.items():
-            write_raster(
-                root / sensor / f'{tile}_{date}_{sensor.upper()}_{x}_{y}.tif', image, *place
-            )
-    write_raster(root / 'ground_reference' / f'{tile}_GR_{x}_{y}.tif', labels[None], *place)
+            path = root / sensor / f'{tile}_{date}_{sensor.upper()}_{x}_{y}.tif'
+            write_raster(path, image, *place, **options.get(f'{sensor}_options', {}))
+    path = root / 'ground_reference' / f'{tile}_GR_{x}_{y}.tif'
+    write_raster(path, labels[None], *place, **options.get('labels_options', {}))
     write_label_file(root, tile, x, y, tuple(s2), tuple(s1))
 
 
