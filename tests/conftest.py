@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
 
+from torchgeo_s1s2.datasets import rasters
+
 mpl.use('agg')
 # Workers of pytest-xdist share the cores, and so do the commands that they start.
 WORKERS = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))
@@ -130,6 +132,21 @@ def two_zones(tmp_path: Path) -> Path:
     for tile, x in (('31UEQ', 0), ('31UEQ', 33), ('32ULU', 0)):
         write_patch(root, tile, x)
     return root
+
+
+@pytest.fixture
+def windows_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Bands, height and width of each window that is read of a raster from now on."""
+    shapes: list[tuple[int, ...]] = []
+    real = rasters._values
+
+    def values(*args: Any) -> Any:
+        value = real(*args)
+        shapes.append(value.shape)
+        return value
+
+    monkeypatch.setattr(rasters, '_values', values)
+    return shapes
 
 
 def _shared(name: str) -> Path:

@@ -26,6 +26,14 @@ def test_remap_follows_the_published_merging(classes: int, expected: list[int]) 
     assert NO_LABEL not in scheme.ids
 
 
+def test_labels_of_any_number() -> None:
+    codes = (-32768, -1, 0, 262, 311, 65535)
+    scheme = ClassScheme(tuple(LandCoverClass(str(n), (n % 9, 0, 0), (n,)) for n in codes))
+    assert scheme.remap(np.array(codes)).tolist() == [0, 1, 2, 3, 4, 5]
+    others = np.array([-(2**40), -32769, -2, 1, 6, 55, 65536, 2**40])
+    assert (scheme.remap(others) == 255).all()
+
+
 def test_own_scheme_merges_and_keeps_its_ids() -> None:
     scheme = ClassScheme(
         (LandCoverClass('town', (255, 0, 0), (1, 2)), LandCoverClass('field', (0, 255, 0), (40,))),
@@ -42,7 +50,8 @@ def test_own_scheme_merges_and_keeps_its_ids() -> None:
         (((1,), (1,)), (), r'label \[1\] is given to more than one class'),
         (((1,), (2,)), (7, 7), r'id \[7\] is given to more than one class'),
         (((1,), (2,)), (0, 1), 'id 0 is outside 1..254'),
-        (((1,), (255,)), (), 'label 255 is outside 0..254'),
+        (((1,), (65536,)), (), 'label 65536 is outside -32768..65535'),
+        (((1,), (-32769,)), (), 'label -32769 is outside -32768..65535'),
         (((1,), (2,)), (1,), '2 classes have 1 ids'),
         ((), (), 'at least one class'),
     ],

@@ -1,12 +1,15 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import S1_DATES, S2_DATES, write_raster
+import rasterio
+from conftest import S1_DATES, S2_DATES, write_patch, write_raster
 from pandas.testing import assert_frame_equal
 
 from torchgeo_s1s2.datasets import Catalog, MonthlySeries, MultiSenGE, write_label_files
+from torchgeo_s1s2.errors import S1S2Warning
 
 
 def test_label_files_tell_what_those_of_the_data_set_tell(two_zones: Path) -> None:
@@ -45,13 +48,41 @@ def test_a_scene_of_one_sensor_without_labels(tmp_path: Path) -> None:
     assert (dataset[0]['image'] == -10).all()
 
 
-def test_other_names_and_missing_images_are_refused(two_zones: Path, tmp_path: Path) -> None:
+def test_other_names_are_counted_and_missing_images_refused(
+    two_zones: Path, tmp_path: Path
+) -> None:
     (two_zones / 's1' / 'mosaic.tif').write_bytes(b'')
-    with pytest.raises(ValueError, match=r'mosaic.tif is not named TILE_YYYYMMDD_S1_X_Y.tif'):
-        write_label_files(two_zones)
+    with pytest.warns(S1S2Warning, match=r'1 files in s1 have other names.*such as mosaic.tif'):
+        assert write_label_files(two_zones, overwrite=True, progress=False) == 3
     (tmp_path / 'empty' / 's2').mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r'no folder .*empty/s1; make it'):
         write_label_files(tmp_path / 'empty')
     (tmp_path / 'empty' / 's1').mkdir()
     with pytest.raises(FileNotFoundError, match='has no image; expected s2/TILE_YYYYMMDD_S2_X_Y'):
         write_label_files(tmp_path / 'empty')
+
+
+@pytest.mark.parametrize(
+    ('labels', 'options', 'expected'),
+    [
+        (np.array([[0, 1], [262, 311]], np.uint16), {}, '1;262;311'),
+        (np.array([[-1, 1], [2, 3]], np.int8), {'nodata': -1}, '1;2;3'),
+        (np.array([[np.nan, 1], [2, np.inf]], np.float32), {}, '1;2'),
+        (np.array([[3, 1], [2, 3]], np.uint8), {'mask': np.array([[0, 1], [1, 0]], bool)}, '1;2'),
+    ],
+)
+def test_labels_present_are_those_that_are_data(
+    tmp_path: Path, labels: np.ndarray, options: dict[str, Any], expected: str
+) -> None:
+    write_patch(tmp_path, '31UEQ', size=2, labels=labels, labels_options=options)
+    write_label_files(tmp_path, overwrite=True, progress=False)
+    content = json.loads((tmp_path / 'labels' / '31UEQ_0_0.json').read_text())
+    assert content['labels'] == expected
+
+
+def test_image_without_an_epsg_code_names_itself(tmp_path: Path) -> None:
+    own = rasterio.CRS.from_string('+proj=tmerc +lon_0=7.3 +k=0.98 +datum=WGS84')
+    write_patch(tmp_path, '31UEQ', size=8, s2_options={'crs': own})
+    message = r'31UEQ_20200706_S2_0_0.tif has no CRS with an EPSG code.*; warp it to one'
+    with pytest.raises(ValueError, match=message):
+        write_label_files(tmp_path, overwrite=True, progress=False)

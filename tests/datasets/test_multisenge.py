@@ -1,317 +1,13 @@
-import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import rasterio
-import torch
-from conftest import ORIGINS, S1_DATES, S2_DATES, write_patch, write_raster
-from pyproj import CRS, Transformer
-from rasterio.enums import Resampling
-from rasterio.warp import reproject
-from torch.utils.data import DataLoader
-from torchgeo.datasets import stack_samples
-from torchgeo.samplers import (
-    GriddedPatchSampler,
-    RandomPatchSampler,
-    RandomPeriodSampler,
-    RandomTimedeltaSampler,
-    SequentialPeriodSampler,
-    SequentialTimedeltaSampler,
-)
+from conftest import write_patch
 
-from torchgeo_s1s2.datasets import (
-    AllDates,
-    DateRule,
-    EvenlySpaced,
-    MonthlySeries,
-    MultiSenGE,
-    MultiSenNA,
-    RandomDates,
-    rasters,
-)
-
-LABELS_6_2 = torch.where(torch.arange(32) < 16, 5, 1).expand(32, 32)
-
-
-def seconds(dates: tuple[str, ...]) -> list[int]:
-    return [int(pd.Timestamp(d, tz='UTC').timestamp()) for d in dates]
-
-
-def test_patch_by_number(two_zones: Path) -> None:
-    dataset = MultiSenGE(two_zones, split='test')
-    sample = dataset[1]
-    image = sample['image']
-    assert image.shape == (4, 12, 32, 32)
-    t, b = torch.meshgrid(torch.arange(4), torch.arange(10), indexing='ij')
-    expected = (1000 * t + 100 * b)[..., None, None] + torch.arange(32)
-    torch.testing.assert_close(image[:, :10], (expected * 1e-4).expand(4, 10, 32, 32))
-    torch.testing.assert_close(image[:, 10], torch.full((4, 32, 32), -10.0))
-    torch.testing.assert_close(image[:, 11], torch.full((4, 32, 32), -20.0))
-    assert torch.equal(sample['mask'], LABELS_6_2)
-    assert sample['valid'].all()
-    assert sample['acquisition_times'].T.tolist() == [seconds(S2_DATES), seconds(S1_DATES)]
-    assert sample['transform'].tolist() == [10, 0, 500330, 0, -10, 5500000, 0, 0, 1]
-    assert sample['bounds'][:6].tolist() == [500330, 500650, 10, 5499680, 5500000, 10]
-    assert sample['bounds'][6:].tolist() == [*seconds(('20200704', '20201111')), 1]
-    assert sample['crs'] == 32631
-    assert sample['index'] == 1
-    assert dataset.name(1) == '31UEQ_33_0'
-
-
-def test_patches_of_two_zones_keep_their_grids(two_zones: Path) -> None:
-    dataset = MultiSenGE(two_zones, split='all')
-    assert dataset.crs == CRS.from_epsg(32631)
-    assert [int(dataset[i]['crs']) for i in range(3)] == [32631, 32631, 32632]
-    assert dataset[-1]['transform'][2] == 300000
-    torch.testing.assert_close(dataset[2]['image'], dataset[0]['image'])
-    for index in (3, -4):
-        with pytest.raises(IndexError, match=f'index: {index} not found'):
-            dataset[index]
-
-
-def test_raw_values(two_zones: Path) -> None:
-    image = MultiSenGE(two_zones, split='test', raw=True)[0]['image']
-    assert image[2, 3, 0, 7] == 2307
-    torch.testing.assert_close(image[0, 10:, 0, 0], torch.tensor([0.1, 0.01]))
-
-
-@pytest.mark.parametrize(
-    ('options', 'channels'),
-    [
-        ({'sensors': ['s1']}, [10, 11]),
-        ({'sensors': ['s2']}, list(range(10))),
-        ({'sensors': ['s1', 's2']}, list(range(12))),
-        ({'bands': ['VH', 'B08', 'B02']}, [0, 6, 11]),
-    ],
-)
-def test_sensors_and_bands(two_zones: Path, options: dict[str, Any], channels: list[int]) -> None:
-    everything = MultiSenGE(two_zones, split='test')[0]
-    chosen = MultiSenGE(two_zones, split='test', **options)[0]
-    assert torch.equal(chosen['image'], everything['image'][:, channels])
-    columns = {10: 1, 0: 0}
-    sensors = sorted({columns[10 if c >= 10 else 0] for c in channels})
-    assert torch.equal(chosen['valid'], everything['valid'][:, sensors])
-    assert torch.equal(chosen['acquisition_times'], everything['acquisition_times'][:, sensors])
-
-
-def test_missing_pixels_are_nan(tmp_path: Path) -> None:
-    s2 = np.full((10, 8, 8), 500, np.int16)
-    s2[:, 0, 0] = -10000
-    s1 = np.full((2, 8, 8), 1, np.float32)
-    s1[:, 7] = 0
-    labels = np.full((8, 8), 14, np.uint8)
-    labels[3, 3] = 0
-    write_patch(
-        tmp_path,
-        '31UEQ',
-        size=8,
-        s2=dict.fromkeys(S2_DATES[:3], s2) | {S2_DATES[3]: np.full_like(s2, -10000)},
-        s1=dict.fromkeys(S1_DATES, s1),
-        labels=labels,
-    )
-    sample = MultiSenGE(tmp_path, split='test')[0]
-    missing = torch.zeros(4, 12, 8, 8, dtype=torch.bool)
-    missing[:, :10, 0, 0] = missing[:, 10:, 7] = missing[3, :10] = True
-    assert torch.equal(sample['image'].isnan(), missing)
-    assert sample['image'].isfinite().sum() == (~missing).sum()
-    assert sample['valid'].tolist() == [[True, True]] * 3 + [[False, True]]
-    assert sample['acquisition_times'][3, 0] == -1
-    assert sample['mask'][3, 3] == 255
-    assert (sample['mask'] == 13).sum() == 63
-
-
-def test_several_s1_images_are_averaged_in_linear_power(tmp_path: Path) -> None:
-    def power(value: float) -> np.ndarray:
-        return np.full((2, 8, 8), value, np.float32)
-
-    partly = power(0.5)
-    partly[:, 0, 0] = 0
-    write_patch(
-        tmp_path, '31UEQ', size=8, s1={'20200705': power(0.1), '20200707': partly},
-    )  # fmt: skip
-    series = MonthlySeries(months=(7,), s1_per_slot=2)
-    image = MultiSenGE(tmp_path, split='test', series=series)[0]['image']
-    assert image[0, 10, 4, 4] == pytest.approx(10 * np.log10(0.3), abs=1e-5)
-    assert image[0, 10, 0, 0] == pytest.approx(-10, abs=1e-5)
-
-
-def test_empty_slots(two_zones: Path) -> None:
-    for path in (two_zones / 's2').glob('*20200904*'):
-        path.unlink()
-    with pytest.warns(UserWarning, match='3 of s2'), pytest.raises(ValueError, match='September'):
-        MultiSenGE(two_zones, split='test')
-    with pytest.warns(UserWarning, match='3 of s2'):
-        dataset = MultiSenGE(two_zones, split='test', series=MonthlySeries(missing='keep'))
-    sample = dataset[0]
-    assert sample['valid'][:, 0].tolist() == [True, True, False, True]
-    assert sample['image'][2, :10].isnan().all()
-    assert sample['image'][2, 10:].isfinite().all()
-    assert sample['acquisition_times'][2].tolist() == [-1, *seconds(('20200904',))]
-
-
-def test_window_inside_a_patch_is_a_plain_read(two_zones: Path) -> None:
-    dataset = MultiSenGE(two_zones, split='all')
-    window = dataset[500050:500150, 5499800:5499950]
-    whole = dataset[0]
-    assert torch.equal(window['image'], whole['image'][:, :, 5:20, 5:15])
-    assert torch.equal(window['mask'], whole['mask'][5:20, 5:15])
-    assert window['transform'][:6].tolist() == [10, 0, 500050, 0, -10, 5499950]
-    assert torch.equal(window['acquisition_times'], whole['acquisition_times'])
-
-
-def test_window_over_two_patches_is_a_mosaic(two_zones: Path) -> None:
-    """Columns 22..31 of one patch, the pixel between them, and 0..8 of the next."""
-    dataset = MultiSenGE(two_zones, split='test')
-    window = dataset[500220:500420, 5499680:5500000]
-    left, right = dataset[0], dataset[1]
-    assert window['image'].shape == (4, 12, 32, 20)
-    torch.testing.assert_close(window['image'][..., :10], left['image'][..., 22:])
-    assert window['image'][..., 10].isnan().all()
-    torch.testing.assert_close(window['image'][..., 11:], right['image'][..., :9])
-    assert (window['mask'][:, 10] == 255).all()
-    assert torch.equal(window['mask'][:, :10], left['mask'][:, 22:])
-
-
-def test_window_in_another_crs_agrees_with_rasterio(two_zones: Path) -> None:
-    crs = CRS.from_epsg(32632)
-    dataset = MultiSenGE(two_zones, split='test', crs=crs)
-    x, y, _ = dataset.bounds
-    assert x.start % 10 == 0
-    sample = dataset[x.start : x.stop, y.start : y.stop]
-    expected = np.full(sample['mask'].shape, 255, np.uint8)
-    for name in ('31UEQ_GR_0_0.tif', '31UEQ_GR_33_0.tif'):
-        with rasterio.open(two_zones / 'ground_reference' / name) as src:
-            reproject(
-                rasterio.band(src, 1),
-                expected,
-                dst_crs=crs.to_wkt(),
-                dst_transform=rasterio.Affine(*sample['transform'][:6].tolist()),
-                dst_nodata=255,
-                init_dest_nodata=False,
-                resampling=Resampling.nearest,
-            )
-    assert torch.equal(sample['mask'], dataset._lookup[torch.from_numpy(expected).int()])
-    labelled = sample['mask'] != 255
-    assert 2 * 32 * 32 * 0.95 < labelled.sum() < 2 * 32 * 32 * 1.05
-    assert sample['image'][:, 10][:, labelled].nanmean() == pytest.approx(-10, abs=1e-3)
-
-
-def test_time_of_a_window_limits_the_dates(two_zones: Path) -> None:
-    series = MonthlySeries(missing='keep')
-    dataset = MultiSenGE(two_zones, split='test', series=series)
-    sample = dataset[:, :, pd.Timestamp(2020, 8, 1) : pd.Timestamp(2020, 9, 30)]
-    assert sample['valid'][:, 0].tolist() == [False, True, True, False]
-    assert sample['acquisition_times'][:, 1].tolist() == [-1, *seconds(S1_DATES[1:3]), -1]
-    strict = MultiSenGE(two_zones, split='test')
-    with pytest.raises(IndexError, match='no S2 date for July'):
-        strict[:, :, pd.Timestamp(2020, 8, 1) :]
-
-
-def test_window_outside(two_zones: Path) -> None:
-    dataset = MultiSenGE(two_zones, split='test')
-    with pytest.raises(IndexError, match='not found in dataset with bounds'):
-        dataset[0:100, 0:100]
-
-
-SAMPLERS: dict[str, Callable[[MultiSenGE], Any]] = {
-    'random': lambda ds: RandomPatchSampler(ds, size=8, length=4),
-    'gridded': lambda ds: GriddedPatchSampler(ds, size=16, stride=16),
-    'random timedelta': lambda ds: (
-        RandomPatchSampler(ds, size=8, length=4)
-        @ RandomTimedeltaSampler(ds, delta=pd.Timedelta('60D'), length=4)
-    ),
-    'sequential timedelta': lambda ds: (
-        GriddedPatchSampler(ds, size=16, stride=16)
-        @ SequentialTimedeltaSampler(ds, delta=pd.Timedelta('90D'), stride=pd.Timedelta('90D'))
-    ),
-    'random period': lambda ds: (
-        RandomPatchSampler(ds, size=8, length=4) @ RandomPeriodSampler(ds, freq='Q', length=4)
-    ),
-    'sequential period': lambda ds: (
-        GriddedPatchSampler(ds, size=32, stride=32) @ SequentialPeriodSampler(ds, freq='M')
-    ),
-}
-RULES = (
-    MonthlySeries(missing='keep'),
-    EvenlySpaced(n=2, missing='keep'),
-    RandomDates(n=2, missing='keep'),
-    AllDates(max_length=3, missing='keep'),
-)
-
-
-@pytest.fixture(scope='module')
-def shared_zones(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two patches of zone 31 and one of zone 32 beside them, so that random windows hit one."""
-    root = tmp_path_factory.mktemp('zones')
-    x, y = Transformer.from_crs(32631, 32632).transform(500700, 5500000)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ORIGINS, '32ULU', (32632, round(x, -1), round(y, -1)))
-        for tile, column in (('31UEQ', 0), ('31UEQ', 33), ('32ULU', 0)):
-            write_patch(root, tile, column)
-    return root
-
-
-@pytest.mark.parametrize('rule', RULES, ids=lambda rule: type(rule).__name__)
-@pytest.mark.parametrize('sampler', SAMPLERS.values(), ids=SAMPLERS.keys())
-def test_samplers_of_torchgeo(
-    shared_zones: Path, sampler: Callable[[MultiSenGE], Any], rule: DateRule
-) -> None:
-    dataset = MultiSenGE(shared_zones, split='all', series=rule)
-    batches = list(DataLoader(dataset, 2, sampler=sampler(dataset), collate_fn=stack_samples))
-    assert len(batches) >= 2
-    assert {batch['image'].shape[1:3] for batch in batches} == {(rule.length, 12)}
-    assert torch.cat([(batch['mask'] != 255).flatten() for batch in batches]).any()
-    bounds = torch.cat([batch['bounds'] for batch in batches])
-    times = torch.cat([batch['acquisition_times'] for batch in batches])
-    seen = times >= 0
-    assert seen.any()
-    assert (times >= bounds[:, 6, None, None])[seen].all()
-    assert (times <= bounds[:, 7, None, None])[seen].all()
-
-
-def test_a_period_is_chosen_from_as_if_there_were_no_other_dates(shared_zones: Path) -> None:
-    from_august = pd.Timestamp(2020, 8, 1)
-    s2 = seconds(S2_DATES)
-    expected: dict[DateRule, list[int]] = {
-        EvenlySpaced(n=2): [s2[1], s2[3]],
-        EvenlySpaced(n=3): s2[1:],
-        AllDates(max_length=5): [*s2[1:], -1, -1],
-        RandomDates(n=3): s2[1:],
-    }
-    for rule, times in expected.items():
-        dataset = MultiSenGE(shared_zones, split='test', series=rule)
-        sample = dataset[500000:500320, 5499680:5500000, from_august:]
-        assert sample['acquisition_times'][:, 0].tolist() == times
-
-
-def test_random_dates_are_drawn_anew_each_epoch(shared_zones: Path) -> None:
-    dataset = MultiSenGE(shared_zones, split='all', series=RandomDates(n=2))
-
-    def dates() -> torch.Tensor:
-        return torch.stack([dataset[i]['acquisition_times'] for i in range(3)])
-
-    first = dates()
-    dataset.epoch = 1
-    second = dates()
-    assert not torch.equal(first, second)
-    # Each patch has its own draw.
-    assert len({tuple(t[:, 0].tolist()) for t in (*first, *second)}) > 2
-    dataset.epoch = 0
-    assert torch.equal(dates(), first)
-    again = MultiSenGE(shared_zones, split='test', series=RandomDates(n=2))
-    assert torch.equal(again[1]['acquisition_times'], first[1])
-
-
-def test_a_copy_in_another_process_reads_the_same(two_zones: Path) -> None:
-    """Worker processes that are spawned get the data set as a pickle."""
-    dataset = MultiSenGE(two_zones, split='all')
-    copy = pickle.loads(pickle.dumps(dataset))
-    for key, value in dataset[2].items():
-        assert torch.equal(copy[2][key], value)
+from torchgeo_s1s2.datasets import MonthlySeries, MultiSenGE, MultiSenNA
+from torchgeo_s1s2.errors import NoPatchesError, S1S2Warning
 
 
 def test_split_without_patches_names_the_tiles(two_zones: Path) -> None:
@@ -323,6 +19,41 @@ def test_split_without_patches_names_the_tiles(two_zones: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ('splits', 'message'),
+    [
+        (
+            {'train': ['31UEQ'], 'val': ['31UEQ', '32ULU']},
+            r'tile 31UEQ is in the splits train, val \(tiles there: 31UEQ, 32ULU\)',
+        ),
+        ({'train': ['31UEQ', '31UQE']}, r"no tile '31UQE' of split 'train' \(tiles there: 31UEQ"),
+    ],
+)
+def test_a_tile_in_two_splits_or_misspelt_is_said(
+    two_zones: Path, splits: dict[str, list[str]], message: str
+) -> None:
+    with pytest.warns(S1S2Warning, match=message):
+        assert len(MultiSenGE(two_zones, 'train', splits=splits)) == 2
+
+
+def test_patches_that_the_date_rule_leaves_out_are_counted(two_zones: Path) -> None:
+    for path in (two_zones / 's2').glob('31UEQ_20200904*_33_0.tif'):
+        path.unlink()
+    message = (
+        r"1 of the 3 patches of split 'all' in .* lack.*1 patches have no S2 date for September"
+    )
+    with pytest.warns(S1S2Warning, match=message):
+        dataset = MultiSenGE(two_zones, 'all')
+    assert [dataset.name(i) for i in range(len(dataset))] == ['31UEQ_0_0', '32ULU_0_0']
+    for path in (two_zones / 's2').glob('*20200904*'):
+        path.unlink()
+    message = (
+        r'none of the 3 patches.*3 patches have no S2 date for September. Choose another series'
+    )
+    with pytest.raises(NoPatchesError, match=message), pytest.warns(S1S2Warning):
+        MultiSenGE(two_zones, 'all')
+
+
+@pytest.mark.parametrize(
     ('options', 'message'),
     [
         ({'split': 'dev'}, "no split 'dev'; choose one of train, val, test, all"),
@@ -331,6 +62,12 @@ def test_split_without_patches_names_the_tiles(two_zones: Path) -> None:
         ({'sensors': 's2'}, "no such sensor: 's2'"),
         ({'bands': ['B01']}, r"no such band: \['B01'\]"),
         ({'bands': ['VV']}, 'no band of s2'),
+        ({'unit': 'feet'}, 'no such unit: .*choose from s2: dn, reflectance; s1: linear, db'),
+        ({'unit': {'s1': 'dn'}}, 'no such unit'),
+        ({'offset': {'january': -1000}}, 'offset is .*expected a number such as -1000, or one by'),
+        ({'offset': 'much'}, 'offset is .much.; expected a number'),
+        ({'nodata': {'s3': 0}}, r"no such sensor in nodata: \['s3'\]"),
+        ({'file_bands': {'S2': ['B02']}}, 'no such sensor in file_bands'),
         (
             {'series': MonthlySeries(months=(1, 7))},
             '2 patches have no S2 date for January. Choose another series',
@@ -342,55 +79,6 @@ def test_bad_arguments(two_zones: Path, options: dict[str, Any], message: str) -
         MultiSenGE(two_zones, **({'split': 'test'} | options))
 
 
-@pytest.mark.parametrize(
-    ('shape', 'left', 'message'),
-    [
-        ((9, 32, 32), 500000, r'has \(bands, width, height\) \(9, 32, 32\), expected \(10, 32, 32'),
-        ((10, 32, 31), 500000, r'\(10, 31, 32\), expected \(10, 32, 32\)'),
-        ((10, 32, 32), 500010, 'upper left corner at 500010.0'),
-    ],
-)
-def test_raster_that_differs_names_itself(
-    two_zones: Path, shape: tuple[int, int, int], left: float, message: str
-) -> None:
-    path = two_zones / 's2' / '31UEQ_20200904_S2_0_0.tif'
-    write_raster(path, np.zeros(shape, np.int16), 32631, left, 5500000)
-    dataset = MultiSenGE(two_zones, split='test')
-    for read in (dataset.__getitem__, dataset.check):
-        with pytest.raises(ValueError, match=message) as error:
-            read(0)
-        assert str(path) in str(error.value)
-
-
-def test_a_check_reads_one_pixel_of_each_raster(
-    two_zones: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset, read = MultiSenGE(two_zones, split='test'), []
-    real = rasters._crop
-
-    def crop(*args: Any) -> Any:
-        image = real(*args)
-        read.append(image.shape)
-        return image
-
-    monkeypatch.setattr(rasters, '_crop', crop)
-    dataset.check(1)
-    assert read == [(10, 1, 1)] * 4 + [(2, 1, 1)] * 4 + [(1, 1, 1)]
-
-
-def test_raster_cut_short_names_itself(two_zones: Path) -> None:
-    path = two_zones / 's1' / '31UEQ_20200904_S1_0_0.tif'
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(OSError, match='Fetch the file again') as error:
-        MultiSenGE(two_zones, split='test')[0]
-    assert str(path) in str(error.value)
-
-
-def test_transforms_are_applied(two_zones: Path) -> None:
-    dataset = MultiSenGE(two_zones, split='test', transforms=lambda s: s | {'mask': -s['mask']})
-    assert torch.equal(dataset[0]['mask'], -LABELS_6_2)
-
-
 def test_multisenna_adds_a_class_and_takes_its_own_split(tmp_path: Path) -> None:
     labels = np.full((16, 16), 15, np.uint8)
     write_patch(tmp_path, '31UEQ', size=16, labels=labels)
@@ -400,22 +88,6 @@ def test_multisenna_adds_a_class_and_takes_its_own_split(tmp_path: Path) -> None
     assert len(MultiSenNA(tmp_path, split='train', splits={'train': ['31UEQ']})) == 1
     with pytest.raises(ValueError, match="no split 'train'; choose one of all"):
         MultiSenNA(tmp_path, split='train')
-
-
-def test_plot_shows_series_classes_and_legend(two_zones: Path) -> None:
-    dataset = MultiSenGE(two_zones, split='test')
-    sample = dataset[0]
-    figure = dataset.plot(sample | {'prediction': sample['mask'] * 0 + 10}, suptitle='Patch')
-    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
-    assert titles[:4] == ['S2 2020-07-06', 'S2 2020-08-05', 'S2 2020-09-04', 'S2 2020-11-08']
-    assert titles[4] == 'S1 2020-07-04'
-    assert titles[8:] == ['Mask', 'Prediction']
-    legend = figure.axes[10].get_legend()
-    assert legend is not None
-    shown = [text.get_text() for text in legend.get_texts()]
-    assert shown == ['Sparse Built-Up', 'Arable Lands', 'Forests']
-    mask = figure.axes[8].images[0]
-    assert mask.cmap(mask.norm(np.array(5))) == dataset.classes.cmap(5)
 
 
 def test_real_sample(real_sample: Path) -> None:
