@@ -1,9 +1,8 @@
 """What a sensor is, said once: its bands, and how its files' values become those of a sample."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import re
 
 import numpy as np
 from numpy.typing import NDArray

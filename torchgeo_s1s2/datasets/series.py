@@ -121,12 +121,12 @@ class SeriesDataset(GeoDataset):
         self._unreadable: set[tuple[int, str, int]] = set()
         # Workers that outlive an epoch see a change in shared memory only.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._columns: list[str] = []
         chosen = self._choose(patches)
         epsg = pd.Series([self.grid_of(patch).epsg for patch in chosen]).mode()[0]
         target = CRS.from_user_input(crs or int(epsg))
         self._res = self._res_in(target, chosen[0]) if res is None else _pair(res)
-        self.index = self._index_of(chosen, target)
+        self._index = self._index_of(chosen, target)
+        self._columns = list(self._index.columns)
 
     @abstractmethod
     def name_of(self, patch: int) -> str:
@@ -160,11 +160,24 @@ class SeriesDataset(GeoDataset):
     @index.setter
     def index(self, index: gpd.GeoDataFrame) -> None:
         # random_grid_cell_assignment gives columns numbers in the place of their names.
-        if 'patch' not in index and self._columns:
+        if 'patch' not in index:
             names = {i: name for i, name in enumerate(self._columns) if name != 'geometry'}
             index = index.rename(columns=names)[[*names.values(), 'geometry']]
         self._columns = list(index.columns)
         self._index = index
+        self._drop_slivers()
+
+    def _drop_slivers(self) -> None:
+        """Leave out rows that hold no pixel, such as those at the border of a region."""
+        held = [min(self.shape(row)) > 0 for row in range(len(self._index))]
+        if not all(held):
+            self._index = self._index[held]
+            warnings.warn(
+                f'{held.count(False)} of {len(held)} rows of the index hold no pixel and are left '
+                'out',
+                S1S2Warning,
+                stacklevel=3,
+            )
 
     @property
     def crs(self) -> CRS:
