@@ -13,6 +13,8 @@ from torchgeo_s1s2.datasets.time_series import (
     EvenlySpaced,
     MonthlySeries,
     RandomDates,
+    SeriesReport,
+    series_report,
 )
 from torchgeo_s1s2.errors import DownloadError, NoSeriesError
 
@@ -34,6 +36,8 @@ __all__ = (
     'NoSeriesError',
     'RandomDates',
     'SeasonDownload',
+    'SeriesReport',
     'pack',
+    'series_report',
     'write_label_files',
 )
