@@ -39,7 +39,6 @@ from torchgeo_s1s2.datasets import (
 from torchgeo_s1s2.datasets.archive import (
     GzipReader,
     Journal,
-    Kind,
     RemoteArchive,
     RemoteFile,
     RestartPoint,
@@ -460,6 +459,7 @@ def test_redirect_to_a_connection_in_the_clear() -> None:
         RemoteFile(response.url, hosts=['host'])._check_redirect(response)
 
 
+@pytest.mark.filterwarnings('ignore:.*has changed since')
 @pytest.mark.parametrize('ranges', [True, False])
 def test_length_that_is_wrong(server: Server, tmp_path: Path, ranges: bool) -> None:
     server.excess, server.ranges = 100, ranges
@@ -643,6 +643,29 @@ def test_series_of_what_the_archive_holds(server: Server, source: Path, tmp_path
     server.asked.clear()
     season(server, root).run()
     assert server.asked == []
+
+
+def test_plan_follows_what_the_archive_holds(server: Server, source: Path, tmp_path: Path) -> None:
+    names = sorted(p.name for p in (source / 's1').iterdir())
+    server.files['s1.tgz'] = pack_folder(source, 's1', leave_out=set(names) - {*names[::3]})
+    every = season(server, tmp_path, tiles=None, series=EVERY_DATE['s1'], sensors=['s1'])
+    assert every.plan().size == 4 * 65_536 + len(names) * 524_288
+    break_off(server, 's1.tgz', int(0.7 * len(server.files['s1.tgz'])))
+    with pytest.raises(DownloadError):
+        every.run()
+    plan = every.plan()
+    assert plan.in_all['s1'] == len(names)
+    assert plan.held['s1'] == pytest.approx(len(names) / 3, rel=0.1)
+    # A file of 16 x 16 pixels of 8 bytes takes a header, its tags and at least four blocks.
+    assert plan.sizes['s1'] == pytest.approx(512 * 6.5, rel=0.2)
+    assert plan.size < 1.1 * len(names) / 3 * plan.sizes['s1']
+    mend(server)
+    with pytest.warns(S1S2Warning, match=r's1\.tgz lacks'):
+        every.run()
+    plan = every.plan()
+    assert plan.held['s1'] == len(names[::3])
+    assert plan.needed['s1'] == {*names[::3]}
+    assert plan.size == 0
 
 
 def test_checksums(server: Server, tmp_path: Path, expected: Mapping[str, bytes]) -> None:

@@ -80,12 +80,12 @@ class DownloadPlan:
     @property
     def size(self) -> int:
         """Bytes to be written, estimated."""
-        return round(sum(self._bytes(folder, len(self.missing[folder])) for folder in self.missing))
+        return round(sum(self.sizes[f] * self._files_to_write(f) for f in self.missing))
 
-    def _bytes(self, folder: str, count: int) -> float:
-        """Bytes of a number of files, of which no more exist than the archive holds."""
-        held = self.held[folder]
-        return self.sizes[folder] * (count if held is None else min(count, held))
+    def _files_to_write(self, folder: str) -> int:
+        """Number of missing files, of which no more exist than the archive holds."""
+        count, held = len(self.missing.get(folder, ())), self.held[folder]
+        return count if held is None else min(count, held)
 
     def __str__(self) -> str:
         """A table of files and gigabytes."""
@@ -95,10 +95,10 @@ class DownloadPlan:
             ' '.join([f'{"":16}', *(f'{title:>19}' for title in titles)]),
         ]
         for folder, held in self.held.items():
-            counts = [len(d.get(folder, ())) for d in (self.needed, self.missing)]
-            counts += [self.in_all[folder], *([] if held is None else [held])]
-            cells = [f'{n:9,} {_gigabytes(self._bytes(folder, n)):>6} GB' for n in counts]
-            rows.append(' '.join([f'{folder:16}', *cells, *(['not known yet'] * (held is None))]))
+            needed, size = len(self.needed.get(folder, ())), self.sizes[folder]
+            counts = needed, self._files_to_write(folder), self.in_all[folder], held
+            cells = ['not known yet' if n is None else _cell(n, n * size) for n in counts]
+            rows.append(' '.join([f'{folder:16}', *cells]))
         rows.append('GB are estimates: number of files times the bytes that one has')
         if None in self.held.values():
             rows.append(
@@ -444,3 +444,7 @@ def _is_in(name: str, names: Collection[str] | None) -> bool:
 
 def _gigabytes(size: float) -> str:
     return f'{size / 1e9:.1f}'
+
+
+def _cell(count: int, size: float) -> str:
+    return f'{count:9,} {_gigabytes(size):>6} GB'
