@@ -97,7 +97,7 @@ class DownloadPlan:
         for folder, held in self.held.items():
             needed, size = len(self.needed.get(folder, ())), self.sizes[folder]
             counts = needed, self._files_to_write(folder), self.in_all[folder], held
-            cells = ['not known yet' if n is None else _cell(n, n * size) for n in counts]
+            cells = [f'{"not known yet":>19}' if n is None else _cell(n, n * size) for n in counts]
             rows.append(' '.join([f'{folder:16}', *cells]))
         rows.append('GB are estimates: number of files times the bytes that one has')
         if None in self.held.values():
