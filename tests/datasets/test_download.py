@@ -11,13 +11,14 @@ import tarfile
 import threading
 import time
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import requests
 from conftest import S1_DATES, S2_DATES, write_label_file
 from torchgeo.datasets import DatasetNotFoundError
 
@@ -33,9 +34,17 @@ from torchgeo_s1s2.datasets import (
     RandomDates,
     SeasonDownload,
     archive,
+    download,
 )
-from torchgeo_s1s2.datasets.archive import GzipReader, RemoteArchive, RemoteFile, RestartPoint
+from torchgeo_s1s2.datasets.archive import (
+    GzipReader,
+    Journal,
+    RemoteArchive,
+    RemoteFile,
+    RestartPoint,
+)
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
+from torchgeo_s1s2.errors import S1S2Warning
 
 FOLDERS = ('labels', 'ground_reference', 's2', 's1')
 
@@ -47,8 +56,10 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.etags: dict[str, str] = {}
         self.ranges = True
+        self.excess = 0  # of the length that is told
         self.cuts: dict[str, list[int]] = {}  # bytes after which the next responses break off
         self.errors: list[int] = []  # statuses of the next responses
+        self.headers: dict[str, str] = {}  # of these
         self.stall = threading.Event()
         self.stall_after: int | None = None
         self.asked: list[tuple[str, int]] = []
@@ -78,7 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
         first = int(match[1]) if match else 0
         state.asked.append((name, first))
         if state.errors:
-            self.send_error(state.errors.pop(0))
+            self.send_response(state.errors.pop(0))
+            for header in state.headers.items():
+                self.send_header(*header)
+            self.end_headers()
             return
         if name not in state.files:
             self.send_error(404)
@@ -91,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header('Content-Range', f'bytes {first}-{last}/{len(content)}')
             content = content[first:]
         self.send_header('ETag', etag)
-        self.send_header('Content-Length', str(len(content)))
+        self.send_header('Content-Length', str(len(content) + state.excess))
         self.end_headers()
         cuts = state.cuts.get(name)
         self._send(name, content[: cuts.pop(0)] if cuts else content)
@@ -301,14 +315,14 @@ def test_killed_process(server: Server, tmp_path: Path, expected: Mapping[str, b
     process = multiprocessing.get_context('fork').Process(target=season(server, tmp_path).run)
     process.start()
     deadline = time.monotonic() + 60
-    while server.sent.get('s2.tgz', 0) < 150_000 and time.monotonic() < deadline:
+    journal = tmp_path / '.download' / 's2.jsonl'
+    while Journal(journal).starts[-1].compressed < 100_000 and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.2)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    half = tmp_path / 's2' / '.31UFQ_20200101_S2_0_0.tif.x'
+    half = tmp_path / 's2' / '.31UFQ_20200101_S2_0_0.tif.ab12_xyz'
     half.mkdir()
     (half / '31UFQ_20200101_S2_0_0.tif').write_bytes(b'half')
     there = tree(tmp_path)
@@ -357,7 +371,7 @@ def test_a_later_season_reads_only_where_it_is(
 ) -> None:
     every = {'tiles': None, 'series': EVERY_DATE['s1']}
     season(server, tmp_path, **every).run()
-    journal = RemoteArchive(server.url, tmp_path / '.download' / 's1.jsonl').journal
+    journal = Journal(tmp_path / '.download' / 's1.jsonl')
     path = tmp_path / 's1' / min(journal.names[7])
     content = path.read_bytes()
     path.unlink()
@@ -400,10 +414,57 @@ def test_not_an_archive(server: Server, tmp_path: Path) -> None:
         season(server, tmp_path).run()
 
 
-def test_server_that_is_busy(server: Server, tmp_path: Path, expected: Mapping[str, bytes]) -> None:
-    server.errors = [503, 500, 429]
+@pytest.mark.parametrize('seconds', [7, 601])
+def test_server_that_is_busy(
+    server: Server,
+    tmp_path: Path,
+    expected: Mapping[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: int,
+) -> None:
+    server.errors, server.headers = [503, 500, 429], {'Retry-After': str(seconds)}
+    waited: list[float] = []
+    monkeypatch.setattr(archive.time, 'sleep', waited.append)
+    if seconds < RemoteFile.patience:
+        season(server, tmp_path).run()
+        assert tree(tmp_path) == expected
+        assert waited == [7, 7, 7]
+    else:
+        with pytest.raises(DownloadError, match=r'answers 503 .*run the same again in 601 seconds'):
+            season(server, tmp_path).run()
+
+
+def test_redirects(server: Server, tmp_path: Path, expected: Mapping[str, bytes]) -> None:
+    other = Server()
+    other.files = server.files
+    host = other.url.removeprefix('http://')
+    server.errors = [302] * 5
+    server.headers = {'Location': f'{other.url}/labels.tgz'}
+    with pytest.raises(DownloadError, match=rf"another host, {host}; .*hosts=\['{host}'\]"):
+        season(server, tmp_path).plan()
+    assert other.asked == []
+    assert season(server, tmp_path, hosts=[host]).plan().patches == 3
+    assert other.asked == [('labels.tgz', 0)]
+    other.close()
+    server.errors, server.headers = [302], {'Location': '/ground_reference.tgz'}
     season(server, tmp_path).run()
     assert tree(tmp_path) == expected
+
+
+def test_redirect_to_a_connection_in_the_clear() -> None:
+    response = requests.Response()
+    response.status_code, response.url = 301, 'https://host/s1.tgz'
+    response.headers['Location'] = 'http://host/s1.tgz'
+    with pytest.raises(DownloadError, match=r'http://host/s1\.tgz, which is not encrypted'):
+        RemoteFile(response.url, hosts=['host'])._check_redirect(response)
+
+
+@pytest.mark.filterwarnings('ignore:.*has changed since')
+@pytest.mark.parametrize('ranges', [True, False])
+def test_length_that_is_wrong(server: Server, tmp_path: Path, ranges: bool) -> None:
+    server.excess, server.ranges = 100, ranges
+    with pytest.raises(DownloadError, match=r'labels\.tgz'):
+        season(server, tmp_path).run()
 
 
 def test_archive_that_has_changed(
@@ -494,44 +555,72 @@ def test_hostile_label_files(server: Server, source: Path, tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ['root']
 
 
-def test_file_that_is_too_large(
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ('folder', 'content', 'message'),
+    [
+        ('labels', lambda first: header(first, 2**18 + 1), 'has 262145 bytes, more than the 2621'),
+        ('ground_reference', lambda first: header(first, 2**22 + 1), 'has 4194305 bytes, more'),
+        ('s2', lambda first: header(first, 2**40), r's2\.tgz has 1099511627776 bytes, more'),
+        ('s2', lambda first: header(first, 3000) + bytes(2000), 'has 2000 bytes, .* says 3000'),
+        # Headers that would fill the memory, or are none.
+        ('s2', lambda _: header('', 2**40, tarfile.XHDTYPE), 'header of 1099511627776 bytes'),
+        ('s2', lambda _: header('a', 0) + b'garbage' * 600, r's2\.tgz is damaged .*no header'),
+        ('s2', lambda _: header('a', 0) + bytes(1024) + b'more' * 600, 'damaged .*no header'),
+        # More than there can be: in a file that nobody wants, after the end, and in number.
+        ('labels', lambda _: header('a', 2**40) + bytes(2**20), 'unpacks to more than the 1,048,'),
+        ('labels', lambda _: bytes(2**20 + 1), r'labels\.tgz unpacks to more than the 1,048,576 b'),
+        ('labels', lambda _: b''.join(header(f'a_0_{i}.json', 0) for i in range(9)), 'the 8 files'),
+    ],
+)
+def test_archive_that_is_not_what_it_must_be(
+    server: Server,
+    tmp_path: Path,
+    expected: Mapping[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    content: Callable[[str], bytes],
+    message: str,
+) -> None:
+    small = download.KINDS['labels']._replace(files=8, total_size=2**20)
+    monkeypatch.setitem(download.KINDS, 'labels', small)
+    first = min(name for name in expected if name.startswith(folder))
+    server.files[f'{folder}.tgz'] = gzip.compress(content(first))
+    with pytest.raises(DownloadError, match=message):
+        season(server, tmp_path).run()
+    assert len(list((tmp_path / folder).iterdir())) == (8 if message == 'the 8 files' else 0)
+
+
+def test_other_folders_and_suffixes(
     server: Server, tmp_path: Path, expected: Mapping[str, bytes]
 ) -> None:
-    first = min(name for name in expected if name.startswith('s2/'))
-    huge = tarfile.TarInfo(first)
-    huge.size = 2**40
-    server.files['s2.tgz'] = compress(huge.tobuf() + bytes(2**16))
-    with pytest.raises(DownloadError, match=rf'{first} in .*s2\.tgz has 1099511627776 bytes'):
+    """Further levels of folders, ``.TIF`` and ``.tiff``, and files of one name in two folders."""
+    for folder in FOLDERS:
+        files = {name: expected[name] for name in expected if name.startswith(folder)}
+        tail = iter(['.TIF', '.tiff', '.TIFF'])
+        names = [name.replace('.tif', next(tail, '.tif')) for name in files]
+        members = [(f'data/{n}', c) for n, c in zip(names, files.values(), strict=True)]
+        server.files[f'{folder}.tgz'] = pack([*members, (f'old/{names[0]}', b'old')])
+    with pytest.warns(
+        S1S2Warning, match=r'labels\.tgz holds 1 files with the name of another \(old/'
+    ):
         season(server, tmp_path).run()
-    assert not list((tmp_path / 's2').iterdir())
+    assert tree(tmp_path) == expected
 
 
-def test_file_that_is_too_short(
-    server: Server, tmp_path: Path, expected: Mapping[str, bytes]
-) -> None:
-    first = min(name for name in expected if name.startswith('s2/'))
-    info = tarfile.TarInfo(first)
-    info.size = 3000
-    server.files['s2.tgz'] = gzip.compress(info.tobuf() + bytes(2000))
-    with pytest.raises(DownloadError, match=rf'{first} in .* has 2000 bytes, its header says 3000'):
-        season(server, tmp_path).run()
-    assert not list((tmp_path / 's2').iterdir())
-
-
-def test_header_that_would_fill_the_memory(server: Server, tmp_path: Path) -> None:
-    header = tarfile.TarInfo('name')
-    header.type, header.size = tarfile.XHDTYPE, 2**40
-    server.files['s2.tgz'] = compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(2**16))
-    with pytest.raises(DownloadError, match=r'damaged .*header of 1099511627776 bytes'):
-        season(server, tmp_path).run()
-
-
-@pytest.mark.parametrize('rest', [b'garbage' * 100, bytes(1024) + b'more'])
-def test_tar_that_is_damaged(server: Server, tmp_path: Path, rest: bytes) -> None:
-    other = tarfile.TarInfo('s2/other.tif')
-    server.files['s2.tgz'] = gzip.compress(other.tobuf() + rest + bytes(4096))
-    with pytest.raises(DownloadError, match=r's2\.tgz is damaged .*no header'):
-        season(server, tmp_path).run()
+def test_what_others_wrote_stays(server: Server, tmp_path: Path) -> None:
+    name = '31UFQ_20200101_S2_0_0.tif'
+    mine = [f'.{name}.bak/{name}', f'.{name}.ab12_xyz/notes', '.x.tif.ab12_xyz/x', '.tif.tif.ab']
+    for path in mine:
+        (tmp_path / 's2' / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 's2' / path).write_text('mine')
+    season(server, tmp_path).run()
+    assert {path for path in mine if (tmp_path / 's2' / path).read_text() == 'mine'} == set(mine)
 
 
 def test_series_of_what_the_archive_holds(server: Server, source: Path, tmp_path: Path) -> None:
@@ -556,6 +645,29 @@ def test_series_of_what_the_archive_holds(server: Server, source: Path, tmp_path
     assert server.asked == []
 
 
+def test_plan_follows_what_the_archive_holds(server: Server, source: Path, tmp_path: Path) -> None:
+    names = sorted(p.name for p in (source / 's1').iterdir())
+    server.files['s1.tgz'] = pack_folder(source, 's1', leave_out=set(names) - {*names[::3]})
+    every = season(server, tmp_path, tiles=None, series=EVERY_DATE['s1'], sensors=['s1'])
+    assert every.plan().size == 4 * 65_536 + len(names) * 524_288
+    break_off(server, 's1.tgz', int(0.7 * len(server.files['s1.tgz'])))
+    with pytest.raises(DownloadError):
+        every.run()
+    plan = every.plan()
+    assert plan.in_all['s1'] == len(names)
+    assert plan.held['s1'] == pytest.approx(len(names) / 3, rel=0.1)
+    # A file of 16 x 16 pixels of 8 bytes takes a header, its tags and at least four blocks.
+    assert plan.sizes['s1'] == pytest.approx(512 * 6.5, rel=0.2)
+    assert plan.size < 1.1 * len(names) / 3 * plan.sizes['s1']
+    mend(server)
+    with pytest.warns(S1S2Warning, match=r's1\.tgz lacks'):
+        every.run()
+    plan = every.plan()
+    assert plan.held['s1'] == len(names[::3])
+    assert plan.needed['s1'] == {*names[::3]}
+    assert plan.size == 0
+
+
 def test_checksums(server: Server, tmp_path: Path, expected: Mapping[str, bytes]) -> None:
     season(server, tmp_path).run()
     lines = (tmp_path / 'checksums.sha256').read_text().splitlines()
@@ -568,6 +680,11 @@ def test_checksums(server: Server, tmp_path: Path, expected: Mapping[str, bytes]
     with pytest.raises(DownloadError, match=f'is another for .*/{name}; delete'):
         MultiSenGE(tmp_path, split='train', checksum=True)
     (tmp_path / name).unlink()
+    label = min(name for name in expected if name.startswith('labels/'))
+    (tmp_path / label).write_bytes(expected[label].replace(b'202007', b'202008'))
+    with pytest.raises(DownloadError, match=f'is another for .*/{label}; delete'):
+        MultiSenGE(tmp_path, split='train', checksum=True)
+    (tmp_path / label).unlink()
     season(server, tmp_path).run()
     season(server, tmp_path).verify()
     assert tree(tmp_path) == expected
@@ -610,6 +727,8 @@ def test_plan_by_hand(server: Server, tmp_path: Path) -> None:
     assert plan.missing == plan.needed
     assert (plan.patches, plan.patches_in_all) == (1, 2)
     assert plan.in_all == {'ground_reference': 2, 's2': 8, 's1': 10}
+    assert plan.held == {'ground_reference': None, 's2': None, 's1': None}
+    assert 'of the S1 files of MultiSenGE about a fifth exist' in str(plan)
     # Two label rasters of 65,536 bytes, four images of 1,310,720 and four of 524,288.
     assert plan.size == 2 * 65_536 + 4 * 1_310_720 + 4 * 524_288
     assert '1 of 2 patches have the series' in str(plan)

@@ -1,5 +1,6 @@
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torchgeo_s1s2.datasets import (
     MultiSenGE,
     NoSeriesError,
     RandomDates,
+    series_report,
 )
 from torchgeo_s1s2.datasets.time_series import Times
 
@@ -105,7 +107,7 @@ def test_s1_first_of_the_month() -> None:
 
 def test_several_s1_a_slot_come_in_order() -> None:
     s1 = days('2020-07-01', '2020-07-09', '2020-07-12', '2020-11-20')
-    found = chosen(MonthlySeries(s1_per_slot=2), days(*SERIES), s1)
+    found = chosen(MonthlySeries(s1_per_slot=2, s1_max_days=60), days(*SERIES), s1)
     assert found['s1'][0] == ['2020-07-09', '2020-07-12']
 
 
@@ -127,33 +129,101 @@ def test_empty_slot_takes_the_s1_date_nearest_to_its_middle() -> None:
 
 
 @pytest.mark.parametrize(
-    ('options', 'message'),
+    ('missing', 's1_max_days', 'expected'),
     [
-        ({'missing': 'skip'}, "missing is 'skip'; choose one of drop, keep, nearest"),
-        ({'s1': 'last'}, "s1 is 'last'; choose one of nearest, first"),
-        ({'leader': 's3'}, "leader is 's3'; choose one of s2, s1"),
-        ({'months': (0, 13)}, 'expected one or more numbers 1..12'),
-        ({'months': ()}, 'expected one or more numbers 1..12'),
-        ({'s1_per_slot': 0}, 's1_per_slot is 0'),
+        # 31 July is 30 days from 1 July and 21 from 10 July.
+        ('drop', 30, ['2020-07-01', '2020-07-31']),
+        ('drop', 21, ['2020-07-10', '2020-07-31']),
+        ('drop', 20, 'no S1 date for July within 20 days'),
+        ('nearest', 20, ['2020-08-02', '2020-07-31']),
+        ('nearest', 1, 'no S1 date for July within 1 days'),
+        ('keep', 30, ['2020-07-01', '2020-07-31']),
+        ('keep', 29, ['2020-07-01', '']),
     ],
 )
-def test_rules_refuse_what_they_do_not_know(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MonthlySeries(**options)
+def test_how_far_s1_may_lie(missing: Any, s1_max_days: int, expected: Any) -> None:
+    s2, s1 = days('2020-07-01', '2020-07-10', '2020-08-02'), days('2020-07-31T17:40:00')
+    rule = MonthlySeries(months=(7,), missing=missing, s1_max_days=s1_max_days)
+    if isinstance(expected, str):
+        with pytest.raises(NoSeriesError, match=expected):
+            rule.select({'s2': s2, 's1': s1})
+    else:
+        assert [slot[0] if slot else '' for (slot,) in chosen(rule, s2, s1).values()] == expected
 
 
-@pytest.mark.parametrize('s1', ['nearest', 'first'])
-def test_training_set_of_the_paper_has_3369_patches(real_labels: Path, s1: Any) -> None:
+def test_sensors_of_any_name() -> None:
+    times = {
+        'a': days('2020-07-10', '2020-07-20'),
+        'b': days('2020-07-18'),
+        'c': days('2020-07-21', '2020-07-22', '2020-07-23'),
+    }
+    rule = MonthlySeries(months=(7,), leader='a', s1_max_days=3, s1_per_slot=2)
+    assert rule.reads(('b', 'c')) == ('a', 'b', 'c')
+    # Only 20 July has both others within three days.
+    assert rule.select(times) == {'a': ((1,),), 'b': ((0,),), 'c': ((0, 1),)}
+    with pytest.raises(NoSeriesError, match='no A date for July'):
+        rule.select({**times, 'a': times['a'][:0]})
+    with pytest.raises(NoSeriesError, match='no B date for July within 3 days'):
+        rule.select({**times, 'a': times['a'][:1]})
+    with pytest.raises(ValueError, match="leader is 'd'; choose one of a, b, c"):
+        MonthlySeries(leader='d').select(times)
+
+
+def test_two_images_of_one_day() -> None:
+    """Day 9 twice, of two orbits; the days of its slots reach from day 4.5 to 14.5."""
+    s1 = numbered(0, 9, 9, 20)
+    times, alone = {'s1': s1, 's2': numbered(8, 10)}, ((0,), (1,), (2,), (3,))
+    every = AllDates(max_length=4, leader='s1', s1='first', missing='keep').select(times)
+    assert every == {'s1': alone, 's2': ((), (0,), (0,), ())}
+    assert EvenlySpaced(n=4, leader='s1').select(times)['s1'] == alone
+    assert MonthlySeries(months=(3,)).select({'s2': s1[1:2], 's1': s1})['s1'] == ((1,),)
+    # 31 March is a day from April, and an acquisition serves one slot only.
+    months = MonthlySeries(months=(3, 4), min_gap_days=0, leader='s1', missing='nearest')
+    assert months.select({'s1': numbered(30, 30)})['s1'] == ((0,), (1,))
+    with pytest.raises(NoSeriesError, match='no S1 date for April'):
+        months.select({'s1': numbered(30)})
+
+
+@pytest.mark.parametrize(('s1', 'farthest'), [('nearest', 2), ('first', 29)])
+def test_training_set_of_the_paper_has_3369_patches(
+    real_labels: Path, s1: Any, farthest: int
+) -> None:
     catalog = Catalog(real_labels, files=False, progress=False)
-    rule, count = MonthlySeries(s1=s1), Counter[str]()
-    split = {tile: name for name, tiles in MultiSenGE.splits.items() for tile in tiles}
-    for row, tile in enumerate(catalog.patches['tile']):
-        try:
-            rule.select({sensor: catalog.times(row, sensor) for sensor in ('s2', 's1')})
-        except NoSeriesError:
-            continue
-        count[split.get(tile, 'unused')] += 1
-    assert count['train'] == 3369
+    rows = np.flatnonzero(catalog.patches['tile'].isin(MultiSenGE.splits['train']))
+    times = [{s: catalog.times(int(row), s) for s in ('s2', 's1')} for row in rows]
+    report = series_report(MonthlySeries(s1=s1), times)
+    assert report.reasons.count('') == 3369
+    assert report.days['s1'].max() == farthest
+
+
+def test_report_by_hand() -> None:
+    """S1 lies 4 and 7 days from S2 in one patch, 0 and 30 in another, and a third has no July."""
+    s2 = days('2020-07-10', '2020-08-05')
+    patches = [
+        {'s2': s2, 's1': days('2020-07-06', '2020-08-12')},
+        {'s2': s2, 's1': days('2020-07-10', '2020-09-04')},
+        {'s2': s2[1:], 's1': s2},
+    ]
+    rule = MonthlySeries(months=(7, 8))
+    report = series_report(rule, patches)
+    assert report.reasons == ('', '', 'no S2 date for July')
+    # 10 July is 26 days from 5 August, which is nearer than 4 September.
+    assert report.days['s1'].tolist() == [[4, 7], [0, 26]]
+    costs = {bound: report.cost('s1', bound) for bound in (3, 6, 7, 26)}
+    assert costs == {3: (3, 2), 6: (2, 2), 7: (1, 1), 26: (0, 0)}
+    assert str(report).splitlines() == [
+        '2 of 3 patches have the series',
+        '  1 without: no S2 date for July',
+        'S1 lies within 7 days of S2 in half of 4 slots, within 26 in 90 %, 26 in all',
+        '  beyond  3 days: 3 slots in 2 patches',
+        '  beyond  6 days: 2 slots in 2 patches',
+        '  beyond 12 days: 1 slots in 1 patches',
+        '  beyond 20 days: 1 slots in 1 patches',
+    ]
+    kept = series_report(replace(rule, missing='keep', s1_max_days=6), patches)
+    assert np.isnan(kept.days['s1']).tolist() == [[False, True], [False, True], [True, False]]
+    nothing = series_report(rule, [{'s2': s2[:0], 's1': s2}] * 2)
+    assert str(nothing).endswith('2 without: no S2 date for July')
 
 
 DAY_0 = np.datetime64('2020-03-01', 's')
@@ -212,7 +282,9 @@ def test_evenly_spaced_gives_s1_dates_to_slots() -> None:
     nearest = EvenlySpaced(n=3).select(times)
     assert nearest == {'s2': ((0,), (1,), (2,)), 's1': ((1,), (4,), (5,))}
     assert EvenlySpaced(n=3, s1='first').select(times)['s1'] == ((0,), (3,), (5,))
-    assert EvenlySpaced(n=3, s1_per_slot=2).select(times)['s1'] == ((0, 1), (3, 4), (4, 5))
+    two = EvenlySpaced(n=3, s1_per_slot=2)  # day 44 is 56 days from day 100
+    assert two.select(times)['s1'] == ((0, 1), (3, 4), (5,))
+    assert replace(two, s1_max_days=56).select(times)['s1'] == ((0, 1), (3, 4), (4, 5))
     by_s1 = EvenlySpaced(n=2, leader='s1').select(times)
     assert by_s1 == {'s2': ((0,), (2,)), 's1': ((0,), (5,))}
     times['s2'] = numbered(0, 100)
@@ -284,19 +356,26 @@ def test_patch_without_a_date_of_the_leader(rule: Any, missing: Any) -> None:
 @pytest.mark.parametrize(
     ('rule', 'options', 'message'),
     [
+        (
+            MonthlySeries,
+            {'missing': 'skip'},
+            "missing is 'skip'; choose one of drop, keep, nearest",
+        ),
+        (MonthlySeries, {'s1': 'last'}, "s1 is 'last'; choose one of nearest, first"),
+        (MonthlySeries, {'min_gap_days': -1}, 'min_gap_days is -1; it must be 0 or more'),
+        (MonthlySeries, {'s1_max_days': -1}, 's1_max_days is -1; it must be 0 or more'),
+        (MonthlySeries, {'months': (0, 13)}, 'expected one or more numbers 1..12'),
+        (MonthlySeries, {'months': ()}, 'expected one or more numbers 1..12'),
+        (MonthlySeries, {'s1_per_slot': 0}, 's1_per_slot is 0'),
         (EvenlySpaced, {'n': 0}, 'n is 0; it must be 1 or more'),
         (RandomDates, {'n': 0}, 'n is 0; it must be 1 or more'),
         (RandomDates, {'seed': -1}, 'seed is -1; it must be 0 or more'),
-        (
-            RandomDates,
-            {'s1': 'first'},
-            "slots of random dates have no days of their own; take 'nea",
-        ),
+        (RandomDates, {'s1': 'first'}, "random dates have no days of their own; take 'nearest'"),
         (AllDates, {'max_length': 0}, 'max_length is 0; it must be 1 or more'),
         (AllDates, {'max_days': -1}, 'max_days is -1; it must be 0 or more'),
     ],
 )
-def test_other_rules_refuse_what_they_do_not_know(
+def test_rules_refuse_what_they_do_not_know(
     rule: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

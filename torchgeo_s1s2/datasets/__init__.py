@@ -14,6 +14,8 @@ from torchgeo_s1s2.datasets.time_series import (
     EvenlySpaced,
     MonthlySeries,
     RandomDates,
+    SeriesReport,
+    series_report,
 )
 from torchgeo_s1s2.errors import DownloadError, NoSeriesError
 
@@ -38,8 +40,10 @@ __all__ = (
     'RandomDates',
     'SeasonDownload',
     'SeriesDataset',
+    'SeriesReport',
     'Source',
     'Synthetic',
     'copy_series',
+    'series_report',
     'write_label_files',
 )

@@ -10,26 +10,42 @@ only the stretches that hold its files.
 
 import json
 import os
+import re
 import struct
 import tarfile
 import time
+import warnings
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import urljoin, urlsplit
 
 import requests
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
+from urllib3.util import Retry
 
-from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError
+from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError, S1S2Warning
 
 _WINDOW = 2**15
 _CHUNK = 2**16
 _MOST = 2**25
 _EMPTY_FINAL_BLOCK = b'\x03\x00'
+
+
+class Kind(NamedTuple):
+    """What an archive can hold: names of files and, so that a hostile one does no harm, the most.
+
+    Sizes are in bytes; ``total_size`` is that of the whole tar archive.
+    """
+
+    names: str = '.+'
+    files: int = 2**23
+    file_size: int = 2**24
+    total_size: int = 2**42
 
 
 class Version(NamedTuple):
@@ -125,6 +141,20 @@ class Journal:
         """Names of the files seen so far."""
         return frozenset().union(*self.names)
 
+    @property
+    def files(self) -> int | None:
+        """Number of files in the archive: as the part read so far suggests, None before one is."""
+        seen, length = len(self.all_names), self.version.length if self.version else None
+        if self.complete:
+            return seen
+        return round(seen * length / self.starts[-1].compressed) if seen and length else None
+
+    @property
+    def file_size(self) -> float | None:
+        """Bytes that a file takes in the tar archive, None before a part of it is read."""
+        seen = sum(map(len, self.names[: len(self.starts) - 1]))
+        return self.starts[-1].position / seen if seen else None
+
     def begin(self, version: Version | None) -> None:
         """Record the version, before anything of it is written."""
         if self.version is None and version is not None:
@@ -174,24 +204,34 @@ class RemoteFile:
         retries: How often in a row a connection may fail.
         backoff: Seconds before the first retry; they double with each.
         timeout: Seconds to wait for a connection, and for bytes.
+        patience: Seconds that a busy server may ask to wait.
     """
 
     retries = 6
     backoff = 1.0
     timeout = (10, 60)
+    patience = 600.0
 
-    def __init__(self, url: str, version: Version | None = None, position: int = 0) -> None:
+    def __init__(
+        self,
+        url: str,
+        version: Version | None = None,
+        position: int = 0,
+        hosts: Collection[str] = (),
+    ) -> None:
         """Connect at the first read.
 
         Args:
             url: Where the file is.
             version: Version that it must have, that of the first response if None.
             position: First byte to read.
+            hosts: Other hosts to which the server may redirect.
         """
-        self.url, self.version, self.position = url, version, position
+        self.url, self.version, self.position, self.hosts = url, version, position, hosts
         self._session = requests.Session()
+        self._session.hooks['response'].append(self._check_redirect)
         self._response: requests.Response | None = None
-        self._failures = 0
+        self._failures, self._pause = 0, 0.0
 
     def __enter__(self) -> 'RemoteFile':
         """Return the file."""
@@ -255,11 +295,28 @@ class RemoteFile:
             skipped += len(data)
         return response
 
+    def _check_redirect(self, response: requests.Response, **_: object) -> None:
+        """Refuse to be led to a host that was not agreed to, or to a connection in the clear."""
+        location = self._session.get_redirect_target(response)
+        if location is None:
+            return
+        target = urlsplit(urljoin(response.url, location))
+        if response.url.startswith('https:') and target.scheme != 'https':
+            raise DownloadError(
+                f'{self.url} leads to {target.geturl()}, which is not encrypted; take another url'
+            )
+        if target.netloc not in (urlsplit(self.url).netloc, *self.hosts):
+            raise DownloadError(
+                f'{self.url} leads to another host, {target.netloc}; if you trust it, allow it '
+                f'with SeasonDownload(hosts=[{target.netloc!r}]) or give its folder as url'
+            )
+
     def _check_status(self, response: requests.Response) -> None:
         status = response.status_code
         if status == requests.codes.requested_range_not_satisfiable:
             raise ArchiveChangedError(f'{self.url} has changed: it has no byte {self.position} now')
         if status in (408, 429) or status >= 500:
+            self._pause = Retry().get_retry_after(response.raw) or 0.0
             raise ConnectionError(f'the server answers {status} {response.reason}')
         if status not in (200, 206):
             raise DownloadError(
@@ -280,12 +337,14 @@ class RemoteFile:
         self._disconnect()
         self._failures += 1
         malformed = isinstance(error, ValueError)  # the url
-        if self._failures >= self.retries or malformed:
+        if self._failures >= self.retries or malformed or self._pause > self.patience:
+            when = f' in {self._pause:.0f} seconds' if self._pause else ''
             raise DownloadError(
                 f'{self.url}: reading from byte {self.position} on failed {self._failures} times '
-                f'({error}); run the same again to continue'
+                f'({error}); run the same again{when} to continue'
             ) from error
-        time.sleep(self.backoff * 2 ** (self._failures - 1))
+        time.sleep(max(self._pause, self.backoff * 2 ** (self._failures - 1)))
+        self._pause = 0.0
 
     def _disconnect(self) -> None:
         if self._response is not None:
@@ -300,16 +359,19 @@ class GzipReader:
         point: The last restart point that reading came by, None unless there is a new one.
     """
 
-    def __init__(self, source: RemoteFile, start: RestartPoint, spacing: int) -> None:
+    def __init__(
+        self, source: RemoteFile, start: RestartPoint, spacing: int, limit: int = 2**63
+    ) -> None:
         """Begin at a restart point.
 
         Args:
             source: The gzip stream, at ``start.compressed``.
             start: Where it begins.
             spacing: Bytes of the gzip stream after which the next restart point is looked for.
+            limit: Bytes that the output may have.
         """
         self.point: RestartPoint | None = None
-        self._source, self._spacing = source, spacing
+        self._source, self._spacing, self._limit = source, spacing, limit
         self._search_from = start.compressed + spacing
         self._position = self._end = start.position
         self._crc, self._size, self._window = start.crc, start.size, start.window
@@ -332,6 +394,7 @@ class GzipReader:
         """Read a number of bytes, fewer only at the end.
 
         Raises:
+            DownloadError: If the output is larger than it may be.
             EOFError: If the stream ends within.
             tarfile.ReadError: If the number is not one that a file or a header has.
             zlib.error: If it is damaged.
@@ -373,6 +436,11 @@ class GzipReader:
             self._size += len(data)
             self._crc = zlib.crc32(data, self._crc)
             self._window = (self._window + data)[-_WINDOW:]
+        if self._end > self._limit:
+            raise DownloadError(
+                f'{self._source.url} unpacks to more than the {self._limit:,} bytes that such an '
+                'archive can have; take another url'
+            )
 
     def _next_chunk(self) -> memoryview:
         chunk = self._source.read(_CHUNK)
@@ -431,29 +499,39 @@ class RemoteArchive:
         url: Where it is.
         journal: What earlier runs saw of it.
         spacing: Bytes between restart points, and so how many are fetched again at most.
-        max_size: Bytes that a file may have.
     """
 
     spacing = 2**30
-    max_size = 2**24
 
-    def __init__(self, url: str, journal: Path, progress: bool = True) -> None:
+    def __init__(
+        self,
+        url: str,
+        journal: Path,
+        progress: bool = True,
+        kind: Kind | None = None,
+        hosts: Collection[str] = (),
+    ) -> None:
         """Read the journal; nothing is fetched.
 
         Args:
             url: Where the archive is.
             journal: Where to keep what is seen of it.
             progress: Show a progress bar of the bytes read.
+            kind: What it can hold.
+            hosts: Other hosts to which the server may redirect.
         """
         self.url = url
         self.journal = Journal(journal)
+        self.kind = kind or Kind()
+        self.hosts = hosts
         self.progress = progress
 
     def read(self, names: Collection[str] | None = None) -> Iterator[tuple[str, bytes]]:
         """Files by name, in the archive's order; reading ends with the last of them.
 
-        Only regular files count, by their name without folders: no link, no device, nothing with
-        an absolute name or one that leads upwards. Of two of one name the first counts.
+        Only regular files with a name of the archive's kind count, by that name without folders and
+        with ``.tif`` for ``.TIF`` and ``.tiff``: no link, no device, nothing with an absolute name
+        or one that leads upwards. Of two of one name the first counts, and a warning counts others.
 
         Args:
             names: Names of the files; all unless given.
@@ -463,8 +541,8 @@ class RemoteArchive:
 
         Raises:
             ArchiveChangedError: If the archive is another than the journal's.
-            DownloadError: If the archive cannot be read, is damaged or cut off, or a file in it is
-                too large or has a wrong length.
+            DownloadError: If the archive cannot be read, is damaged or cut off, holds more than
+                its kind can, or a file in it has a wrong length.
         """
         try:
             yield from self._read(None if names is None else set(names))
@@ -476,50 +554,61 @@ class RemoteArchive:
             ) from error
 
     def _read(self, todo: set[str] | None) -> Iterator[tuple[str, bytes]]:
-        stretches = list(zip(self.journal.starts, self.journal.names, strict=False))
-        for start, names in stretches:
+        for start, names in list(zip(self.journal.starts, self.journal.names, strict=False)):
             there = set(names) if todo is None else todo & names
             if there:
-                yield from self._read_stretch(start, there)
+                yield from self._wanted(self._members(start), there)
             if todo is not None:
                 todo -= names
         if not self.journal.complete and (todo is None or todo):
-            yield from self._read_on(todo)
+            yield from self._wanted(self._new_members(), todo)
 
-    def _read_stretch(self, start: RestartPoint, todo: set[str]) -> Iterator[tuple[str, bytes]]:
-        """Files that a stretch is known to hold."""
-        for reader, member in self._members(start):
-            name = _name(member)
-            if name in todo:
+    def _wanted(
+        self, members: Iterator[tuple[GzipReader, tarfile.TarInfo]], todo: set[str] | None
+    ) -> Iterator[tuple[str, bytes]]:
+        """The files to do, up to the last of them."""
+        for reader, member in members:
+            name = self._name(member)
+            if name is not None and (todo is None or name in todo):
                 yield name, self._content(reader, member)
-                todo.remove(name)
-                if not todo:
-                    return
+                if todo is not None:
+                    todo.remove(name)
+                    if not todo:
+                        return
 
-    def _read_on(self, todo: set[str] | None) -> Iterator[tuple[str, bytes]]:
-        """Files after the last restart point, noting new ones."""
-        names: set[str] = set()
+    def _new_members(self) -> Iterator[tuple[GzipReader, tarfile.TarInfo]]:
+        """Files after the last restart point, noting new ones; none of a name that was there."""
+        earlier, names, again = self.journal.all_names, set[str](), list[str]()
         for reader, member in self._members(self.journal.starts[-1]):
             if reader.point and member.offset >= reader.point.position:
                 self.journal.add(names, replace(reader.point, header=member.offset))
+                earlier |= names
                 reader.point, names = None, set()
-            name = _name(member)
-            if name is None or name in names:
-                continue
-            names.add(name)
-            if todo is None:
-                yield name, self._content(reader, member)
-            elif name in todo:
-                yield name, self._content(reader, member)
-                todo.remove(name)
-                if not todo:
-                    return
+            name = self._name(member)
+            if name in names or name in earlier:
+                again.append(member.name)
+            elif name is not None:
+                names.add(name)
+                if len(earlier) + len(names) > self.kind.files:
+                    raise DownloadError(
+                        f'{self.url} holds more than the {self.kind.files:,} files that such an '
+                        'archive can have; take another url'
+                    )
+                yield reader, member
         self.journal.add(names, None)
+        if again:
+            warnings.warn(
+                f'{self.url} holds {len(again)} files with the name of another ({again[0]} ...); '
+                'the first of each name is taken',
+                S1S2Warning,
+                stacklevel=2,
+            )
 
     def _members(self, start: RestartPoint) -> Iterator[tuple[GzipReader, tarfile.TarInfo]]:
         """Entries from a restart point to the end, each with the reader at its content."""
-        with RemoteFile(self.url, self.journal.version, start.compressed) as remote:
-            reader = GzipReader(remote, start, self.spacing)
+        version, first = self.journal.version, start.compressed
+        with RemoteFile(self.url, version, first, self.hosts) as remote:
+            reader = GzipReader(remote, start, self.spacing, self.kind.total_size)
             reader.seek(start.header)
             as_file: Any = reader
             tar: Any = tarfile.TarFile(fileobj=as_file)
@@ -544,10 +633,10 @@ class RemoteArchive:
         )
 
     def _content(self, reader: GzipReader, member: tarfile.TarInfo) -> bytes:
-        if member.size > self.max_size:
+        if member.size > self.kind.file_size:
             raise DownloadError(
                 f'{member.name} in {self.url} has {member.size} bytes, more than the '
-                f'{self.max_size} that such a file can have; take another url'
+                f'{self.kind.file_size} that such a file can have; take another url'
             )
         content = reader.read(member.size)
         if len(content) != member.size:
@@ -557,9 +646,12 @@ class RemoteArchive:
             )
         return content
 
-
-def _name(member: tarfile.TarInfo) -> str | None:
-    """Name of a file without its folders, None if it is no plain file in a folder."""
-    path = PurePosixPath(member.name)
-    plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
-    return path.name if plain and not path.is_absolute() and '..' not in path.parts else None
+    def _name(self, member: tarfile.TarInfo) -> str | None:
+        """Name of a file without its folders, None if it is none that the archive can hold."""
+        path = PurePosixPath(member.name)
+        plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+        if not plain or path.is_absolute() or '..' in path.parts:
+            return None
+        suffix = path.suffix.lower()
+        name = path.stem + ('.tif' if suffix == '.tiff' else suffix)
+        return name if re.fullmatch(self.kind.names, name) else None

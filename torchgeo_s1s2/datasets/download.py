@@ -5,8 +5,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from torchgeo_s1s2.datasets.archive import RemoteArchive
+from torchgeo_s1s2.datasets.archive import Kind, RemoteArchive
 from torchgeo_s1s2.datasets.catalog import (
     GROUND_REFERENCE,
     LABELS,
@@ -23,14 +23,27 @@ from torchgeo_s1s2.datasets.catalog import (
 )
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
-from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError, NoSeriesError
+from torchgeo_s1s2.errors import (
+    ArchiveChangedError,
+    DownloadError,
+    NoSeriesError,
+    S1S2Warning,
+)
 from torchgeo_s1s2.files import whole
 
 FILE_SIZE = {GROUND_REFERENCE: 256 * 256, 's2': 256 * 256 * 10 * 2, 's1': 256 * 256 * 2 * 4}
-"""Bytes of the pixels of a file; real images take about as much after LZW compression."""
+"""Bytes of a file: Sentinel-2 is not compressed, and LZW makes Sentinel-1 hardly smaller."""
 
 CHECKSUMS = 'checksums.sha256'
 _LABEL = re.compile(r'\w+_\d+_\d+\.json')
+KINDS = {
+    LABELS: Kind(_LABEL.pattern, files=2**17, file_size=2**18, total_size=2**30),
+    GROUND_REFERENCE: Kind(files=2**17, file_size=2**22, total_size=2**34),
+    's2': Kind(),
+    's1': Kind(),
+}
+"""What each archive can hold. MultiSenGE's 8,157 label files have 40 MB, the largest 7 kB."""
+_HALF_WRITTEN = re.compile(r'\.(\w+_\d+_\d+\.(?:tif|json))\.[a-z0-9_]{8}')
 _RECORD = re.compile(r'([0-9a-f]{64})  ([^\n]+)\n')
 _HIDDEN = '.download'
 
@@ -39,8 +52,10 @@ _HIDDEN = '.download'
 class DownloadPlan:
     """What a season needs, and how much of it is not on disk yet; ``print`` shows it.
 
-    Sizes are estimates from the label files: the number of images times the bytes of their
-    pixels (256 x 256, 10 bands of 2 bytes or 2 of 4).
+    Label files name more than an archive may hold: of MultiSenGE's Sentinel-1 files about a fifth
+    exist. So before an archive was opened the plan is what the label files promise. Once it was
+    read in part, the number and the size of its files follow from that part, and once it was read
+    to its end the series are made of what it holds.
 
     Attributes:
         root: Folder of the data set.
@@ -49,6 +64,8 @@ class DownloadPlan:
         needed: Names of the files by folder.
         missing: Those that are not on disk.
         in_all: Number of files that the label files name, by folder.
+        held: Number of files that the archive holds, as far as it is known; None before.
+        sizes: Bytes of a file.
     """
 
     root: Path
@@ -57,23 +74,37 @@ class DownloadPlan:
     needed: Mapping[str, frozenset[str]]
     missing: Mapping[str, frozenset[str]]
     in_all: Mapping[str, int]
+    held: Mapping[str, int | None]
+    sizes: Mapping[str, float]
 
     @property
     def size(self) -> int:
         """Bytes to be written, estimated."""
-        return sum(FILE_SIZE[folder] * len(names) for folder, names in self.missing.items())
+        return round(sum(self.sizes[f] * self._files_to_write(f) for f in self.missing))
+
+    def _files_to_write(self, folder: str) -> int:
+        """Number of missing files, of which no more exist than the archive holds."""
+        count, held = len(self.missing.get(folder, ())), self.held[folder]
+        return count if held is None else min(count, held)
 
     def __str__(self) -> str:
         """A table of files and gigabytes."""
+        titles = 'needed', 'to be written', 'label files name', 'archive holds'
         rows = [
             f'{self.root}: {self.patches:,} of {self.patches_in_all:,} patches have the series',
-            f'{"":16} {"needed":>19} {"to be written":>19} {"label files name":>19}',
+            ' '.join([f'{"":16}', *(f'{title:>19}' for title in titles)]),
         ]
-        for folder, size in FILE_SIZE.items():
-            counts = [len(d.get(folder, ())) for d in (self.needed, self.missing)]
-            cells = [_cell(n, n * size) for n in (*counts, self.in_all[folder])]
+        for folder, held in self.held.items():
+            needed, size = len(self.needed.get(folder, ())), self.sizes[folder]
+            counts = needed, self._files_to_write(folder), self.in_all[folder], held
+            cells = [f'{"not known yet":>19}' if n is None else _cell(n, n * size) for n in counts]
             rows.append(' '.join([f'{folder:16}', *cells]))
-        rows.append('GB are estimates: number of images times the bytes of their pixels')
+        rows.append('GB are estimates: number of files times the bytes that one has')
+        if None in self.held.values():
+            rows.append(
+                'Label files name more than an archive may hold: of the S1 files of MultiSenGE '
+                'about a fifth exist.\nThe series are made of what exists, once an archive was read'
+            )
         return '\n'.join(rows)
 
     def check_disk(self) -> None:
@@ -125,6 +156,7 @@ class SeasonDownload:
         series: DateRule | None = None,
         sensors: Sequence[str] = tuple(SENSORS),
         progress: bool = True,
+        hosts: Collection[str] = (),
     ) -> None:
         """Keep the settings.
 
@@ -136,6 +168,8 @@ class SeasonDownload:
             sensors: ``('s2', 's1')`` or one of them. The images of the sensor that leads the
                 series are needed in any case.
             progress: Print the plan and show progress bars.
+            hosts: Hosts other than that of ``url`` to which it may redirect. Without them a
+                redirect to another host is an error, and one from https to http always is.
         """
         self.root = Path(root)
         self.url = url.rstrip('/')
@@ -143,6 +177,7 @@ class SeasonDownload:
         self.series = series or MonthlySeries()
         self.sensors = tuple(sensors)
         self.progress = progress
+        self.hosts = hosts
 
     def plan(self) -> DownloadPlan:
         """What is needed and what of it is missing; fetches the label files (4 MB) alone.
@@ -167,33 +202,37 @@ class SeasonDownload:
         with self._locked():
             self._prepare_folders()
             self._fetch_labels()
-            plan = self._plan()
-            if self.progress:
-                print(plan)
-            plan.check_disk()
             self._changed: set[str] = set()
-            while not self._fetch_missing(plan):
+            done = False
+            while not done:
                 plan = self._plan()
+                if self.progress:
+                    print(plan)
+                plan.check_disk()
+                done = self._fetch_missing(plan)
 
     def verify(self) -> None:
-        """Compare the files needed with their recorded checksums, and record those that have none.
+        """Compare the label files and the files needed with their recorded checksums.
+
+        Files that have none are recorded.
 
         Raises:
             DownloadError: If a file differs.
         """
         with self._locked():
-            self._verify(self._plan())
+            self._verify(LABELS, filter(_LABEL.fullmatch, self._finished(LABELS)))
+            plan = self._plan()
+            for folder, names in plan.needed.items():
+                self._verify(folder, names - plan.missing[folder])
 
-    def _verify(self, plan: DownloadPlan) -> None:
-        wrong = []
-        for folder, names in plan.needed.items():
-            there = sorted(names - plan.missing[folder])
-            hidden = not (self.progress and there)
-            for name in tqdm(there, f'Verifying {folder}', unit='file', disable=hidden):
-                digest = hashlib.sha256((self.root / folder / name).read_bytes()).hexdigest()
-                if not self._checksums.agrees(f'{folder}/{name}', digest):
-                    wrong.append(str(self.root / folder / name))
-                self._checksums.add(f'{folder}/{name}', digest)
+    def _verify(self, folder: str, names: Iterable[str]) -> None:
+        wrong, there = [], sorted(names)
+        hidden = not (self.progress and there)
+        for name in tqdm(there, f'Verifying {folder}', unit='file', disable=hidden):
+            digest = hashlib.sha256((self.root / folder / name).read_bytes()).hexdigest()
+            if not self._checksums.agrees(f'{folder}/{name}', digest):
+                wrong.append(str(self.root / folder / name))
+            self._checksums.add(f'{folder}/{name}', digest)
         if wrong:
             more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
             raise DownloadError(
@@ -212,8 +251,10 @@ class SeasonDownload:
                     f'{self.url}/{folder}.tgz',
                     self.root / _HIDDEN / f'{folder}.jsonl',
                     self.progress,
+                    kind,
+                    self.hosts,
                 )
-                for folder in (LABELS, *FILE_SIZE)
+                for folder, kind in KINDS.items()
             }
             yield
 
@@ -221,14 +262,18 @@ class SeasonDownload:
         """Make the folders, and clear them of files that an interruption left half written."""
         for folder in self._archives:
             (self.root / folder).mkdir(exist_ok=True)
-            for path in (self.root / folder).glob('.*.tif.*'):
-                shutil.rmtree(path)
+            for path in (self.root / folder).glob('.*.*'):
+                name = _HALF_WRITTEN.fullmatch(path.name)
+                if name and path.is_dir() and not path.is_symlink():
+                    (path / name[1]).unlink(missing_ok=True)
+                    with suppress(OSError):  # something else is in it
+                        path.rmdir()
 
     def _fetch_labels(self) -> None:
         journal, there = self._archives[LABELS].journal, self._finished(LABELS)
         if journal.version is None and any(map(_LABEL.fullmatch, there)):
             return  # they came in another way
-        names = set(filter(_LABEL.fullmatch, journal.all_names)) if journal.complete else None
+        names = journal.all_names if journal.complete else None
         if names is None or names - there:
             try:
                 self._extract(LABELS, names)
@@ -255,6 +300,7 @@ class SeasonDownload:
                     f'{self._archives[folder].url} lacks {len(lacking)} of the {len(names)} files '
                     f'that the series needs after the label files ({lacking[0]} ...); the series '
                     'are made of what there is',
+                    S1S2Warning,
                     stacklevel=3,
                 )
                 return False
@@ -263,6 +309,7 @@ class SeasonDownload:
     def _start_anew(self, folder: str, change: ArchiveChangedError) -> None:
         warnings.warn(
             f'{change}. It is read from its start, and what came from the old one is replaced',
+            S1S2Warning,
             stacklevel=4,
         )
         self._archives[folder].journal.start_anew()
@@ -270,8 +317,7 @@ class SeasonDownload:
 
     def _extract(self, folder: str, names: Collection[str] | None = None) -> None:
         for name, content in self._archives[folder].read(names):
-            if folder != LABELS or _LABEL.fullmatch(name):
-                self._write(folder, name, content)
+            self._write(folder, name, content)
 
     def _write(self, folder: str, name: str, content: bytes) -> None:
         """Write a file so that it is complete or absent, even after a power cut."""
@@ -317,6 +363,7 @@ class SeasonDownload:
             for sensor, names in images.items():
                 needed[sensor] |= names
         in_all = {s: sum(len(catalog.times(r, s)) for r in range(len(patches))) for s in SENSORS}
+        journals = {folder: self._archives[folder].journal for folder in FILE_SIZE}
         return DownloadPlan(
             self.root,
             chosen,
@@ -324,6 +371,8 @@ class SeasonDownload:
             {folder: frozenset(names) for folder, names in needed.items()},
             {f: frozenset(names - self._finished(f)) for f, names in needed.items()},
             {GROUND_REFERENCE: len(patches), **in_all},
+            {folder: journal.files for folder, journal in journals.items()},
+            {folder: journals[folder].file_size or size for folder, size in FILE_SIZE.items()},
         )
 
     def _images(
@@ -394,9 +443,9 @@ def _is_in(name: str, names: Collection[str] | None) -> bool:
     return names is None or name in names
 
 
-def _gigabytes(size: int) -> str:
+def _gigabytes(size: float) -> str:
     return f'{size / 1e9:.1f}'
 
 
-def _cell(count: int, size: int) -> str:
+def _cell(count: int, size: float) -> str:
     return f'{count:9,} {_gigabytes(size):>6} GB'

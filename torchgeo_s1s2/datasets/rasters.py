@@ -1,5 +1,6 @@
 """Rasters: where they lie, what they say of themselves, and windows of them."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,12 +208,14 @@ def read_image(
     """
     with open_raster(path, sidecars) as src:
         indexes = _indexes(path, src, reading)
-        scaled = any(src.scales[i - 1] != 1 for i in indexes)
+        scales = src.scales
+        scaled = any(scales[i - 1] != 1 for i in indexes)
 
         def read(window: Window) -> Array:
             value = _values(path, src, indexes, window, reading.nodata, np.float32)
-            value += np.float32(reading.offset(time) if not reading.raw else 0)
             if not reading.raw:
+                if offset := reading.offset(time):
+                    value += np.float32(offset)
                 _rescale(value, src, indexes)
             _check_power(path, value, reading)
             return reading.physical(value, scaled)
@@ -246,22 +249,24 @@ def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> 
 
 def _indexes(path: Path, src: rasterio.DatasetReader, reading: Reading) -> list[int]:
     """Numbers of the bands to read: by name where the file names them."""
-    sensor = reading.sensor
-    names = {i: sensor.band(text) for i, text in enumerate(src.descriptions, 1)}
-    data = [i for i in names if names[i] or src.colorinterp[i - 1] != ColorInterp.alpha]
+    sensor, texts, kinds = reading.sensor, src.descriptions, src.colorinterp
+    names = {i: sensor.band(text) for i, text in enumerate(texts, 1)}
+    data = [i for i in names if names[i] or kinds[i - 1] != ColorInterp.alpha]
     known = [names[i] for i in data if names[i]]
     if len(set(known)) < len(known):
-        raise DataError(f'{path} names a band twice: {src.descriptions}; mend its descriptions')
+        raise DataError(f'{path} names a band twice: {texts}; mend its descriptions')
     if known:
         at = {name: i for i, name in names.items() if name}
-    elif len(data) == len(reading.file_bands):
-        at = dict(zip(reading.file_bands, data, strict=True))
     else:
-        raise DataError(
-            f'{path} has {len(data)} bands without known names ({src.descriptions[:3]} ...), '
-            f'expected {len(reading.file_bands)}: {", ".join(reading.file_bands)}. Say which they '
-            f'are in order, as in file_bands={{{sensor.name!r}: [...]}}'
-        )
+        expected = reading.file_bands or sensor.bands
+        foreign = not reading.file_bands and _tell_apart([texts[i - 1] for i in data])
+        if foreign or len(data) != len(expected):
+            raise DataError(
+                f'{path} has {len(data)} bands of which no name is known ({texts}), expected '
+                f'{len(expected)}: {", ".join(expected)}. Say which bands they are, in order, as '
+                f'in file_bands={{{sensor.name!r}: [...]}}'
+            )
+        at = dict(zip(expected, data, strict=True))
     lacking = [band for band in reading.bands if band not in at]
     if lacking:
         raise DataError(
@@ -269,6 +274,12 @@ def _indexes(path: Path, src: rasterio.DatasetReader, reading: Reading) -> list[
             'with bands'
         )
     return [at[band] for band in reading.bands]
+
+
+def _tell_apart(texts: Sequence[str | None]) -> bool:
+    """Whether descriptions name each band, and not only its number."""
+    named = [text for text in texts if text and not re.fullmatch(r'(band)?\W*\d+', text, re.I)]
+    return len(named) == len(set(named)) == len(texts)
 
 
 def _values(
@@ -284,16 +295,15 @@ def _values(
     if data.dtype.kind == 'c':
         raise DataError(f'{path} holds complex numbers ({data.dtype}); give power or dB')
     value: NDArray[Any] = data.astype(dtype)
-    masked = any(MaskFlags.per_dataset in src.mask_flag_enums[i - 1] for i in indexes)
+    flags, tags = src.mask_flag_enums, src.nodatavals
+    masked = any(MaskFlags.per_dataset in flags[i - 1] for i in indexes)
     if data.dtype.kind == 'u' and nodata < 0:
         nodata = 0  # as in ESA's products, whose type has no other
-    for band, i in enumerate(indexes):
-        tag = src.nodatavals[i - 1]
-        if tag is None and masked:
-            continue
-        missing = data[band] == (nodata if tag is None else tag)
+    for tag in {tags[i - 1] for i in indexes} - ({None} if masked else set()):
+        missing = data == (nodata if tag is None else tag)
         if missing.any():
-            value[band, missing] = np.nan
+            missing[[tags[i - 1] != tag for i in indexes]] = False
+            value[missing] = np.nan
     if masked:
         value[src.read_masks(indexes, window=window) == 0] = np.nan
     if data.dtype.kind == 'f':
@@ -303,9 +313,10 @@ def _values(
 
 def _rescale(value: Array, src: rasterio.DatasetReader, indexes: Sequence[int]) -> None:
     """Apply the file's own scale and offset, in place."""
+    scales, offsets = src.scales, src.offsets
     for band, i in enumerate(indexes):
-        if (src.scales[i - 1], src.offsets[i - 1]) != (1, 0):
-            value[band] = value[band] * src.scales[i - 1] + src.offsets[i - 1]
+        if (scales[i - 1], offsets[i - 1]) != (1, 0):
+            value[band] = value[band] * scales[i - 1] + offsets[i - 1]
 
 
 def _check_power(path: Path, value: Array, reading: Reading) -> None:

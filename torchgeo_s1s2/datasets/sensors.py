@@ -1,5 +1,6 @@
 """What a sensor is, said once: its bands, and how its files' values become those of a sample."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,16 +16,23 @@ def _unchanged(value: Array) -> Array:
 
 
 def _from_dn(value: Array) -> Array:
-    return value * np.float32(1e-4)
+    value *= np.float32(1e-4)
+    return value
 
 
 def _from_db(value: Array) -> Array:
-    return np.float32(10) ** (value / np.float32(10))
+    value /= np.float32(10)
+    return np.power(np.float32(10), value, out=value)
+
+
+def _from_amplitude(value: Array) -> Array:
+    return np.square(value, out=value)
 
 
 def _to_db(power: Array) -> Array:
-    with np.errstate(divide='ignore', invalid='ignore'):
-        return np.float32(10) * np.log10(power)
+    np.log10(power, out=power)
+    power *= np.float32(10)
+    return power
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,12 @@ class Sensor:
     Attributes:
         name: Its name, which is also that of its folder.
         bands: Its bands, in the order of files that do not name them.
-        units: What the values of a file may be, each with the function that brings them to the
-            physical unit, in which images are warped and averaged; the first is the default.
+        units: What the values of a file may be, each with the function that brings them, in place,
+            to the physical unit, in which images are warped and averaged; the first is the default.
         nodata: Value of a pixel without an observation in files that do not say.
         positive: Whether only physical values above 0 are observations.
-        finish: Function from the physical unit to that of a sample.
-        aliases: Other names that files give the bands, in lower case.
+        finish: Function from the physical unit to that of a sample, in place.
+        aliases: Other names that files give the bands, in lower case and without spaces.
     """
 
     name: str
@@ -52,8 +60,9 @@ class Sensor:
 
     def band(self, text: str | None) -> str | None:
         """Name of the band that a file calls ``text``, None if it is none of the sensor's."""
-        key = (text or '').strip().lower()
-        return {band.lower(): band for band in self.bands}.get(key) or self.aliases.get(key)
+        words = re.split(r'[^a-z0-9]+', (text or '').lower())
+        named = [b for b in self.bands if {b.lower(), b.lower().replace('b0', 'b')} & {*words}]
+        return named[0] if len(named) == 1 else self.aliases.get(''.join(words))
 
 
 SENSORS = {
@@ -64,21 +73,18 @@ SENSORS = {
         nodata=-10000,
         positive=False,
         finish=_unchanged,
-        aliases={f'b{n}': f'B{n:02}' for n in range(2, 9)}
-        | {'blue': 'B02', 'green': 'B03', 'red': 'B04', 'rededge': 'B05', 'rededge1': 'B05'}
+        aliases={'blue': 'B02', 'green': 'B03', 'red': 'B04', 'rededge': 'B05', 'rededge1': 'B05'}
         | {'rededge2': 'B06', 'rededge3': 'B07', 'nir': 'B08', 'nir08': 'B8A'}
         | {'swir16': 'B11', 'swir22': 'B12'},
     ),
     's1': Sensor(
         's1',
         ('VV', 'VH'),
-        {'linear': _unchanged, 'db': _from_db, 'amplitude': np.square},
+        {'linear': _unchanged, 'db': _from_db, 'amplitude': _from_amplitude},
         nodata=0,
         positive=True,
         finish=_to_db,
-        aliases={
-            f'{kind}_{band}': band.upper() for kind in ('sigma0', 'gamma0') for band in ('vv', 'vh')
-        },
+        aliases={},
     ),
 }
 """The sensors by name, in the order of a sample's channels.
@@ -103,7 +109,7 @@ class Reading:
             physical unit where a file has a scale.
         offsets: What is added to the values of a file from a day on, in the order of the days.
         nodata: Value without an observation in files that do not say.
-        file_bands: Bands of files that do not name them.
+        file_bands: Bands of files that do not name them; the sensor's if empty.
         raw: Whether a sample holds the values of the files.
     """
 
@@ -132,7 +138,9 @@ class Reading:
         if not self.raw and (self.unit or not scaled):
             value = units[unit](value)
         if self.sensor.positive and not (self.raw and unit == 'db'):
-            value = np.where(value > 0, value, np.float32(np.nan))
+            missing = ~(value > 0)
+            if missing.any():
+                value[missing] = np.nan
         return value
 
     def finish(self, value: Array) -> Array:
@@ -167,7 +175,7 @@ def readings(
             unit=units.get(name),
             offsets=_offsets(offset) if name == 's2' else (),
             nodata=(nodata or {}).get(name, SENSORS[name].nodata),
-            file_bands=tuple((file_bands or {}).get(name, SENSORS[name].bands)),
+            file_bands=tuple((file_bands or {}).get(name, ())),
             raw=raw,
         )
         for name in chosen

@@ -121,12 +121,12 @@ class SeriesDataset(GeoDataset):
         self._unreadable: set[tuple[int, str, int]] = set()
         # Workers that outlive an epoch see a change in shared memory only.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._columns: list[str] = []
         chosen = self._choose(patches)
         epsg = pd.Series([self.grid_of(patch).epsg for patch in chosen]).mode()[0]
         target = CRS.from_user_input(crs or int(epsg))
         self._res = self._res_in(target, chosen[0]) if res is None else _pair(res)
-        self.index = self._index_of(chosen, target)
+        self._index = self._index_of(chosen, target)
+        self._columns = list(self._index.columns)
 
     @abstractmethod
     def name_of(self, patch: int) -> str:
@@ -160,11 +160,24 @@ class SeriesDataset(GeoDataset):
     @index.setter
     def index(self, index: gpd.GeoDataFrame) -> None:
         # random_grid_cell_assignment gives columns numbers in the place of their names.
-        if 'patch' not in index and self._columns:
+        if 'patch' not in index:
             names = {i: name for i, name in enumerate(self._columns) if name != 'geometry'}
             index = index.rename(columns=names)[[*names.values(), 'geometry']]
         self._columns = list(index.columns)
         self._index = index
+        self._drop_slivers()
+
+    def _drop_slivers(self) -> None:
+        """Leave out rows that hold no pixel, such as those at the border of a region."""
+        held = [min(self.shape(row)) > 0 for row in range(len(self._index))]
+        if not all(held):
+            self._index = self._index[held]
+            warnings.warn(
+                f'{held.count(False)} of {len(held)} rows of the index hold no pixel and are left '
+                'out',
+                S1S2Warning,
+                stacklevel=3,
+            )
 
     @property
     def crs(self) -> CRS:
@@ -173,6 +186,7 @@ class SeriesDataset(GeoDataset):
 
     @crs.setter
     def crs(self, new_crs: CRS) -> None:
+        new_crs = CRS.from_user_input(new_crs)
         if new_crs == self.crs:
             return
         self._res = self._res_in(new_crs, int(self.index['patch'].iat[0]))
@@ -356,6 +370,8 @@ class SeriesDataset(GeoDataset):
         """One row a patch."""
         spans = np.array([self._span(patch) for patch in patches]).T
         first, last = (pd.DatetimeIndex(times) for times in spans)
+        # As TorchGeo's: to the end of the day, or time_series_split would cut off the last date.
+        last = last.floor('D') + pd.Timedelta(days=1) - pd.Timedelta(1, 'us')
         times = pd.IntervalIndex.from_arrays(first, last, closed='both', name='datetime')
         columns = {'name': [self.name_of(patch) for patch in patches], 'patch': [*patches]}
         grids = [self.grid_of(patch) for patch in patches]
@@ -504,7 +520,7 @@ class SeriesDataset(GeoDataset):
                 f'none of {len(failed)} patches has the series {self.series} from {period.start} '
                 f'to {period.stop}: {"; ".join(list(failed)[:3])}'
             )
-        canvas = _Canvas(self.series.length, self.bands, grid)
+        canvas = _Canvas(self.series.length, self.bands, grid, several=len(chosen) > 1)
         with rasterio.Env(**GDAL_OPTIONS):
             for series in chosen:
                 self._fill(canvas, series)
@@ -562,8 +578,10 @@ class SeriesDataset(GeoDataset):
 class _Canvas:
     """What a sample is made of, filled from patches; what is there is not filled again."""
 
-    def __init__(self, length: int, bands: Mapping[str, Sequence[str]], grid: Grid) -> None:
-        self.grid = grid
+    def __init__(
+        self, length: int, bands: Mapping[str, Sequence[str]], grid: Grid, several: bool
+    ) -> None:
+        self.grid, self.several = grid, several
         borders = np.cumsum([0, *map(len, bands.values())]).tolist()
         spans = zip(bands, pairwise(borders), strict=True)
         self.channels = {sensor: slice(*span) for sensor, span in spans}
@@ -580,17 +598,17 @@ class _Canvas:
         self, sensor: str, t: int, time: int, value: Array, inside: NDArray[np.bool_] | None
     ) -> None:
         """Fill a slot of a sensor where it has no value, within a mask if there is one."""
+        target = self.image[t, self.channels[sensor]]
         known = ~np.isnan(value)
+        if inside is not None:
+            known &= inside
+        if (sensor, t) in self.pixels:
+            known &= np.isnan(target)
         if not known.any():
             return
-        target, seen = self.image[t, self.channels[sensor]], self.pixels[sensor, t]
-        if seen or inside is not None:
-            known &= np.isnan(target) if inside is None else np.isnan(target) & inside
-            np.copyto(target, value, where=known)
-        else:
-            target[...] = value
-        if count := int(known.any(0).sum()):
-            seen[time] += count
+        np.copyto(target, value, where=known)
+        seen = self.pixels[sensor, t]
+        seen[time] += int(known.any(0).sum()) if self.several else 1
 
     def add_labels(self, labels: NDArray[Any] | None, inside: NDArray[np.bool_] | None) -> None:
         """Fill labels where there are none."""
