@@ -163,6 +163,12 @@ def real_sample() -> Path:
 
 
 @pytest.fixture(scope='session')
+def real_foreign() -> Path:
+    """Three real places as another source gives them, without label files."""
+    return _shared('real_foreign')
+
+
+@pytest.fixture(scope='session')
 def reference() -> Mapping[str, NDArray[Any]]:
     """Outputs of the original model for weights and inputs that a formula sets."""
     with np.load(_shared('reference') / 'original_outputs.npz') as file:

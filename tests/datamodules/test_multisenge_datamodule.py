@@ -15,7 +15,17 @@ from torch.utils.data import DataLoader
 from torchgeo.datamodules import BaseDataModule
 
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule, Statistics
-from torchgeo_s1s2.datasets import Catalog, MonthlySeries, MultiSenGE, MultiSenNA, RandomDates
+from torchgeo_s1s2.datamodules.statistics import statistics_path
+from torchgeo_s1s2.datasets import (
+    Catalog,
+    Copy,
+    MultiSenGE,
+    MultiSenNA,
+    RandomDates,
+    Synthetic,
+    rasters,
+)
+from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.transforms import SeriesDropout
 
 SPLITS = {'train': ['31UEQ'], 'val': ['32ULU'], 'test': ['32ULU']}
@@ -106,11 +116,11 @@ def test_every_training_patch_is_seen_whatever_the_batch_size(root: Path) -> Non
 
 def test_the_patches_of_a_split_are_chosen_once(root: Path, monkeypatch: Any) -> None:
     chosen: list[str] = []
-    choose = MultiSenGE._choose_patches
+    choose = MultiSenGE._choose
     monkeypatch.setattr(
         MultiSenGE,
-        '_choose_patches',
-        lambda self: chosen.append(self.split) or choose(self),  # type: ignore[func-returns-value]
+        '_choose',
+        lambda self, rows: chosen.append(self.split) or choose(self, rows),  # type: ignore[func-returns-value]
     )
     data = datamodule(root)
     trainer().fit(Recorder(), data)
@@ -121,28 +131,62 @@ def test_the_patches_of_a_split_are_chosen_once(root: Path, monkeypatch: Any) ->
 def test_the_first_process_finds_the_statistics_for_all(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = datamodule(root)
-    data.prepare_data()
-    found, sent = data._found, list[Statistics | None]()
-    monkeypatch.setattr(Statistics, 'beside', None)  # neither reads nor computes them
-    for rank, other in ((0, data), (1, datamodule(root))):
-        strategy = SimpleNamespace(broadcast=lambda value: sent.append(value) or found)  # type: ignore[func-returns-value]
+    first, other, sent = datamodule(root), datamodule(root), list[Statistics | None]()
+    for rank, data in enumerate((first, other)):
+
+        def broadcast(value: Statistics | None) -> Statistics | None:
+            sent.append(value)
+            return sent[0]
+
+        strategy, state = SimpleNamespace(broadcast=broadcast), SimpleNamespace(fn='fit')
         processes = {'world_size': 2, 'is_global_zero': rank == 0, 'strategy': strategy}
-        other.trainer = SimpleNamespace(callbacks=[], **processes)  # type: ignore[assignment]
-        other.setup('test')
-        assert other.statistics == found
-    assert sent == [found, None]
-    assert found is not None
+        data.trainer = SimpleNamespace(callbacks=[], state=state, **processes)  # type: ignore[assignment]
+        data.setup('fit')
+        monkeypatch.setattr(Statistics, 'beside', None)  # the others neither read nor compute
+    assert sent == [first.statistics, None]
+    assert other.statistics == first.statistics is not None
 
 
-def test_crops_are_of_training_only(root: Path) -> None:
+def test_crops_are_read_and_of_training_only(
+    root: Path, windows_read: list[tuple[int, ...]]
+) -> None:
+    """Of 8 x 5 pixels two lie side by side in a patch of 12 x 12."""
     task, data = Recorder(), datamodule(root, patch_size=(8, 5))
+    data.setup('fit')
+    del windows_read[:]
     trainer().fit(task, data)
-    assert {b['image'].shape for b in task.batches['train']} == {(2, 4, 12, 8, 5)}
+    assert [b['image'].shape for b in task.batches['train']] == [(2, 4, 12, 8, 5)] * 4
     assert {b['mask'].shape for b in task.batches['train']} == {(2, 8, 5)}
+    index = torch.cat([b['index'] for b in task.batches['train']])
+    assert sorted(index.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
     assert {b['image'].shape for b in task.batches['val']} == {(2, 4, 12, SIZE, SIZE)}
+    assert windows_read.count((10, 8, 5)) == 8 * 4
+    assert windows_read.count((10, SIZE, SIZE)) == 2 * 4  # of the two patches of the validation
     trainer().test(task, data, verbose=False)
     assert {b['mask'].shape for b in task.batches['test']} == {(2, SIZE, SIZE)}
+
+
+def test_patches_of_several_sizes_make_batches(tmp_path: Path) -> None:
+    for x, size in ((0, 8), (20, 16), (40, 12)):
+        write_patch(tmp_path, '31UEQ', x, size=size)
+    write_patch(tmp_path, '32ULU', size=8)
+    task, data = Recorder(), datamodule(tmp_path, batch_size=3, augment=False)
+    trainer().fit(task, data)
+    (batch,) = task.batches['train']
+    assert batch['image'].shape == (3, 4, 12, 16, 16)
+    pixels = (batch['mask'] != 255).sum((1, 2)).tolist()
+    assert dict(zip(batch['index'].tolist(), pixels, strict=True)) == {0: 64, 1: 256, 2: 144}
+    small = batch['index'].tolist().index(0)
+    assert not batch['image'][small, ..., 8:, :].any()  # missing is the mean, 0
+    assert not batch['image'][small, ..., 8:].any()
+    crops = Recorder()
+    trainer().fit(crops, datamodule(tmp_path, batch_size=2, patch_size=10))
+    index = torch.cat([b['index'] for b in crops.batches['train']])
+    assert sorted(index.tolist()) == [0, 1, 2]
+    for b in crops.batches['train']:
+        assert b['image'].shape[1:] == (4, 12, 10, 10)
+        for i, mask in zip(b['index'].tolist(), b['mask'], strict=True):
+            assert (mask != 255).sum() == (64 if i == 0 else 100)
 
 
 def test_evaluation_sees_patches_as_they_are(root: Path) -> None:
@@ -191,15 +235,6 @@ def test_windows_cover_the_scenes_of_each_zone(root: Path) -> None:
     np.testing.assert_array_equal(covered[32632][:, :25], expected[32632][:, :25])
 
 
-def test_workers_give_the_same_batches(root: Path) -> None:
-    masks = []
-    for workers in (0, 1):
-        task = Recorder()
-        trainer().validate(task, datamodule(root, num_workers=workers), verbose=False)
-        masks.append(torch.cat([batch['mask'] for batch in task.batches['val']]))
-    assert torch.equal(*masks)
-
-
 def test_what_is_known_of_the_data(root: Path) -> None:
     data = datamodule(root, classes=6, bands=['B08', 'VV', 'B04'])
     with pytest.raises(RuntimeError, match='call setup'):
@@ -233,15 +268,6 @@ def test_bad_settings(root: Path, options: dict[str, Any], message: str) -> None
         trainer().fit(Recorder(), datamodule(root, **options))
 
 
-def test_a_raster_that_differs_is_not_taken_for_missing_patches(tmp_path: Path) -> None:
-    write_patch(tmp_path, '31UEQ', size=8)
-    write_patch(tmp_path, '32ULU', size=8)
-    path = tmp_path / 's2' / f'31UEQ_{S2_DATES[0]}_S2_0_0.tif'
-    path.write_bytes((tmp_path / 's1' / f'31UEQ_{S1_DATES[0]}_S1_0_0.tif').read_bytes())
-    with pytest.raises(ValueError, match=r'has \(bands, width, height\) \(2, 8, 8\)'):
-        datamodule(tmp_path).prepare_data()
-
-
 def test_statistics_travel_in_checkpoints(root: Path, tmp_path: Path) -> None:
     task, data = Recorder(), datamodule(root)
     first = trainer()
@@ -255,6 +281,7 @@ def test_statistics_travel_in_checkpoints(root: Path, tmp_path: Path) -> None:
     fresh = Recorder()
     trainer().test(fresh, other, ckpt_path=tmp_path / 'last.ckpt', verbose=False)
     assert other.statistics == data.statistics
+    # Only what is tested was read: there are no training patches here.
     raw = other.test_dataset[0]['image']  # type: ignore[index]
     assert data.statistics is not None
     mean, std = (
@@ -266,19 +293,80 @@ def test_statistics_travel_in_checkpoints(root: Path, tmp_path: Path) -> None:
         trainer().test(Recorder(), fewer, ckpt_path=tmp_path / 'last.ckpt', verbose=False)
 
 
-def test_a_given_file_of_statistics_wins(root: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_spares_the_statistics(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, data = trainer(), datamodule(root)
+    runner.fit(Recorder(), data)
+    runner.save_checkpoint(tmp_path / 'last.ckpt')
+    for path in root.glob('statistics_*.json'):
+        path.unlink()
+    opened, real = list[str](), rasters.open_raster
+    monkeypatch.setattr(rasters, 'open_raster', lambda *a: opened.append(a[0].name) or real(*a))  # type: ignore[func-returns-value]
+    for stage, quiet in (
+        ('test', {'verbose': False}),
+        ('validate', {'verbose': False}),
+        ('predict', {'return_predictions': False}),
+    ):
+        other = datamodule(root, predict_split='val', predict_patch_size=8)
+        getattr(trainer(), stage)(Recorder(), other, ckpt_path=tmp_path / 'last.ckpt', **quiet)
+        assert other.statistics == data.statistics
+        assert opened
+        assert not [name for name in opened if name.startswith('31UEQ')]
+        assert not [*root.glob('statistics_*.json')]
+
+
+@pytest.mark.parametrize('beside', [True, False])
+def test_a_given_file_of_statistics_wins(root: Path, tmp_path: Path, beside: bool) -> None:
     data = datamodule(root)
     data.setup('fit')
     assert data.statistics is not None
     path = tmp_path / 'mine.json'
     data.statistics.save(path)
+    if beside:  # as the error says that asks for one
+        path.write_text(statistics_path(data.train_dataset).read_text())  # type: ignore[arg-type]
     path.write_text(path.read_text().replace(str(data.statistics.mean[0]), '7.5'))
     mine = datamodule(root, statistics=path)
     mine.setup('test')
     assert mine.statistics is not None
     assert mine.statistics.mean == (7.5, *data.statistics.mean[1:])
+    assert torch.equal(mine.class_weights, data.class_weights)
     mine.load_state_dict(data.state_dict())
     assert mine.statistics.mean[0] == 7.5
+
+
+def test_no_labelled_training_pixel_is_an_error_before_training(tmp_path: Path) -> None:
+    for tile in ('31UEQ', '32ULU'):
+        write_patch(tmp_path, tile, size=8, labels=np.full((8, 8), 60, np.uint8))
+    task, data = Recorder(), datamodule(tmp_path, batch_size=1)
+    message = (
+        r'no pixel of split .train.* hold 60 \(100.0%\), the classes claim \[1, 2, 3.*Give classes'
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer().fit(task, data)
+    assert not task.batches
+    for path in (tmp_path / 'ground_reference').iterdir():
+        path.unlink()
+    with (
+        pytest.raises(ValueError, match='the label rasters hold nothing'),
+        pytest.warns(S1S2Warning, match='2 of ground_reference'),
+    ):
+        trainer().fit(task, datamodule(tmp_path, batch_size=1))
+
+
+def test_labels_without_a_class_and_classes_without_a_label_are_said(tmp_path: Path) -> None:
+    """Of 64 pixels 8 have no class, 8 are 0, which stands for none, and 48 are arable."""
+    labels = np.full((8, 8), 6, np.uint8)
+    labels[0], labels[1] = 77, 0
+    for tile in ('31UEQ', '32ULU'):
+        write_patch(tmp_path, tile, size=8, labels=labels)
+    data = datamodule(tmp_path, batch_size=1, classes=6)
+    with pytest.warns(S1S2Warning) as said:
+        trainer().fit(Recorder(), data)
+    (text,) = (str(w.message) for w in said if 'training pixel' in str(w.message))
+    assert 'no class claims the labels 0 (12.5%), 77 (12.5%)' in text
+    assert 'no training pixel is of Dense Built-Up, Sparse Built-Up, Specialized Built-Up' in text
+    assert 'Other' not in text
 
 
 def test_an_unreadable_raster_in_the_middle_of_an_epoch_names_itself(tmp_path: Path) -> None:
@@ -288,11 +376,10 @@ def test_an_unreadable_raster_in_the_middle_of_an_epoch_names_itself(tmp_path: P
     data = datamodule(tmp_path, batch_size=1, num_workers=1)
     data.prepare_data()
     data.setup('fit')
-    path = tmp_path / 's1' / f'31UEQ_{S1_DATES[3]}_S1_27_0.tif'
+    path = tmp_path / 's2' / f'31UEQ_{S2_DATES[3]}_S2_27_0.tif'
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(OSError, match='Fetch the file again') as error:
+    with pytest.raises(OSError, match=f'{path}.*Fetch the file again'):
         trainer().fit(Recorder(), data)
-    assert str(path) in str(error.value)
 
 
 def test_another_data_set_in_the_same_layout(tmp_path: Path) -> None:
@@ -326,12 +413,16 @@ OWN_CLASSES = """
           - {name: Forest, color: forestgreen, labels: [10, 11]}"""
 
 
-def from_yaml(root: Path, classes: str) -> MultiSenGEDataModule:
+def parse(text: str) -> MultiSenGEDataModule:
     parser = LightningArgumentParser()
     parser.add_subclass_arguments(BaseDataModule, 'data')
-    config = parser.parse_string(OWN_DATA.format(root=root, classes=classes))
-    data = parser.instantiate(config).data
+    data = parser.instantiate(parser.parse_string(text)).data
     assert isinstance(data, MultiSenGEDataModule)
+    return data
+
+
+def from_yaml(root: Path, classes: str) -> MultiSenGEDataModule:
+    data = parse(OWN_DATA.format(root=root, classes=classes))
     data.setup('fit')
     return data
 
@@ -480,61 +571,93 @@ def images(batches: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
     return dict(pair for batch in pairs for pair in batch)
 
 
-def test_a_run_packs_what_it_reads(root: Path, tmp_path: Path) -> None:
-    plain, task = Recorder(), Recorder()
+def test_a_run_copies_what_it_reads(root: Path, tmp_path: Path) -> None:
+    plain, task, source = Recorder(), Recorder(), Copy(str(tmp_path / 'copy'))
     trainer().fit(plain, datamodule(root, augment=False))
-    data = datamodule(root, augment=False, packed=tmp_path / 'copy')
-    trainer().validate(Recorder(), data, verbose=False)
-    names = [path.stem for path in sorted((tmp_path / 'copy').iterdir())]
-    assert names == ['32ULU_0_0', '32ULU_13_0']
-    trainer().fit(task, data)
-    assert len(list((tmp_path / 'copy').iterdir())) == 6
+    trainer().validate(Recorder(), datamodule(root, source=source), verbose=False)
+    trainer().fit(task, datamodule(root, augment=False, source=source))
+    assert sorted(path.name for path in (tmp_path / 'copy').iterdir() if path.is_dir()) == [
+        'ground_reference', 'labels', 's1', 's2',
+    ]  # fmt: skip
+    assert len([*(tmp_path / 'copy' / 's2').iterdir()]) == 6 * 4
     for stage, patches in (('train', 4), ('val', 2)):
-        packed, expected = (images(recorder.batches[stage]) for recorder in (task, plain))
-        assert sorted(packed) == sorted(expected) == list(range(patches))
-        assert all(torch.equal(packed[i], expected[i]) for i in expected)
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / 'copy').iterdir()}
-    trainer().fit(Recorder(), datamodule(root, packed=tmp_path / 'copy', num_workers=1))
+        copied, expected = (images(recorder.batches[stage]) for recorder in (task, plain))
+        assert sorted(copied) == sorted(expected) == list(range(patches))
+        assert all(torch.equal(copied[i], expected[i]) for i in expected)
+    # Whatever reads the root now fails; other rules and bands are served as well.
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / 'copy').rglob('*.tif')}
+    options = {'series': RandomDates(n=2), 'bands': ['B02', 'VV'], 'classes': 6, 'num_workers': 1}
+    trainer().fit(Recorder(), datamodule(root, source=source, **options))
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    with pytest.raises(ValueError, match='Give a folder of its own to each series'):
-        trainer().fit(Recorder(), datamodule(root, packed=tmp_path / 'copy', bands=['B02', 'VV']))
-    with pytest.raises(ValueError, match='draws other dates every epoch'):
-        trainer().fit(Recorder(), datamodule(root, packed=tmp_path / 'x', series=RandomDates()))
+    away = datamodule(tmp_path / 'copy', augment=False)
+    trainer().validate(Recorder(), away, verbose=False)
+    assert away.statistics is not None
 
 
-def test_statistics_come_from_the_packed_copy(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = datamodule(root, series=MonthlySeries(months=(7, 8)))
-    plain.prepare_data()
-    expected = plain._find_statistics()
-    for path in root.glob('statistics_*.json'):
-        path.unlink()
-    data = datamodule(root, series=MonthlySeries(months=(7, 8)), packed=tmp_path / 'copy')
-    compute = Statistics.compute
-    sources: list[Any] = []
-
-    def recorded(dataset: MultiSenGE, *args: Any) -> Statistics:
-        sources.append(dataset.rasters)
-        return compute(dataset, *args)
-
-    monkeypatch.setattr(Statistics, 'compute', recorded)
-    data.prepare_data()
-    assert len(sources) == 1
-    assert sources[0].folder == tmp_path / 'copy'
-    assert data._find_statistics() == expected
-    assert len(list((tmp_path / 'copy').iterdir())) == 6  # without a run, of every split
-
-
-def test_windows_of_a_scene_come_from_the_packed_copy(root: Path, tmp_path: Path) -> None:
+def test_windows_of_a_scene_come_from_the_copy(root: Path, tmp_path: Path) -> None:
     batches = []
-    for packed in (None, tmp_path / 'copy'):
+    for source in (None, Copy(str(tmp_path / 'copy'))):
         task = Recorder()
-        options: dict[str, Any] = {'predict_split': 'all', 'predict_patch_size': 8}
-        data = datamodule(root, packed=packed, **options)
+        data = datamodule(root, source=source, predict_split='all', predict_patch_size=8)
         trainer().predict(task, data, return_predictions=False)
         batches.append(task.batches['predict'])
-    assert len(list((tmp_path / 'copy').iterdir())) == 6
     for ours, theirs in zip(*batches, strict=True):
         assert torch.equal(ours['image'], theirs['image'])
         assert torch.equal(ours['transform'], theirs['transform'])
+
+
+SOURCES = """
+data:
+  class_path: torchgeo_s1s2.datamodules.MultiSenGEDataModule
+  init_args:
+    root: {root}/made
+    batch_size: 1
+    splits: {{train: [31UFQ], val: [31UEQ]}}
+    source:
+      - class_path: torchgeo_s1s2.datasets.Synthetic
+        init_args: {{size: 16, patches: {{31UFQ: 1, 31UEQ: 1}}, incomplete: 0}}
+      - class_path: torchgeo_s1s2.datasets.Copy
+        init_args: {{folder: {root}/copy}}
+"""
+
+
+def test_a_configuration_names_what_fills_the_root(tmp_path: Path) -> None:
+    data = parse(SOURCES.format(root=tmp_path))
+    assert [type(source).__name__ for source in data.sources] == ['Synthetic', 'Copy']
+    task = Recorder()
+    trainer().fit(task, data)
+    assert data.train_dataset.root == tmp_path / 'copy'  # type: ignore[union-attr]
+    assert task.batches['train'][0]['image'].shape == (1, 4, 12, 16, 16)
+    made, kept = ({p.name for p in (tmp_path / f).rglob('*S2*.tif')} for f in ('made', 'copy'))
+    assert len(kept) == 2 * 4
+    assert kept < made
+    one = '    source: {class_path: torchgeo_s1s2.datasets.Synthetic, init_args: {size: 16}}'
+    assert parse(OWN_DATA.format(root=tmp_path, classes=6) + one).sources == [Synthetic(size=16)]
+
+
+READINGS = """
+    unit: {{s1: db, s2: dn}}
+    offset: {offset}
+    nodata: {{s2: -9999}}
+    file_bands: {{s1: [VH, VV]}}
+"""
+
+
+@pytest.mark.parametrize(
+    ('offset', 'known'),
+    [
+        ('-1000', {'0001-01-01': -1000}),
+        ('{2022-01-25: -1000}', {'2022-01-25': -1000}),
+        ('{"2022-01-25": -1000, 2023-01-01: 0}', {'2022-01-25': -1000, '2023-01-01': 0}),
+    ],
+)
+def test_a_configuration_says_how_files_are_read(
+    root: Path, offset: str, known: dict[str, float]
+) -> None:
+    text = OWN_DATA.format(root=root, classes='6') + READINGS.format(offset=offset)
+    kwargs = parse(text).kwargs
+    assert kwargs['unit'] == {'s1': 'db', 's2': 'dn'}
+    assert kwargs['nodata'] == {'s2': -9999}
+    reading = MultiSenGE(root, 'all', **{k: v for k, v in kwargs.items() if k != 'splits'}).readings
+    assert dict(reading['s2'].offsets) == known
+    assert reading['s1'].file_bands == ('VH', 'VV')

@@ -1,13 +1,17 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import torch
-from conftest import S1_DATES, S2_DATES, write_patch
+from conftest import ORIGINS, S1_DATES, S2_DATES, write_patch, write_raster
 
-from torchgeo_s1s2.datamodules.statistics import Statistics, statistics_path
-from torchgeo_s1s2.datasets import MonthlySeries, MultiSenGE
+from torchgeo_s1s2.datamodules.statistics import Statistics, count_labels, statistics_path
+from torchgeo_s1s2.datasets import ClassScheme, LandCoverClass, MonthlySeries, MultiSenGE
+from torchgeo_s1s2.errors import ImplausibleValuesError, S1S2Warning
 
 LABELS = np.array([[6] * 8, [2] * 8, [6] * 8, [0] * 8] * 2, np.uint8)
 
@@ -29,7 +33,6 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def series_in_numpy(root: Path) -> np.ndarray:
     """Channels and values (12, N) of the dates of the series, NaN without a value."""
-    import rasterio
 
     def stack(sensor: str, dates: tuple[str, ...]) -> np.ndarray:
         paths = [
@@ -99,7 +102,8 @@ def test_a_file_beside_the_data_is_written_once_and_used(noise: Path) -> None:
     first = Statistics.beside(dataset)
     content = json.loads(path.read_text())
     assert content['bands'] == ['VV', 'VH']
-    assert Statistics.load(path) == first
+    assert content['labels'] == [[0, 32], [2, 32], [6, 64]]
+    assert Statistics.load(path).std == first.std
     path.write_text(json.dumps(content | {'mean': [1.0, 2.0]}))
     assert Statistics.beside(dataset).mean == (1.0, 2.0)
     assert [p.name for p in noise.glob('statistics_*')] == [path.name]
@@ -108,14 +112,104 @@ def test_a_file_beside_the_data_is_written_once_and_used(noise: Path) -> None:
 def test_other_settings_have_another_file(noise: Path) -> None:
     datasets = [
         MultiSenGE(noise, 'test'),
-        MultiSenGE(noise, 'test', classes=10),
         MultiSenGE(noise, 'test', sensors=['s2']),
         MultiSenGE(noise, 'test', raw=True),
+        MultiSenGE(noise, 'test', offset=-100),
+        MultiSenGE(noise, 'test', nodata={'s2': 0}),
         MultiSenGE(noise, 'test', series=MonthlySeries(months=(7, 8))),
         MultiSenGE(noise, 'test', series=MonthlySeries(s1_per_slot=2)),
     ]
-    assert len({statistics_path(dataset) for dataset in datasets}) == 6
-    assert statistics_path(MultiSenGE(noise, 'all')) == statistics_path(datasets[0])
+    assert len({statistics_path(dataset) for dataset in datasets}) == 7
+    for same in (MultiSenGE(noise, 'all'), MultiSenGE(noise, 'test', classes=10)):
+        assert statistics_path(same) == statistics_path(datasets[0])
+
+
+def replace_images(root: Path) -> None:
+    for path in (root / 's2').iterdir():
+        with rasterio.open(path, 'r+') as dst:
+            dst.write(dst.read() + 300)
+
+
+def correct_labels(root: Path) -> None:
+    for path in (root / 'ground_reference').iterdir():
+        with rasterio.open(path, 'r+') as dst:
+            dst.write(np.full((1, 8, 8), 9, np.uint8))
+
+
+def add_a_nearer_date(root: Path) -> None:
+    path = root / 's1' / f'31UEQ_{S2_DATES[0]}_S1_0_0.tif'
+    write_raster(path, np.full((2, 8, 8), 1, np.float32), *ORIGINS['31UEQ'])
+
+
+def touch_nothing(root: Path) -> None:
+    pass
+
+
+@pytest.mark.filterwarnings('ignore:.*no label file names')
+@pytest.mark.parametrize(
+    ('change', 'bands'),
+    [
+        (replace_images, {10, 2}),
+        (add_a_nearer_date, {10, 2}),
+        (correct_labels, {1}),
+        (touch_nothing, set()),
+    ],
+)
+def test_statistics_follow_the_files_that_made_them(
+    tmp_path: Path,
+    windows_read: list[tuple[int, ...]],
+    change: Callable[[Path], None],
+    bands: set[int],
+) -> None:
+    rng = np.random.default_rng(0)
+    s2 = {d: rng.integers(1, 4000, (10, 8, 8)).astype(np.int16) for d in S2_DATES}
+    s1 = {d: rng.uniform(0.01, 1, (2, 8, 8)).astype(np.float32) for d in S1_DATES}
+    write_patch(tmp_path, '31UEQ', size=8, s2=s2, s1=s1)
+    before = Statistics.beside(MultiSenGE(tmp_path, 'test'))
+    change(tmp_path)
+    del windows_read[:]
+    after = Statistics.beside(MultiSenGE(tmp_path, 'test'))
+    assert {shape[0] for shape in windows_read} == bands
+    assert (after != before) == bool(bands)
+    assert after == Statistics.compute(MultiSenGE(tmp_path, 'test'), progress=False)
+
+
+def test_other_classes_read_nothing(noise: Path, windows_read: list[tuple[int, ...]]) -> None:
+    first = Statistics.beside(MultiSenGE(noise, 'test'))
+    del windows_read[:]
+    wood = LandCoverClass('Wood', 'green', (6,))
+    schemes = {6: (0, 32, 0, 0, 0, 64), ClassScheme((wood,)): (64,)}
+    for classes, pixels in schemes.items():
+        other = Statistics.beside(MultiSenGE(noise, 'test', classes=classes))
+        assert other.pixels == pixels
+        assert other.mean == first.mean
+    assert not windows_read
+
+
+def test_what_has_no_label_is_not_counted(tmp_path: Path) -> None:
+    """A tag, and a patch without a label raster; windows of 512 do not share a pixel."""
+    labels = np.repeat([[6, 255]], 300, 1).repeat(16, 0).astype(np.uint8)
+    labels = np.pad(labels, ((0, 600 - 16), (0, 0)), constant_values=255)
+    write_patch(tmp_path, '31UEQ', size=600, labels=labels, labels_options={'nodata': 255})
+    write_patch(tmp_path, '31UEQ', 700, size=8)
+    (tmp_path / 'ground_reference' / '31UEQ_GR_700_0.tif').unlink()
+    with pytest.warns(S1S2Warning, match='1 of ground_reference'):
+        dataset = MultiSenGE(tmp_path, 'test', MonthlySeries(months=(7,)))
+    assert count_labels(dataset, progress=False) == {6: 16 * 300}
+
+
+def test_statistics_are_made_window_by_window(
+    tmp_path: Path, windows_read: list[tuple[int, ...]]
+) -> None:
+    write_patch(tmp_path, '31UEQ', size=600)
+    series = MonthlySeries(months=(7,))
+    statistics = Statistics.compute(MultiSenGE(tmp_path, 'test', series), progress=False)
+    sizes = {shape[1:] for shape in windows_read}
+    assert sizes == {(512, 512), (512, 88), (88, 512), (88, 88)}
+    # Columns are 0..599, times 1e-4: the mean is 299.5, the variance (600 ** 2 - 1) / 12.
+    assert statistics.mean[0] == pytest.approx(0.02995)
+    assert statistics.std[0] == pytest.approx(1e-4 * np.sqrt((600**2 - 1) / 12))
+    assert statistics.labels == ((2, 180_000), (6, 180_000))
 
 
 @pytest.mark.parametrize(
@@ -128,6 +222,8 @@ def test_other_settings_have_another_file(noise: Path) -> None:
         '{"bands": ["VV"], "mean": [1, 2], "std": [1], "pixels": [1]}',
         '{"bands": ["VV"], "mean": ["x"], "std": [1], "pixels": [1]}',
         '{"bands": ["VV"], "mean": [1], "std": [0], "pixels": [1]}',
+        '{"bands": ["VV"], "mean": [Infinity], "std": [1], "pixels": [1]}',
+        '{"bands": ["VV"], "mean": [1], "std": [NaN], "pixels": [1]}',
     ],
 )
 def test_malformed_file_names_itself(tmp_path: Path, content: str) -> None:
@@ -143,3 +239,97 @@ def test_a_band_without_a_value_is_named(tmp_path: Path) -> None:
     write_patch(tmp_path, '31UEQ', size=8, s1=dict.fromkeys(S1_DATES, dark))
     with pytest.raises(ValueError, match=r"bands \['VH'\] have no value in the 1 training patches"):
         Statistics.compute(MultiSenGE(tmp_path, 'test'), progress=False)
+
+
+def ground(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Reflectance x 10,000 of fields with shadows, by date of 2022."""
+    return {d.replace('2020', '2022'): rng.integers(150, 4000, (10, 8, 8)) for d in S2_DATES}
+
+
+def power(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Sigma0 of the same."""
+    return {d.replace('2020', '2022'): rng.gamma(4, 0.02, (2, 8, 8)) + 1e-4 for d in S1_DATES}
+
+
+def plain(value: np.ndarray, day: str) -> np.ndarray:
+    return value
+
+
+LATE = '20220904'
+KINDS: dict[str, tuple[str, str, Callable[[np.ndarray, str], Any], dict, str, dict]] = {
+    'reflectance': (
+        's2', 'float32', lambda v, d: v * 1e-4, {}, 'unit="reflectance"', {'unit': 'reflectance'},
+    ),
+    'dn, said to be reflectance': (
+        's2', 'int16', plain, {'unit': 'reflectance'}, 'give unit="dn"', {'unit': 'dn'},
+    ),
+    'baseline 04.00': (
+        's2', 'uint16', lambda v, d: v + 1000, {}, 'offset=-1000', {'offset': -1000},
+    ),
+    'baseline 04.00 from a day on': (
+        's2', 'uint16', lambda v, d: v + 1000 * (d >= LATE), {},
+        "the first of 2022-09-04.*offset={'2022-09-04': -1000}", {'offset': {LATE: -1000}},
+    ),
+    'bright ground': (
+        's2', 'uint16', lambda v, d: v + 1000, {}, 'offset=0', {'offset': 0},
+    ),
+    'an offset too much': (
+        's2', 'int16', lambda v, d: v // 10, {'offset': -1000}, 'leave offset out', {},
+    ),
+    'no data without a tag': (
+        's2', 'int16', lambda v, d: np.where(np.arange(8) < 3, -9999, v), {},
+        "nodata={'s2': -9999}", {'nodata': {'s2': -9999}},
+    ),
+    'dB': (
+        's1', 'float32', lambda v, d: 10 * np.log10(v), {}, "unit={'s1': 'db'}", {'unit': 'db'},
+    ),
+    'power, said to be dB': (
+        's1', 'float32', plain, {'unit': 'db'}, 'unit="linear"', {'unit': 'linear'},
+    ),
+    'amplitude': (
+        's1', 'uint16', lambda v, d: 1000 * np.sqrt(v), {}, 'unit="amplitude"',
+        {'unit': 'amplitude'},
+    ),
+    'no data of Sentinel-1 without a tag': (
+        's1', 'float32', lambda v, d: np.where(np.arange(8) < 5, -9999, v), {},
+        "nodata={'s1': -9999}", {'nodata': {'s1': -9999}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('sensor', 'dtype', 'spoil', 'given', 'advice', 'mended'), KINDS.values(), ids=KINDS.keys()
+)
+def test_implausible_values_are_refused_with_advice_that_helps(
+    tmp_path: Path,
+    sensor: str,
+    dtype: str,
+    spoil: Callable[[np.ndarray, str], Any],
+    given: dict[str, Any],
+    advice: str,
+    mended: dict[str, Any],
+) -> None:
+    for x in (0, 9):
+        rng = np.random.default_rng(x)
+        images = {'s2': ground(rng), 's1': power(rng)}
+        images['s1'] = {d: v.astype(np.float32) for d, v in images['s1'].items()}
+        images['s2'] = {d: v.astype(np.int16) for d, v in images['s2'].items()}
+        images[sensor] = {d: spoil(v, d).astype(dtype) for d, v in images[sensor].items()}
+        write_patch(tmp_path, '31UEQ', x, 0, 8, **images)  # type: ignore[arg-type]
+    series = MonthlySeries(year=2022)
+    with pytest.raises(ImplausibleValuesError, match=advice):
+        Statistics.compute(MultiSenGE(tmp_path, 'test', series, **given), progress=False)
+    Statistics.compute(MultiSenGE(tmp_path, 'test', series, **mended), progress=False)
+    Statistics.compute(MultiSenGE(tmp_path, 'test', series, raw=True), progress=False)
+
+
+@pytest.mark.parametrize('days', [S2_DATES, S2_DATES[:1]])
+def test_usual_values_of_any_ground_are_taken(tmp_path: Path, days: tuple[str, ...]) -> None:
+    """Water, snow, a desert and a wood; a uniform image tells nothing of an offset."""
+    rng = np.random.default_rng(0)
+    grounds = {'water': (10, 400), 'snow': (300, 12000), 'desert': (800, 5000), 'wood': (100, 3000)}
+    for low, high in grounds.values():
+        image = {d: rng.integers(low, high, (10, 8, 8)).astype(np.int16) for d in days}
+        write_patch(tmp_path, '31UEQ', size=8, s2=image)
+        series = MonthlySeries(months=(7,)) if len(days) == 1 else MonthlySeries()
+        Statistics.compute(MultiSenGE(tmp_path, 'test', series), progress=False)

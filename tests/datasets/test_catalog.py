@@ -191,17 +191,14 @@ def test_one_name_of_a_tile_in_two_zones(tmp_path: Path) -> None:
     assert [zone.crs.to_epsg() for zone in dataset.zones()] == [32631, 32632]
 
 
-def test_root_without_a_folder(two_zones: Path) -> None:
+def test_root_without_a_folder_or_label_files(two_zones: Path) -> None:
     (two_zones / 's1').rename(two_zones / 'S1')
     with pytest.raises(FileNotFoundError, match=r"has no folder 's1'.*as root"):
         Catalog(two_zones)
-
-
-def test_root_without_label_files(two_zones: Path) -> None:
     for path in (two_zones / 'labels').iterdir():
         path.unlink()
     with pytest.raises(FileNotFoundError, match=r'labels holds no label file; expected TILE_X_Y'):
-        Catalog(two_zones)
+        Catalog(two_zones, files=False)
 
 
 @pytest.mark.parametrize(
@@ -210,19 +207,14 @@ def test_root_without_label_files(two_zones: Path) -> None:
         ('{"labels": ', 'JSONDecodeError'),
         ('[]', 'TypeError'),
         ('{"labels": "1"}', "KeyError: 'projection'"),
-        (
-            '{"labels": 1, "projection": "", "corresponding_s1": "", "corresponding_s2": ""}',
-            'projection|AttributeError|CRSError',
-        ),
+        ('{"labels": 1, "projection": "", "corresponding_s1": ""}', 'CRSError|AttributeError'),
     ],
 )
 def test_malformed_label_file_names_itself(two_zones: Path, text: str, message: str) -> None:
     path = two_zones / 'labels' / '31UEQ_0_0.json'
     path.write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=rf'{path}.*({message}).*Fetch the file again or delete'):
         Catalog(two_zones)
-    assert str(path) in str(error.value)
-    assert 'Fetch the file again or delete it' in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +250,7 @@ IMAGE = '31UEQ_20200704_S1_0_0.tif'
 
 def assert_same(one: Catalog, other: Catalog) -> None:
     assert_geodataframe_equal(one.patches, other.patches)
-    assert_frame_equal(one.acquisitions, other.acquisitions)
+    assert_frame_equal(one.acquisitions, other.acquisitions)  # paths as well
     assert one.missing == other.missing
     for patch in range(len(one.patches)):
         assert repr(one.patch(patch)) == repr(other.patch(patch))  # nan is not nan
@@ -285,24 +277,8 @@ def test_a_later_start_says_the_same(two_zones: Path, monkeypatch: pytest.Monkey
     assert later.patches['geometry'].isna().tolist() == [False, False, False, True]
 
 
-def remove_image(root: Path) -> None:
-    (root / 's1' / IMAGE).unlink()
-
-
-def rename_image(root: Path) -> None:
-    (root / 's2' / '31UEQ_20200706_S2_0_0.tif').rename(root / 's2' / 'hidden')
-
-
-def remove_reference(root: Path) -> None:
-    (root / 'ground_reference' / '31UEQ_GR_33_0.tif').unlink()
-
-
 def add_patch(root: Path) -> None:
     write_patch(root, '31UEQ', 66)
-
-
-def remove_patch(root: Path) -> None:
-    (root / 'labels' / '32ULU_0_0.json').unlink()
 
 
 def rewrite_label_file_in_place(root: Path) -> None:
@@ -315,20 +291,21 @@ def rewrite_tile_in_place(root: Path) -> None:
         write_raster(path, np.ones((1, 48, 48), np.uint8), 32632, 300000, 5400000)
 
 
-@pytest.mark.filterwarnings('ignore:.*not on disk')
-@pytest.mark.parametrize(
-    'change',
-    [
-        remove_image,
-        rename_image,
-        remove_reference,
-        add_patch,
-        remove_patch,
-        rewrite_label_file_in_place,
-        rewrite_tile_in_place,
-    ],
-)
-def test_changes_are_noticed(two_zones: Path, change: Callable[[Path], None]) -> None:
+CHANGES: dict[str, Callable[[Path], Any]] = {
+    'image removed': lambda root: (root / 's1' / IMAGE).unlink(),
+    'image renamed': lambda root: (root / 's1' / IMAGE).rename(root / 's1' / 'hidden'),
+    'image moved below': lambda root: rename(root, 's2', lambda name: f'below/{name}'),
+    'labels removed': lambda root: (root / 'ground_reference' / '31UEQ_GR_33_0.tif').unlink(),
+    'patch added': add_patch,
+    'patch removed': lambda root: (root / 'labels' / '32ULU_0_0.json').unlink(),
+    'label file rewritten': rewrite_label_file_in_place,
+    'tile rewritten': rewrite_tile_in_place,
+}
+
+
+@pytest.mark.filterwarnings('ignore:.*(not on disk|without a label file)')
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES.keys())
+def test_changes_are_noticed(two_zones: Path, change: Callable[[Path], Any]) -> None:
     before = Catalog(two_zones)
     change(two_zones)
     true = Catalog(two_zones, cache=False)
@@ -369,19 +346,17 @@ def test_a_change_within_a_tick_of_the_clock_is_waited_for(
     assert slept == pytest.approx([0.015, 2, 0.02], abs=1e-6)
 
 
-def truncate(content: bytes) -> bytes:
-    return content[: len(content) // 2]
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    'truncated': lambda content: content[: len(content) // 2],
+    'bits': lambda content: (
+        content[:200] + bytes(255 - b for b in content[200:210]) + content[210:]
+    ),
+    'version': lambda content: content.replace(b'"version": 2', b'"version": 1'),
+    'empty': lambda content: b'',
+}
 
 
-def flip_bits(content: bytes) -> bytes:
-    return content[:200] + bytes(255 - byte for byte in content[200:210]) + content[210:]
-
-
-def other_version(content: bytes) -> bytes:
-    return content.replace(b'"version": 2', b'"version": 1')
-
-
-@pytest.mark.parametrize('damage', [truncate, flip_bits, other_version, lambda content: b''])
+@pytest.mark.parametrize('damage', DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_cache_is_made_anew(
     two_zones: Path, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,13 +396,3 @@ def test_nothing_is_cached_unless_asked_for(two_zones: Path) -> None:
         Catalog(two_zones, cache=False)
         Catalog(two_zones, files=False)
     assert not (two_zones / 'catalog.parquet').exists()
-
-
-def test_reading_does_not_scan_the_table(two_zones: Path) -> None:
-    dataset = MultiSenGE(two_zones, 'all')
-    dataset.catalog.patches = None
-    sample = dataset[2]
-    assert 'acquisitions' not in vars(dataset.catalog)
-    assert dataset[500000:500320, 5499680:5500000]['valid'].all()
-    days = sample['acquisition_times'][:, 1].numpy().astype('datetime64[s]').astype('datetime64[D]')
-    assert [day.replace('-', '') for day in days.astype(str)] == list(S1_DATES)
