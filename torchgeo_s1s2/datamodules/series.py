@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torchgeo.datamodules import NonGeoDataModule
@@ -190,6 +191,7 @@ class SeriesDataModule(NonGeoDataModule):
             self._share_statistics()
         if stage == 'fit':
             self._check_labels()
+            rank_zero_info(f'{self._dataset("train").title}: {self._dataset("train").report}')
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Loader of the training patches; it starts to read in the epoch that comes next."""

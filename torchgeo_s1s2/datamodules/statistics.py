@@ -201,7 +201,8 @@ class _Windows(Dataset[Any]):
     def read(self, title: str, num_workers: int, progress: bool) -> Iterable[Any]:
         """All of them, with a progress bar."""
         loader = DataLoader(self, batch_size=None, num_workers=num_workers)
-        bar: Iterable[Any] = tqdm(loader, title, disable=not progress, unit='window')
+        hidden = not progress or len(self) < 100
+        bar: Iterable[Any] = tqdm(loader, title, disable=hidden, unit='window')
         return bar
 
 
@@ -261,8 +262,8 @@ def count_labels(
     counts = Counter[int]()
     windows = _Windows(dataset, labels=True)
     for labels in windows.read('Counting labels', num_workers, progress):
-        values, pixels = np.unique(labels[~np.isnan(labels)], return_counts=True)
-        counts.update(dict(zip(values.astype(int).tolist(), pixels.tolist(), strict=True)))
+        values, pixels = labels[~labels.isnan()].long().unique(return_counts=True)
+        counts.update(dict(zip(values.tolist(), pixels.tolist(), strict=True)))
     return dict(counts)
 
 

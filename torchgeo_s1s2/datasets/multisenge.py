@@ -15,7 +15,7 @@ from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.download import SeasonDownload
 from torchgeo_s1s2.datasets.rasters import Grid, read_image, read_labels
-from torchgeo_s1s2.datasets.sensors import SENSORS, Array, Offset, readings
+from torchgeo_s1s2.datasets.sensors import SENSORS, Array, Offset, in_order, readings
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
 from torchgeo_s1s2.errors import NoPatchesError, S1S2Warning
@@ -124,6 +124,7 @@ class MultiSenGE(SeriesDataset):
         self.download = download
         series = series or MonthlySeries()
         scheme = class_scheme(classes, self.schemes)
+        in_order([series.leader], [*SENSORS], 'sensor to lead the series')
         how = readings(sensors, bands, unit, offset, nodata, file_bands, raw)
         tiles = self._tiles_of_split()
         if catalog is None:

@@ -241,9 +241,9 @@ def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> 
             return _values(path, src, [1], window, np.nan, np.float64)
 
         labels: NDArray[np.float64] = _onto(path, src, grid, patch, read, Resampling.nearest, 1)[0]
-    odd = labels[(labels != np.round(labels)) & ~np.isnan(labels)]
+    odd = labels[((labels != np.round(labels)) | (np.abs(labels) > 2**31)) & ~np.isnan(labels)]
     if odd.size:
-        raise DataError(f'{path} holds the label {odd[0]}; labels are whole numbers')
+        raise DataError(f'{path} holds the label {odd[0]}; labels are whole numbers up to 2**31')
     return labels
 
 
@@ -294,7 +294,8 @@ def _values(
     data = src.read(indexes, window=window)
     if data.dtype.kind == 'c':
         raise DataError(f'{path} holds complex numbers ({data.dtype}); give power or dB')
-    value: NDArray[Any] = data.astype(dtype)
+    with np.errstate(over='ignore'):  # no-data values of another type
+        value: NDArray[Any] = data.astype(dtype)
     flags, tags = src.mask_flag_enums, src.nodatavals
     masked = any(MaskFlags.per_dataset in flags[i - 1] for i in indexes)
     if data.dtype.kind == 'u' and nodata < 0:

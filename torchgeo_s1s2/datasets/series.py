@@ -31,7 +31,7 @@ from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme
 from torchgeo_s1s2.datasets.plot import plot_series
 from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS, Grid, mean, same_crs
 from torchgeo_s1s2.datasets.sensors import Array, Reading
-from torchgeo_s1s2.datasets.time_series import DateRule
+from torchgeo_s1s2.datasets.time_series import DateRule, series_report
 from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError, S1S2Warning, UnreadableError
 
 Sample = dict[str, Any]
@@ -82,6 +82,9 @@ class SeriesDataset(GeoDataset):
 
     An image that cannot be read is left out with a warning that names it where the date rule finds
     another one, and an error otherwise.
+
+    Attributes:
+        report: What the date rule makes of the patches; ``print`` shows it.
     """
 
     root: Path
@@ -330,41 +333,26 @@ class SeriesDataset(GeoDataset):
 
     def _choose(self, patches: Sequence[int]) -> list[int]:
         """Patches that have a full series; the others are counted in a warning."""
-        failed = Counter[str]()
-        reasons: dict[tuple[bytes, ...], str] = {}  # many patches have the same times
-        chosen = []
-        for patch in map(int, patches):
-            key = tuple(self.times_of(patch, s).tobytes() for s in self.series.reads(self.sensors))
-            if key not in reasons:
-                reasons[key] = self._why_not(patch)
-            failed[reasons[key]] += 1
-            if not reasons[key]:
-                chosen.append(patch)
-        del failed['']
+        sensors = self.series.reads(self.sensors)
+        times = ({s: self.times_of(patch, s) for s in sensors} for patch in patches)
+        self.report = series_report(self.series, times, self.sensors)
+        chosen = [p for p, why in zip(patches, self.report.reasons, strict=True) if not why]
+        failed = Counter(filter(None, self.report.reasons))
         if failed:
             why = '; '.join(f'{n} patches have {reason}' for reason, n in failed.most_common(3))
-            text = (
-                f'of the {len(patches)} patches of {self.title} has the series {self.series}: {why}'
-            )
+            of = f'of the {len(patches)} patches of {self.title}'
             if not chosen:
-                raise NoPatchesError(f'none {text}. Choose another series, or missing="keep"')
-            left = failed.total()
-            warnings.warn(f'{left} {text}'.replace('has', 'lack', 1), S1S2Warning, stacklevel=4)
+                raise NoPatchesError(
+                    f'none {of} has the series {self.series}: {why}. Choose another series, or '
+                    'missing="keep"'
+                )
+            warnings.warn(f'{failed.total()} {of} are left out: {why}', S1S2Warning, stacklevel=4)
         return chosen
 
     @property
     def title(self) -> str:
         """What messages call the data set."""
         return type(self).__name__
-
-    def _why_not(self, patch: int) -> str:
-        """Why a patch has no series, empty if it has one."""
-        try:
-            slots = self._select(patch)
-        except NoSeriesError as error:
-            return str(error)
-        seen = any(any(slots[sensor]) for sensor in self.sensors)
-        return '' if seen else 'no acquisition at all'
 
     def _index_of(self, patches: Sequence[int], crs: CRS) -> gpd.GeoDataFrame:
         """One row a patch."""
@@ -404,7 +392,8 @@ class SeriesDataset(GeoDataset):
         return affine.a, -affine.e
 
     def _span(self, patch: int) -> tuple[np.datetime64, np.datetime64]:
-        times = [t for s in self.sensors if len(t := self.times_of(patch, s))]
+        sensors = self.series.reads(self.sensors)
+        times = [t for s in sensors if len(t := self.times_of(patch, s))]
         return min(t[0] for t in times), max(t[-1] for t in times)
 
     def _select(self, patch: int, period: slice | None = None) -> Chosen:
