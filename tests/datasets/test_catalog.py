@@ -111,7 +111,7 @@ def test_rasters_are_found_by_name(
 ) -> None:
     before = MultiSenGE(two_zones, 'all')[1]
     rename(two_zones, folder, change)
-    with warnings.catch_warnings(action='error'):
+    with warnings.catch_warnings(action='error', category=S1S2Warning):
         dataset = MultiSenGE(two_zones, 'all')
     assert dataset.catalog.missing == {'s2': 0, 's1': 0}
     assert all(np.array_equal(before[key], value) for key, value in dataset[1].items())

@@ -84,7 +84,7 @@ def test_no_data_of_any_kind_is_missing(
     untagged = nodata is None
     image = half(value, dtype, bands=len(SENSOR_BANDS[sensor]))
     options = {f'{sensor}_options': {} if untagged else {'nodata': nodata}}
-    sample = read(tmp_path, **{sensor: image}, options=options)  # type: ignore[arg-type]
+    sample = read(tmp_path, **{sensor: image}, options=options)
     check_halves(sample[sensor], {'s2': 0.1, 's1': 30}[sensor])
 
 
@@ -265,7 +265,17 @@ def test_no_data_is_compared_before_scale_and_offset(tmp_path: Path) -> None:
 
 
 ESA = ('B01', *SENSOR_BANDS['s2'][:8], 'B09', *SENSOR_BANDS['s2'][8:])
-STAC = ('coastal', 'blue', 'green', 'red', 'rededge1', 'rededge2', 'rededge3', 'nir', 'nir08')
+STAC: tuple[str, ...] = (
+    'coastal',
+    'blue',
+    'green',
+    'red',
+    'rededge1',
+    'rededge2',
+    'rededge3',
+    'nir',
+    'nir08',
+)
 STAC += ('nir09', 'swir16', 'swir22')
 ORDERS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     'reversed': (SENSOR_BANDS['s2'][::-1], SENSOR_BANDS['s2'][::-1]),
@@ -389,7 +399,7 @@ def test_other_pixels_than_the_patch_are_warped(
     columns, rows = np.meshgrid(np.arange(96) + 0.5, np.arange(96) + 0.5)
     x, y = where @ (columns, rows)
     theirs, ours = CRS.from_user_input(crs), CRS.from_epsg(32631)
-    east, south = transform(theirs, ours, x.ravel(), y.ravel())
+    east, south = transform(theirs, ours, np.ravel(x), np.ravel(y))
     values = plane(np.array(east), np.array(south)).reshape(1, 96, 96).astype(np.float32)
     options = {'crs': theirs, 'transform': where, 'descriptions': ('B02',)}
     write_patch(tmp_path, '31UEQ', 0, 0, 32, {DAY: values}, {}, s2_options=options)

@@ -329,7 +329,7 @@ def test_what_a_crop_costs_follows_its_window(
 
 
 def cut_short(content: bytes) -> bytes:
-    return content[:2000]
+    return content[: len(content) // 2]
 
 
 def no_raster(content: bytes) -> bytes:
@@ -351,7 +351,7 @@ def test_an_image_that_cannot_be_read_is_left_out_if_there_is_another(
     with pytest.warns(S1S2Warning, match=rf'{path} cannot be read.*Another date takes its place'):
         sample = dataset[0]
     august = [S1_DATES[0], S1_DATES[1], S1_DATES[1], S1_DATES[3]]
-    with warnings.catch_warnings(action='error'):  # said once
+    with warnings.catch_warnings(action='error', category=S1S2Warning):  # said once
         for again in (sample, dataset[0], dataset[500000:500320, 5499680:5500000]):
             assert again['acquisition_times'][:, 1].tolist() == seconds(tuple(august))
             assert again['valid'].all()
