@@ -55,7 +55,7 @@ def test_mean_and_std_are_of_the_dates_of_the_series_only(noise: Path) -> None:
     values = series_in_numpy(noise)
     np.testing.assert_allclose(statistics.mean, np.nanmean(values, 1), rtol=1e-6)
     np.testing.assert_allclose(statistics.std, np.nanstd(values, 1), rtol=1e-5)
-    assert statistics.bands == MultiSenGE.all_bands
+    assert statistics.bands == MultiSenGE.all_bands  # waits: bug 10
     # Of 128 pixels 64 are arable, class 5, 32 sparse built-up, class 1, and 32 without a label.
     assert statistics.pixels == (0, 32, 0, 0, 0, 64, *[0] * 8)
 
@@ -149,8 +149,8 @@ def touch_nothing(root: Path) -> None:
 @pytest.mark.parametrize(
     ('change', 'bands'),
     [
-        (replace_images, {10, 2}),
-        (add_a_nearer_date, {10, 2}),
+        (replace_images, {10, 2, 1}),
+        (add_a_nearer_date, {10, 2, 1}),
         (correct_labels, {1}),
         (touch_nothing, set()),
     ],

@@ -1,5 +1,6 @@
 import warnings
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +251,10 @@ def shared_zones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize('rule', RULES, ids=lambda rule: type(rule).__name__)
-@pytest.mark.parametrize('sampler', SAMPLERS.values(), ids=SAMPLERS.keys())
+@pytest.mark.parametrize(
+    ('sampler', 'rule'),
+    [*zip(SAMPLERS.values(), cycle(RULES)), *zip([*SAMPLERS.values()][2:], RULES, strict=True)],
+)
 def test_samplers_of_torchgeo(
     shared_zones: Path, sampler: Callable[[MultiSenGE], Any], rule: DateRule
 ) -> None:
