@@ -23,7 +23,7 @@ from torchgeo_s1s2.datasets import (
 )
 
 NAN, INF = np.nan, np.inf
-DAY, DATE = '20220706', '2022-07-06'
+DAY = '20220706'
 ALPHA = [*[ColorInterp.gray] * 10, ColorInterp.alpha]
 FLOOR = float(np.finfo('float32').min)
 Image = NDArray[np.float32]
@@ -256,7 +256,7 @@ def test_units_scales_and_offsets(
     count = len(SENSOR_BANDS[sensor])
     image = np.full((count, 8, 8), value).astype(dtype)
     per_band = {k: [v] * count if k in ('scales', 'offsets') else v for k, v in options.items()}
-    sample = read(tmp_path, **{sensor: image}, options={f'{sensor}_options': per_band}, **arguments)  # type: ignore[arg-type]
+    sample = read(tmp_path, **{sensor: image}, options={f'{sensor}_options': per_band}, **arguments)
     np.testing.assert_allclose(sample[sensor], np.full((count, 8, 8), expected), rtol=1e-5)
 
 
@@ -344,7 +344,7 @@ def test_bands_that_are_not_known_are_refused(
     options = {f'{sensor}_options': {'descriptions': names} if names else {}}
     image = np.ones((count, 8, 8), np.int16)
     with pytest.raises(ValueError, match=message) as error:
-        read(tmp_path, **{sensor: image}, options=options)  # type: ignore[arg-type]
+        read(tmp_path, **{sensor: image}, options=options)
     assert f'31UEQ_{DAY}_{sensor.upper()}_0_0.tif' in str(error.value)
 
 
