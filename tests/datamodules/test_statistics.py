@@ -268,7 +268,7 @@ KINDS: dict[str, tuple[str, str, Callable[[np.ndarray, str], Any], dict, str, di
     ),
     'baseline 04.00 from a day on': (
         's2', 'uint16', lambda v, d: v + 1000 * (d >= LATE), {},
-        "the first of 2022-09-04.*offset={'2022-09-04': -1000}", {'offset': {LATE: -1000}},
+        "the first of 2022-09-04.*offset={'2022-09-04': -1000}", {'offset': {'2022-09-04': -1000}},
     ),
     'bright ground': (
         's2', 'uint16', lambda v, d: v + 1000, {}, 'offset=0', {'offset': 0},
