@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models._api import WeightsEnum
 
 from .convlstm import ConvLSTM
-from .cpu import arrange
+from .strips import arrange
 from .inception import Inception
 
 SENSORS: Mapping[str, int] = {'s2': 10, 's1': 2}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .convlstm import ConvLSTM
-from .cpu import arrange
+from .strips import arrange
 from .inception import Inception
 
 # Prefixes of the original's parameters, and of the same ones in smp.Unet around the backbone.
@@ -36,7 +36,7 @@ class FuseLSTM(nn.Module):
         encoder_weights: str | None = None,
         freeze_encoder: bool = True,
         channels_last_output: bool = False,
-        checkpoint: bool = False,
+        recompute_gates: bool = False,
     ) -> None:
         """Initialize a new FuseLSTM instance.
 
@@ -51,8 +51,8 @@ class FuseLSTM(nn.Module):
         """
         super().__init__()
         self.channels_last_output = channels_last_output
-        self.convLSTM_s2 = ConvLSTM(10, checkpoint=checkpoint)
-        self.convLSTM_s1 = ConvLSTM(2, checkpoint=checkpoint)
+        self.convLSTM_s2 = ConvLSTM(10, recompute_gates=recompute_gates)
+        self.convLSTM_s1 = ConvLSTM(2, recompute_gates=recompute_gates)
         self.inception = Inception(12)
         self.unet = smp.Unet(
             'vgg16', encoder_weights=encoder_weights, in_channels=160, classes=num_classes
