@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchgeo_s1s2.models.cpu import GateInStrips
 
 from benchmarks.plain import PlainConvLSTM, PlainFuseLSTM
 from benchmarks.speed import MIB, held
 from torchgeo_s1s2.models import ConvLSTM, FuseLSTM, cpu
-from torchgeo_s1s2.models.cpu import GateInStrips
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from .norm import MaskedBatchNorm2d, Moments, normalize, track
 from .strips import is_plain, read_in_strips, suits_strips
 
+
 class ConvLSTM(nn.Module):
     """Convolutional LSTM that returns the last, batch-normalised hidden state.
 
@@ -70,7 +71,15 @@ class ConvLSTM(nn.Module):
 
         Returns:
             Last hidden state of shape (B, hidden_channels, H, W).
+
+        Raises:
+            RuntimeError: If TorchScript traces the layer, which would fix T without a word.
         """
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                'torch.jit.trace would fix the number of slots to that of its example; use '
+                'torchgeo_s1s2.models.export_program or export_onnx instead'
+            )
         if suits_strips(self, x):
             return read_in_strips(self, x, valid)
         zero = x.new_zeros(()).expand(len(x), self.hidden_channels, *x.shape[-2:])

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .convlstm import ConvLSTM
-from .strips import arrange
 from .inception import Inception
+from .strips import arrange
 
 # Prefixes of the original's parameters, and of the same ones in smp.Unet around the backbone.
 PREFIXES = {
@@ -46,8 +46,7 @@ class FuseLSTM(nn.Module):
             freeze_encoder: Whether the VGG-16 encoder keeps its weights, as in the original. It has
                 no batch norm, so nothing else in it could change.
             channels_last_output: Whether the classes are the last dimension of the output.
-            checkpoint: Whether the gates are computed again in the backward pass, as in
-                :class:`ConvLSTM`.
+            recompute_gates: As in :class:`ConvLSTM`.
         """
         super().__init__()
         self.channels_last_output = channels_last_output
