@@ -4,7 +4,7 @@ import matplotlib.image
 import torch
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from torchgeo_s1s2.tasks.report import confusion_figure, save_figure, summary
+from torchgeo_s1s2.callbacks.report import confusion_figure, save_figure, summary
 
 
 def test_confusion_figure_shows_shares_of_the_true_class(tmp_path: Path) -> None:
