@@ -292,9 +292,9 @@ class MultiSenGEDataModule(NonGeoDataModule):
             batch = self.dropout(batch, self._band_counts)
         if self.trainer is not None and self.trainer.predicting:
             batch['valid_count'] = count_observations(batch['image'], self._band_counts)
-        batch = self.normalize(batch)
         if training:
             batch = self.augment(batch)
+        batch = self.normalize(batch, self._band_counts)
         return self.day_of_year(batch, self._band_counts) if self.day_of_year else batch
 
     def plot(self, sample: Sample, **kwargs: Any) -> Any:
