@@ -164,8 +164,7 @@ class Mapper:
     @torch.inference_mode()
     def __call__(self, batch: Sample) -> Tensor:
         """Classes (B, H, W) of a batch as the data set gives it."""
-        bands = [len(names) for names in SENSOR_BANDS.values()]
-        parts = self.normalize(batch, bands)['image'].split(4)
+        parts = self.normalize(batch, CHANNELS)['image'].split(4)
         return torch.cat([self.task(part).argmax(1) for part in parts])
 
 

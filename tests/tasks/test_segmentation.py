@@ -142,7 +142,8 @@ def test_metrics_add_up_over_batches_and_start_anew_each_epoch(tmp_path: Path) -
     for _ in range(2):
         batches = [batch_of(part) for part in parts]
         logged = trainer.validate(task, loader(*batches), verbose=False)[0]
-        (scores,) = task.val_metrics.values()
+        metrics: Any = task.val_metrics
+        (scores,) = metrics.values()
         assert scores.counted.tolist() == CONFUSION.tolist()
         assert logged['val_OverallAccuracy'] == pytest.approx(0.8)
 
@@ -162,7 +163,7 @@ def test_a_training_step_never_makes_the_host_wait(tmp_path: Path, options: Any)
         waits.append(mode.found)
         return loss
 
-    task.training_step = counted  # type: ignore[method-assign]
+    task.training_step = counted  # type: ignore[assignment, method-assign]
     batch = {'image': torch.randn(2, 4, 12, 32, 32), 'mask': torch.randint(0, 3, (2, 32, 32))}
     batch['mask'][0, 0] = 255
     batch['valid'] = torch.rand(2, 4, 2) > 0.5

@@ -33,6 +33,9 @@ class Report(Callback):
 
     Works with any task that logs TorchGeo's scores; samples need the data module and, as does the
     confusion matrix, the task of this package.
+
+    Attributes:
+        history: For each epoch its number and what the curves show; see :func:`curves_figure`.
     """
 
     def __init__(self, figures: int = 4) -> None:
@@ -45,15 +48,15 @@ class Report(Callback):
         self._drawn: list[Sample] = []
         self._losses: list[Tensor] = []
         self._evaluated: dict[str, float] = {}
-        self._history: list[dict[str, float]] = []
+        self.history: list[dict[str, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far, so that a run that goes on has them whole."""
-        return {'history': self._history}
+        return {'history': self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of a checkpoint."""
-        self._history = list(state_dict['history'])
+        self.history = list(state_dict['history'])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
@@ -87,6 +90,8 @@ class Report(Callback):
         """Give the figures to the loggers; after ``torchgeo validate``, print and write too."""
         if trainer.sanity_checking:
             self._drawn.clear()
+            if scores := _scores(pl_module, 'val'):
+                scores.counted.zero_()
             return
         self._evaluated = _points(trainer.callback_metrics, 'val')
         self._log(trainer, self._figures(trainer, pl_module, 'val'))
@@ -105,7 +110,7 @@ class Report(Callback):
         loss = torch.stack(self._losses).mean() if self._losses else torch.tensor(torch.nan)
         epoch = {'epoch': float(trainer.current_epoch + 1)}
         train = _points({**scores, 'train_loss': loss}, 'train')
-        self._history.append(epoch | train | self._evaluated)
+        self.history.append(epoch | train | self._evaluated)
         self._losses.clear()
         self._evaluated = {}
 
@@ -135,8 +140,8 @@ class Report(Callback):
             yield f'{stage}_confusion_matrix', confusion_figure(scores.counted, scores.labels)
 
     def _curves(self) -> Iterator[tuple[str, Figure]]:
-        if self._history:
-            yield 'curves', curves_figure(self._history)
+        if self.history:
+            yield 'curves', curves_figure(self.history)
 
     @staticmethod
     def _log(trainer: Trainer, figures: Iterator[tuple[str, Figure]]) -> None:

@@ -67,7 +67,7 @@ class SegmentationScores(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """All scores, float32 scalars in the memory of the host."""
-        self.counted = self.confusion.cpu()
+        self.counted = self.confusion.clone().cpu()
         confusion = self.counted.double()
         hit, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
         each = {
