@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,7 +12,6 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 from torchgeo.datasets import unbind_samples
 from torchmetrics.utilities.plot import plot_confusion_matrix
@@ -199,7 +199,7 @@ def log_figure(logger: Any, name: str, figure: Figure, step: int) -> None:
     elif isinstance(logger, WandbLogger):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        logger.log_image(name, [Image.fromarray(canvas.buffer_rgba())], step=step)
+        logger.log_image(name, [np.asarray(canvas.buffer_rgba())], step=step)
     else:
         logger.experiment.add_figure(name, figure, global_step=step)
 
