@@ -56,10 +56,11 @@ class Board(CSVLogger):
         return writer
 
 
-def small(stock: bool = False) -> SemanticSegmentation:
+def small(stock: bool = False, **changes: Any) -> SemanticSegmentation:
     kind: Any = SemanticSegmentation if stock else S1S2SemanticSegmentation
     options = {'in_channels': 1, 'num_classes': 3, 'labels': ['Town', 'Field', 'Water']}
-    task: SemanticSegmentation = kind('fcn', num_filters=1, ignore_index=255, **options)
+    options |= {'ignore_index': 255} | changes
+    task: SemanticSegmentation = kind('fcn', num_filters=1, **options)
     return task
 
 
@@ -103,6 +104,17 @@ def test_a_sanity_check_leaves_nothing_behind(
     run(tmp_path, check_val_every_n_epoch=5)
     assert 'metrics' not in capsys.readouterr().out
     assert [p.name for p in (tmp_path / 'figures').iterdir()] == ['curves.png']
+
+
+@pytest.mark.parametrize('labelled', [True, False])
+def test_only_a_checkpoint_with_a_score_is_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], labelled: bool
+) -> None:
+    keep = ModelCheckpoint(tmp_path, filename='best', monitor='val_loss')
+    # A weight of 0 for every class leaves nothing that counts.
+    task = small(class_weights=[float(labelled)] * 3)
+    run(tmp_path, task=task, callbacks=[keep], enable_checkpointing=True)
+    assert ('best.ckpt' in capsys.readouterr().out) == labelled
 
 
 def test_a_test_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

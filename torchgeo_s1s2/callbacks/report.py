@@ -159,13 +159,21 @@ class Report(Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         figures = [*self._figures(trainer, pl_module, stage), *(self._curves() if fitting else ())]
         files = [save_figure(fig, folder / 'figures' / f'{name}.png') for name, fig in figures]
-        callback = trainer.checkpoint_callback
-        if stage == 'val' and isinstance(callback, ModelCheckpoint) and callback.best_model_path:
-            files.insert(0, Path(callback.best_model_path))
+        if stage == 'val' and (best := _best_checkpoint(trainer)):
+            files.insert(0, best)
         scores = _scores(pl_module, stage)
         labels = [] if scores is None else scores.labels
         when = ' of the last epoch' if fitting else ''
         print(summary(stage, trainer.callback_metrics, labels, folder, files, when))
+
+
+def _best_checkpoint(trainer: Trainer) -> Path | None:
+    """The best checkpoint, None if what was kept had no score that is a number."""
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint) or not callback.best_model_path:
+        return None
+    score = callback.best_model_score
+    return None if score is not None and not score.isfinite() else Path(callback.best_model_path)
 
 
 def _scores(pl_module: LightningModule, stage: str) -> SegmentationScores | None:

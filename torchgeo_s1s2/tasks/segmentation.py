@@ -60,7 +60,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
 
     Logged for ``train``, ``val`` and ``test``: the loss and the scores of
     :class:`~torchgeo_s1s2.tasks.metrics.SegmentationScores`. A validation in which nothing counts
-    has the loss NaN, so that no checkpoint of it is the best one. A checkpoint keeps the names of
+    has the loss NaN, which is never better than a number. A checkpoint keeps the names of
     the classes that it was trained on, and refuses data with others, or in another order.
     """
 
@@ -468,8 +468,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             return
         outcome = {
             'train': 'nothing is learned from it',
-            'val': 'val_loss is NaN, so no checkpoint of it is the best one, and EarlyStopping '
-            'ends the run unless its check_finite is false',
+            'val': 'val_loss is NaN, which is never better than that of another epoch, so a '
+            'checkpoint is kept for want of a better one only; EarlyStopping ends the run unless '
+            'its check_finite is false',
             'test': 'test_loss is NaN, and all scores are 0',
         }
         rank_zero_warn(
