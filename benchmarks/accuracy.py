@@ -33,10 +33,10 @@ from torchmetrics.classification import (
 )
 
 from benchmarks.recorder import FIT, PREDICTIONS
+from torchgeo_s1s2.callbacks.report import confusion_figure, save_figure
 from torchgeo_s1s2.datasets.catalog import LABELS
 from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.synthetic import MARKER, write_synthetic
-from torchgeo_s1s2.tasks.report import confusion_figure, save_figure
 
 CONF = Path(__file__).parent / 'conf'
 BASE = CONF / 'base.yaml'
@@ -279,7 +279,7 @@ def _confusion(runs: Sequence[Run], scheme: ClassScheme, title: str) -> plt.Figu
     for run in runs:
         pair = run.predictions()
         metric.update(*(torch.from_numpy(pair[k].astype(np.int64)) for k in ('prediction', 'mask')))
-    figure = confusion_figure(metric, scheme.names)
+    figure = confusion_figure(metric.compute(), scheme.names)
     figure.suptitle(title)
     return figure
 

@@ -25,9 +25,9 @@ from torchgeo.datasets import IntersectionDataset, RasterDataset, stack_samples
 
 from benchmarks import startup
 from benchmarks.accuracy import listed, markdown, prepare, provenance
+from torchgeo_s1s2.callbacks.report import save_figure
 from torchgeo_s1s2.datasets import MultiSenGE, pack
 from torchgeo_s1s2.datasets.catalog import GDAL_OPTIONS
-from torchgeo_s1s2.tasks.report import save_figure
 
 Reader = Callable[[int], object]
 

@@ -32,8 +32,8 @@ from benchmarks.accuracy import listed, markdown, provenance
 from benchmarks.contestants import PixelLTAE
 from benchmarks.plain import PlainFuseLSTM
 from benchmarks.throughput import Convolution, count_flops, in_bfloat16, process_memory
+from torchgeo_s1s2.callbacks.report import save_figure
 from torchgeo_s1s2.models import register_encoders
-from torchgeo_s1s2.tasks.report import save_figure
 
 register_encoders()
 CHANNELS, CLASSES = 12, 10

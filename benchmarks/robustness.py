@@ -23,6 +23,7 @@ from torch import Tensor
 from torchgeo.datasets import stack_samples
 
 from benchmarks.accuracy import CONF, Run, listed, markdown, prepare, provenance, scores
+from torchgeo_s1s2.callbacks.report import save_figure
 from torchgeo_s1s2.datasets import MonthlySeries, MultiSenGE
 from torchgeo_s1s2.datasets.classes import class_scheme
 from torchgeo_s1s2.datasets.multisenge import SENSOR_BANDS, Sample
@@ -36,7 +37,6 @@ from torchgeo_s1s2.datasets.time_series import (
     Times,
 )
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
-from torchgeo_s1s2.tasks.report import save_figure
 from torchgeo_s1s2.transforms import NormalizeSeries, SeriesDropout
 from torchgeo_s1s2.transforms.series import keep_observations
 
@@ -164,7 +164,7 @@ class Mapper:
     @torch.inference_mode()
     def __call__(self, batch: Sample) -> Tensor:
         """Classes (B, H, W) of a batch as the data set gives it."""
-        parts = self.normalize(batch)['image'].split(4)
+        parts = self.normalize(batch, CHANNELS)['image'].split(4)
         return torch.cat([self.task(part).argmax(1) for part in parts])
 
 

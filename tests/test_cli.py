@@ -14,6 +14,7 @@ import torch
 from torchgeo.main import main
 
 import torchgeo_s1s2
+from torchgeo_s1s2.errors import S1S2Warning
 
 CONF = Path(__file__).parent / 'conf' / 'multisenge.yaml'
 SHIPPED = Path(torchgeo_s1s2.__file__).parent / 'conf'
@@ -58,9 +59,10 @@ def test_fit_leaves_checkpoint_metrics_and_pictures(fitted: Path) -> None:
     assert checkpoint['global_step'] == 2
     assert checkpoint['hyper_parameters']['labels'][0] == 'Dense Built-Up'
     metrics = logged(fitted / 'outputs' / 'metrics.csv', 'val_')
-    assert len(metrics) == 1 + 7 + 3 * 10
+    # Loss, kappa, three weighted scores, TorchGeo's ten; of each class three and TorchGeo's five.
+    assert len(metrics) == 1 + 1 + 3 + 10 + (3 + 5) * 10
     pictures = {path.name for path in (fitted / 'outputs' / 'figures').iterdir()}
-    assert pictures == {'val_sample_0.png', 'val_confusion_matrix.png'}
+    assert pictures == {'val_sample_0.png', 'val_confusion_matrix.png', 'curves.png'}
 
 
 def test_validate_repeats_the_last_validation_exactly(fitted: Path) -> None:
@@ -74,6 +76,12 @@ def test_test_writes_metrics_and_pictures(fitted: Path, capsys: pytest.CaptureFi
     metrics = logged(fitted / 'tested' / 'metrics.csv', 'test_')
     assert f'{float(metrics["test_WeightedF1Score"]):8.4f}' in capsys.readouterr().out
     assert (fitted / 'tested' / 'figures' / 'test_confusion_matrix.png').exists()
+
+
+def test_arguments_that_a_checkpoint_overrides_are_said(fitted: Path) -> None:
+    options = (CHECKPOINT, '--trainer.logger.init_args.save_dir=said')
+    with pytest.warns(S1S2Warning, match=r'not used: --model.init_args.loss=dice$'):
+        command(fitted, 'test', *options, '--model.init_args.loss=dice')
 
 
 def test_a_checkpoint_of_four_dates_tests_three(fitted: Path) -> None:

@@ -1,24 +1,29 @@
 import inspect
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from conftest import write_patch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
+from torchgeo.datasets.utils import pad_across_batches
 from torchgeo.tasks import SemanticSegmentation
 
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
 from torchgeo_s1s2.datasets import ClassScheme, LandCoverClass, MonthlySeries
+from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
 
 # Rows are the truth, columns the prediction; class 3 is in neither.
@@ -39,20 +44,22 @@ class Pass(nn.Module):
         return x
 
 
-class Board(CSVLogger):
-    """A logger that takes figures, as TensorBoard's does."""
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root, name='', version='')
-        self.figures: list[tuple[str, int]] = []
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
 
-    @property
-    def experiment(self) -> Any:
-        writer = super().experiment
-        writer.add_figure = lambda name, figure, global_step: self.figures.append(
-            (name, global_step)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split('.')[0]
+        by_booleans = name == 'index' and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
         )
-        return writer
+        waiting = ('_local_scalar_dense', 'nonzero', 'bincount', '_unique2', 'masked_select')
+        if by_booleans or name in waiting:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def passing(**options: Any) -> S1S2SemanticSegmentation:
@@ -101,26 +108,6 @@ def loader(*batches: dict[str, Tensor]) -> Any:
     return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
 
 
-def expected_metrics(confusion: NDArray[np.int_]) -> dict[str, float]:
-    """The textbook formulas; classes neither true nor predicted are left out of averages."""
-    c = confusion.astype(float)
-    total, true, predicted, hit = c.sum(), c.sum(1), c.sum(0), c.diagonal()
-    precision, recall = hit / predicted.clip(1), hit / true.clip(1)
-    f1 = 2 * hit / (true + predicted).clip(1)
-    seen = true + predicted > 0
-    chance = (true * predicted).sum() / total**2
-    weighted = {'Precision': precision, 'Recall': recall, 'F1Score': f1}
-    expected = {f'Weighted{k}': float((v * true).sum() / total) for k, v in weighted.items()}
-    for name, values in weighted.items():
-        expected |= {f'{name}_{k}': v for k, v in enumerate(values)}
-    return expected | {
-        'OverallAccuracy': hit.sum() / total,
-        'AverageF1Score': f1[seen].mean(),
-        'AverageJaccardIndex': (hit / (true + predicted - hit).clip(1))[seen].mean(),
-        'Kappa': (hit.sum() / total - chance) / (1 - chance),
-    }
-
-
 @pytest.fixture
 def two_splits(tmp_path: Path) -> MultiSenGEDataModule:
     """Four training and two validation and test patches of half fields, half town."""
@@ -137,16 +124,16 @@ def two_splits(tmp_path: Path) -> MultiSenGEDataModule:
 TILES = {'train': '32ULU', 'val': '31UEQ', 'test': '31UEQ'}
 
 
-def test_metrics_are_those_of_the_labelled_pixels(tmp_path: Path) -> None:
-    task = passing()
-    logged = trainer_in(tmp_path).test(task, loader(batch_of(CONFUSION)), verbose=False)[0]
-    expected = {f'test_{k}': v for k, v in expected_metrics(CONFUSION).items()}
+def test_metrics_are_logged_under_the_names_of_torchgeo_and_ours(tmp_path: Path) -> None:
+    logged = trainer_in(tmp_path).test(passing(), loader(batch_of(CONFUSION)), verbose=False)[0]
+    stock = SemanticSegmentation('fcn', num_classes=4, num_filters=1).test_metrics
+    ours = {'loss', 'Kappa', *(f'Weighted{n}' for n in ('Precision', 'Recall', 'F1Score'))}
+    ours |= {f'{n}_{k}' for n in ('Precision', 'Recall', 'F1Score') for k in range(4)}
+    stock.update(torch.tensor([[0]]), torch.tensor([[0]]))
+    assert logged.keys() == {*stock.compute(), *(f'test_{name}' for name in ours)}
     # By hand: 160 of 200 pixels are right; (64 * 61 + 36 * 55 + 100 * 84) / 200**2 are by chance.
-    assert expected['test_OverallAccuracy'] == 0.8
-    assert expected['test_Kappa'] == pytest.approx((0.8 - 0.3571) / (1 - 0.3571))
-    assert logged.keys() == {*expected, 'test_loss'}
-    assert {k: logged[k] for k in expected} == pytest.approx(expected, abs=1e-6)
-    assert task._confusion.compute().tolist() == CONFUSION.tolist()
+    assert logged['test_OverallAccuracy'] == pytest.approx(0.8)
+    assert logged['test_Kappa'] == pytest.approx((0.8 - 0.3571) / (1 - 0.3571))
 
 
 def test_metrics_add_up_over_batches_and_start_anew_each_epoch(tmp_path: Path) -> None:
@@ -155,8 +142,33 @@ def test_metrics_add_up_over_batches_and_start_anew_each_epoch(tmp_path: Path) -
     for _ in range(2):
         batches = [batch_of(part) for part in parts]
         logged = trainer.validate(task, loader(*batches), verbose=False)[0]
-        assert task._confusion.compute().tolist() == CONFUSION.tolist()
-        assert logged['val_Kappa'] == pytest.approx(expected_metrics(CONFUSION)['Kappa'])
+        metrics: Any = task.val_metrics
+        (scores,) = metrics.values()
+        assert scores.counted.tolist() == CONFUSION.tolist()
+        assert logged['val_OverallAccuracy'] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [{}, {'class_weights': [1.0, 2.0, 0.0]}, {'loss': 'focal'}, {'backbone': 'resnet18'}],
+)
+def test_a_training_step_never_makes_the_host_wait(tmp_path: Path, options: Any) -> None:
+    """Neither the model nor the loss, the metrics or the logging."""
+    task, waits = small(**options), []
+    step = task.training_step
+
+    def counted(batch: Any, batch_idx: int) -> Tensor:
+        with Waits() as mode:
+            loss = step(batch, batch_idx)
+        waits.append(mode.found)
+        return loss
+
+    task.training_step = counted  # type: ignore[assignment, method-assign]
+    batch = {'image': torch.randn(2, 4, 12, 32, 32), 'mask': torch.randint(0, 3, (2, 32, 32))}
+    batch['mask'][0, 0] = 255
+    batch['valid'] = torch.rand(2, 4, 2) > 0.5
+    trainer_in(tmp_path, enable_progress_bar=True).fit(task, loader(batch, batch))
+    assert waits == [Counter(), Counter()]
 
 
 def test_the_loss_of_an_epoch_does_not_depend_on_its_batches(tmp_path: Path) -> None:
@@ -169,15 +181,72 @@ def test_the_loss_of_an_epoch_does_not_depend_on_its_batches(tmp_path: Path) -> 
     assert logged['val_loss'] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_an_epoch_without_labels_does_not_stop_a_run(tmp_path: Path) -> None:
-    batch = {'image': torch.randn(2, 48, 32, 32), 'mask': torch.full((2, 32, 32), 255)}
-    task = small()
+UNLABELLED = torch.full((2, 32, 32), 255)
+WEIGHTLESS = torch.full((2, 32, 32), 2)
+
+
+@pytest.mark.parametrize('mask', [UNLABELLED, WEIGHTLESS])
+@pytest.mark.parametrize('loss', ['ce', 'focal', 'dice', 'jaccard'])
+def test_a_batch_that_does_not_count_changes_nothing(
+    tmp_path: Path, mask: Tensor, loss: Any
+) -> None:
+    weights = [1.0, 1.0, 0.0] if loss == 'ce' else None
+    if weights is None and mask is WEIGHTLESS:
+        pytest.skip('only cross-entropy has weights')
+    batch = {'image': torch.randn(2, 48, 32, 32), 'mask': mask}
+    task = small(loss=loss, class_weights=weights)
     before = {k: v.clone() for k, v in task.named_parameters()}
-    trainer = trainer_in(tmp_path)
-    trainer.fit(task, loader(batch), loader(batch))
-    assert trainer.callback_metrics['val_loss'] == 0
-    assert task._confusion.compute().sum() == 0
+    with pytest.warns(S1S2Warning, match=r"split 'train' counts.* nothing is learned from it"):
+        trainer_in(tmp_path).fit(task, loader(batch))
     assert all(torch.equal(v, before[k]) for k, v in task.named_parameters())
+    logged = trainer_in(tmp_path).validate(task, loader(batch), verbose=False)[0]
+    assert math.isnan(logged['val_loss'])
+
+
+class Fading(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """One batch, which has labels in some epochs only; the sanity check is the first."""
+
+    def __init__(self, labelled: list[bool]) -> None:
+        self.labelled = iter(labelled)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        mask = torch.zeros(2, 32, 32).long() if next(self.labelled) else UNLABELLED
+        return {'image': torch.ones(2, 48, 32, 32), 'mask': mask}
+
+
+def test_a_validation_without_labels_is_never_the_best(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, '{epoch}', monitor='val_loss')
+    stop = EarlyStopping('val_loss', check_finite=False, patience=9)
+    trainer = trainer_in(tmp_path, max_epochs=3, callbacks=[best, stop], enable_checkpointing=True)
+    batch = {'image': torch.randn(2, 48, 32, 32), 'mask': torch.zeros(2, 32, 32).long()}
+    data = DataLoader(Fading([True, False, True, False]), batch_size=None)
+    task = small(lr=1e-4, patience=0)
+    with pytest.warns(S1S2Warning, match=r"split 'val' counts.* val_loss is NaN"):
+        trainer.fit(task, loader(batch), data)
+    assert Path(best.best_model_path).name == 'epoch=1.ckpt'
+    assert math.isfinite(stop.best_score)
+    # What could not be measured does not lower the learning rate.
+    assert trainer.optimizers[0].param_groups[0]['lr'] == 1e-4
+
+
+@pytest.mark.parametrize('ignore', [None, 0, 255, 7])
+def test_255_never_counts_and_other_strangers_are_said(tmp_path: Path, ignore: int | None) -> None:
+    mask = torch.tensor([[[0, 1, 255, 2, 2, 7]]])
+    logits = torch.randn(1, 3, 1, 6)
+    task = passing(num_classes=3, ignore_index=ignore)
+    batch = {'image': logits, 'mask': mask}
+    trainer = trainer_in(tmp_path)
+    if ignore == 7:
+        logged = trainer.validate(task, loader(batch), verbose=False)[0]
+    else:
+        with pytest.warns(S1S2Warning, match=r'1 pixels of the val masks hold .* class, 0..2'):
+            logged = trainer.validate(task, loader(batch), verbose=False)[0]
+    counting = [k for k in (0, 1, 3, 4) if mask[0, 0, k] != ignore]
+    expected = F.cross_entropy(logits[..., counting], mask[..., counting])
+    assert logged['val_loss'] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_names_of_classes_name_the_metrics(tmp_path: Path) -> None:
@@ -226,22 +295,41 @@ def test_balanced_weights_come_from_the_training_patches(
 
 
 @pytest.mark.parametrize(
-    'options', [{'loss': 'dice'}, {'task': 'binary'}, {'class_weights': 'equal'}]
+    'options',
+    [
+        {'loss': 'dice'},
+        {'task': 'binary'},
+        {'class_weights': 'equal'},
+        *(
+            {'loss': loss, 'class_weights': [1.0, 2.0, 3.0]}
+            for loss in ('dice', 'focal', 'jaccard')
+        ),
+    ],
 )
-def test_balanced_weights_act_in_cross_entropy_only(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"class_weights='.*for loss='ce' and task='multiclass'"):
+def test_weights_act_in_cross_entropy_only(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"class_weights=.*for loss='ce' and task='multiclass'"):
         small(**({'class_weights': 'balanced'} | options))
 
 
+def test_weights_need_as_many_classes() -> None:
+    with pytest.raises(ValueError, match='class_weights has 2 weights for num_classes=3'):
+        small(class_weights=[1.0, 2.0])
+
+
+def test_a_loss_has_to_go_with_the_task() -> None:
+    with pytest.raises(ValueError, match="loss='bce' with task='multiclass': 'ce' is for"):
+        small(loss='bce')
+
+
 def test_balanced_weights_need_data(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='needs a MultiSenGEDataModule; give a list of weights'):
+    with pytest.raises(ValueError, match=r'needs a data module that computes them.* give a list'):
         trainer_in(tmp_path).fit(passing(class_weights='balanced'), loader(batch_of(CONFUSION)))
 
 
 LOSSES = {
     'multiclass': ('ce', 'jaccard', 'focal', 'dice'),
     'binary': ('bce', 'jaccard', 'focal', 'dice'),
-    'multilabel': ('bce', 'jaccard', 'dice'),
+    'multilabel': ('bce', 'jaccard', 'focal', 'dice'),
 }
 
 
@@ -266,14 +354,12 @@ def test_losses_do_not_depend_on_unlabelled_pixels(kind: Any, loss: Any) -> None
     assert gradient[..., 1:-1, 1:-1].abs().max() > 0
 
 
-def test_focal_loss_of_labels_cannot_leave_pixels_out() -> None:
-    options: dict[str, Any] = {'task': 'multilabel', 'num_labels': 3, 'loss': 'focal'}
-    with pytest.raises(ValueError, match='ignore_index is 255; give ignore_index=None'):
-        passing(**options)
-    task = passing(ignore_index=None, **options)
+def test_focal_loss_by_hand() -> None:
+    task = passing(task='multilabel', num_labels=3, loss='focal')
     logits, mask = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4).long()
+    mask[..., 0] = 255
     # All pixels are as hard: the normalised loss is cross-entropy's over the number of pixels.
-    assert task._loss(logits, mask) == pytest.approx(math.log(2) / 16)
+    assert task._loss(logits, mask) == pytest.approx(math.log(2) / 12)
 
 
 def test_binary_cross_entropy_weighs_positives() -> None:
@@ -425,54 +511,179 @@ def test_predictions_carry_their_place(two_splits: MultiSenGEDataModule, tmp_pat
     assert batch['valid'].all()
 
 
-def test_figures_go_to_the_logger_and_to_files(
-    two_splits: MultiSenGEDataModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    board = Board(tmp_path / 'log')
-    trainer = trainer_in(tmp_path, max_epochs=2, logger=board, num_sanity_val_steps=1)
-    trainer.fit(small(figures=1), two_splits)
-    # Two steps an epoch, and nothing from the sanity check.
-    names = ['val_sample_0', 'val_confusion_matrix']
-    assert board.figures == [(name, step) for step in (2, 4) for name in names]
-    written = {p.name for p in (tmp_path / 'log' / 'figures').iterdir()}
-    assert written == {'val_sample_0.png', 'val_confusion_matrix.png'}
-    out = capsys.readouterr().out
-    assert f'{trainer.callback_metrics["val_Kappa"]:8.4f}' in out
-    assert 'Town' in out
-    assert str(tmp_path / 'log' / 'figures' / 'val_sample_0.png') in out
+@pytest.mark.parametrize('name', ['recompute_gates', 'checkpoint'])
+def test_gates_are_recomputed_under_both_names(name: str) -> None:
+    task = small(**{name: True})
+    assert task.hparams['recompute_gates']
+    assert not {'checkpoint', 'figures'} & set(task.hparams)
+    image, mask = torch.randn(2, 48, 32, 32), torch.randint(0, 3, (2, 32, 32))
+    held = [_held(t, image, mask) for t in (task, small())]
+    assert held[0] < 0.8 * held[1]
 
 
-def test_a_sanity_check_leaves_nothing_behind(
-    two_splits: MultiSenGEDataModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Without a validation after it, there are no metrics and no pictures."""
-    trainer = trainer_in(tmp_path, num_sanity_val_steps=1, check_val_every_n_epoch=5)
-    trainer.fit(small(), two_splits)
-    assert 'metrics' not in capsys.readouterr().out
-    assert not (tmp_path / 'figures').exists()
+def _held(task: S1S2SemanticSegmentation, image: Tensor, mask: Tensor) -> int:
+    """Bytes that the recurrent layers keep for the backward pass."""
+    sizes: dict[int, int] = {}
 
+    def keep(x: Tensor) -> Tensor:
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
 
-def test_other_data_modules_give_a_confusion_matrix_only(tmp_path: Path) -> None:
-    board = Board(tmp_path)
-    trainer = trainer_in(tmp_path, logger=board)
-    trainer.test(passing(figures=0), loader(batch_of(CONFUSION)), verbose=False)
-    assert board.figures == [('test_confusion_matrix', 0)]
-
-
-@pytest.mark.parametrize('checkpoint', [False, True])
-def test_checkpoint_reaches_every_recurrent_layer(checkpoint: bool) -> None:
-    layers = small(checkpoint=checkpoint).model.encoder.convlstm
-    assert {name: layer.checkpoint for name, layer in layers.items()} == {
-        's2': checkpoint,
-        's1': checkpoint,
-    }
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        features = [
+            layer(x, None)
+            for layer, x in zip(
+                task.model.encoder.convlstm.values(),
+                image.unflatten(1, (4, 12)).split([10, 2], 2),
+                strict=True,
+            )
+        ]
+    assert features
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize('options', [{'backbone': 'resnet18'}, {'model': 'fcn'}])
-def test_checkpoint_needs_a_backbone_of_series(options: dict[str, Any]) -> None:
-    message = r'checkpoint=True with .*, expected a backbone that reads'
+def test_recomputing_needs_a_backbone_of_series(options: dict[str, Any]) -> None:
+    message = r'recompute_gates=True with .*, expected a backbone that reads'
     with pytest.raises(ValueError, match=message):
-        small(checkpoint=True, **options)
+        small(recompute_gates=True, **options)
+
+
+def test_old_arguments_are_said() -> None:
+    with pytest.warns(S1S2Warning, match=r'figures is an old argument.*callbacks.Report'):
+        passing(figures=2)
+    with pytest.warns(S1S2Warning, match='checkpoint is an old argument.* recompute_gates'):
+        small(checkpoint=False)
+
+
+def test_sizes_of_the_decoder_are_arguments() -> None:
+    task = small(model_kwargs={'decoder_channels': [64, 32, 16, 8, 4]})
+    assert task.model.segmentation_head[0].weight.shape == (3, 4, 3, 3)
+
+
+def test_true_on_the_command_line_is_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    model = smp.Unet('resnet18', encoder_weights=None)
+    monkeypatch.setattr(
+        smp, 'create_model', lambda *_, **options: (asked.update(options), model)[1]
+    )
+    small(weights='true', backbone='resnet18')
+    assert asked['encoder_weights'] == 'imagenet'
+    small(weights='false', backbone='resnet18')
+    assert asked['encoder_weights'] is None
+
+
+@pytest.mark.parametrize('key', ['valid', 'length'])
+def test_what_a_sensor_did_not_see_is_not_read(key: str) -> None:
+    """Whatever the image holds there, such as noise that was added after the normalisation."""
+    task = small().eval()
+    image = torch.randn(2, 4, 12, 32, 32)
+    if key == 'valid':
+        known = torch.ones(2, 4, 2, dtype=torch.bool)
+        known[0, 1, 0] = known[1, 2:] = False
+        batch = {'image': image, 'valid': known}
+    else:
+        samples = [{'image': image[0, :3]}, {'image': image[1, :2]}]
+        batch = pad_across_batches(samples, 4)
+        known = (torch.arange(4) < batch['length'][:, None])[..., None].expand(-1, -1, 2)
+    seen = known.repeat_interleave(torch.tensor([10, 2]), 2)[..., None, None]
+    noisy = {**batch, 'image': batch['image'].where(seen, torch.randn_like(image))}
+    expected = task(batch['image'].where(seen, 0)).softmax(1)
+    torch.testing.assert_close(task.predict_step(noisy, 0)['probabilities'], expected)
+
+
+def scheme(*order: int, names: tuple[str, ...] = ('Town', 'Field', 'Water')) -> ClassScheme:
+    classes = zip(names, CLASSES.classes, strict=True)
+    renamed = [LandCoverClass(name, c.color, c.labels) for name, c in classes]
+    return ClassScheme(tuple(renamed[k] for k in order))
+
+
+def data_of(two_splits: MultiSenGEDataModule, classes: ClassScheme) -> MultiSenGEDataModule:
+    splits = two_splits.kwargs['splits']
+    return MultiSenGEDataModule(two_splits.root, batch_size=2, classes=classes, splits=splits)
+
+
+@pytest.fixture
+def trained(two_splits: MultiSenGEDataModule, tmp_path: Path) -> Path:
+    """A checkpoint of the classes Town, Field and Water."""
+    trainer = trainer_in(tmp_path, limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(small(), two_splits)
+    trainer.save_checkpoint(tmp_path / 'trained.ckpt')
+    return tmp_path / 'trained.ckpt'
+
+
+RENAMED = scheme(0, 1, 2, names=('Town', 'Field', 'Ice'))
+
+
+@pytest.mark.parametrize(
+    ('stage', 'classes', 'message'),
+    [
+        ('fit', scheme(1, 0, 2), r'0: Town there, Field here; 1: Field there, Town here\. Give'),
+        ('test', RENAMED, '2: Water there, Ice here'),
+        ('predict', scheme(1, 0, 2), '0: Town there, Field here'),
+    ],
+)
+def test_other_classes_than_those_of_the_checkpoint_are_refused(
+    trained: Path,
+    two_splits: MultiSenGEDataModule,
+    tmp_path: Path,
+    stage: str,
+    classes: ClassScheme,
+    message: str,
+) -> None:
+    data = data_of(two_splits, classes)
+    loaded = S1S2SemanticSegmentation.load_from_checkpoint(trained)
+    with pytest.raises(ValueError, match=message):
+        getattr(trainer_in(tmp_path), stage)(loaded, data)
+    with pytest.raises(ValueError, match=message):
+        getattr(trainer_in(tmp_path, max_epochs=2), stage)(small(), data, ckpt_path=trained)
+
+
+def test_classes_in_other_letters_are_the_same(
+    trained: Path, two_splits: MultiSenGEDataModule, tmp_path: Path
+) -> None:
+    data = data_of(two_splits, scheme(0, 1, 2, names=('TOWN', 'field', 'Water')))
+    loaded = S1S2SemanticSegmentation.load_from_checkpoint(trained)
+    assert trainer_in(tmp_path).validate(loaded, data, verbose=False)
+
+
+def test_a_head_of_other_classes_is_said(
+    trained: Path, two_splits: MultiSenGEDataModule, tmp_path: Path
+) -> None:
+    data = data_of(two_splits, scheme(2, 1, 0))
+    with pytest.warns(S1S2Warning, match='head .*0: Town there, Water here; 2: Water'):
+        trainer_in(tmp_path, fast_dev_run=True).fit(small(weights=str(trained)), data)
+
+
+def test_labels_in_another_order_than_the_data_are_refused(
+    two_splits: MultiSenGEDataModule, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match='leave labels out'):
+        trainer_in(tmp_path).test(small(labels=['Field', 'Town', 'Water']), two_splits)
+
+
+def test_training_without_a_label_is_refused(tmp_path: Path) -> None:
+    for x in range(2):
+        write_patch(tmp_path / 'data', '32ULU', 33 * x, labels=np.full((32, 32), 9, np.uint8))
+    data = MultiSenGEDataModule(
+        tmp_path / 'data',
+        batch_size=2,
+        classes=CLASSES,
+        splits={split: ['32ULU'] for split in TILES},
+    )
+    task = small()
+    with pytest.raises(ValueError, match='no training pixel has a label'):
+        trainer_in(tmp_path).fit(task, data)
+    assert task.global_step == 0
+
+
+def test_what_is_frozen_stays_so_whoever_calls_train(tmp_path: Path) -> None:
+    task = small(freeze_backbone=True, freeze_decoder=True)
+    task.model.train()
+    before = {k: v.clone() for k, v in task.model.state_dict().items()}
+    task(torch.randn(2, 48, 32, 32)).sum().backward()
+    assert changed(before, task.model) == {'encoder.convlstm'}
+    assert all(p.grad is None for p in task.model.decoder.parameters())
 
 
 def test_unknown_names_are_refused() -> None:

@@ -1,8 +1,9 @@
-"""Lightning callbacks: maps of the predictions, and fine-tuning in stages."""
+"""Lightning callbacks: reports, maps of the predictions, and fine-tuning in stages."""
 
 from torchgeo_s1s2.callbacks.finetuning import GradualUnfreezing, Stage
 from torchgeo_s1s2.callbacks.geotiff import GeoTIFFWriter, MapWriter
 from torchgeo_s1s2.callbacks.published import PublishedResults
+from torchgeo_s1s2.callbacks.report import Report
 from torchgeo_s1s2.callbacks.scene import SceneWriter
 
 __all__ = (
@@ -10,6 +11,7 @@ __all__ = (
     'GradualUnfreezing',
     'MapWriter',
     'PublishedResults',
+    'Report',
     'SceneWriter',
     'Stage',
 )

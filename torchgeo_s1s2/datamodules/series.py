@@ -251,7 +251,7 @@ class SeriesDataModule(NonGeoDataModule):
             batch = self.dropout(batch, self._band_counts)
         if self.trainer is not None and self.trainer.predicting:
             batch['valid_count'] = count_observations(batch['image'], self._band_counts)
-        batch = self.normalize(batch)
+        batch = self.normalize(batch, self._band_counts)
         if training and self.augment:
             batch = self.augment(batch)
         return self.day_of_year(batch, self._band_counts) if self.day_of_year else batch

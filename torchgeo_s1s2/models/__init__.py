@@ -1,21 +1,32 @@
 """Models; importing them registers the backbones in segmentation_models_pytorch and TorchGeo."""
 
 from .convlstm import ConvLSTM
-from .encoder import ConvLSTMInceptionEncoder, register_encoder, register_encoders
+from .encoder import (
+    ConvLSTMInceptionEncoder,
+    ImageSeries,
+    freeze,
+    series_encoder,
+    spatial_encoder,
+)
 from .export import export_onnx, export_program
 from .fuselstm import FuseLSTM, fuselstm_to_unet, unet_to_fuselstm
 from .inception import Inception
+from .registry import register_encoder, register_encoders
 
 __all__ = (
     'ConvLSTM',
     'ConvLSTMInceptionEncoder',
     'FuseLSTM',
+    'ImageSeries',
     'Inception',
     'export_onnx',
     'export_program',
+    'freeze',
     'fuselstm_to_unet',
     'register_encoder',
     'register_encoders',
+    'series_encoder',
+    'spatial_encoder',
     'unet_to_fuselstm',
 )
 

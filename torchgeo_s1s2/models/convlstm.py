@@ -1,13 +1,12 @@
 """Convolutional LSTM with batch norm on the hidden state."""
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .cpu import GateInStrips, suits_strips
-from .traceable import read_series
+from .norm import MaskedBatchNorm2d, Moments, normalize, track
+from .strips import is_plain, read_in_strips, suits_strips
 
 
 class ConvLSTM(nn.Module):
@@ -20,7 +19,8 @@ class ConvLSTM(nn.Module):
 
     A slot that is not valid leaves the states of its sample as they were and is not part of the
     batch that the batch norm sees. A series with empty slots inserted anywhere therefore gives the
-    same output as the series without them.
+    same output as the series without them. Every slot takes part in the graph, whatever was seen:
+    a step is the same on every process.
 
     Shi et al., "Convolutional LSTM Network", NeurIPS 2015, https://arxiv.org/abs/1506.04214, used
     as in Wenger et al., Remote Sensing 2023, https://doi.org/10.3390/rs15010151.
@@ -31,7 +31,7 @@ class ConvLSTM(nn.Module):
         in_channels: int,
         hidden_channels: int = 32,
         kernel_size: int = 3,
-        checkpoint: bool = False,
+        recompute_gates: bool = False,
     ) -> None:
         """Initialize a new ConvLSTM instance.
 
@@ -39,8 +39,8 @@ class ConvLSTM(nn.Module):
             in_channels: Number of channels of one time slot.
             hidden_channels: Number of channels of the hidden and the cell state.
             kernel_size: Odd width of the square convolution kernel, in pixels.
-            checkpoint: Whether the gates are computed again in the backward pass instead of being
-                kept, for less memory and more time.
+            recompute_gates: Whether the backward pass computes the gates again, so that only the
+                states are kept: less memory, more time, the same numbers.
 
         Raises:
             ValueError: If *kernel_size* is even.
@@ -50,17 +50,20 @@ class ConvLSTM(nn.Module):
             raise ValueError(f'kernel_size must be odd to keep the image size, got {kernel_size}')
         self.in_channels = in_channels
         self.hidden_channels = hidden_channels
-        self.checkpoint = checkpoint
+        self.recompute_gates = recompute_gates
         self.conv = nn.Conv2d(
             in_channels + hidden_channels,
             4 * hidden_channels,
             kernel_size,
             padding=kernel_size // 2,
         )
-        self.batchnorm = nn.BatchNorm2d(hidden_channels)
+        self.batchnorm = MaskedBatchNorm2d(hidden_channels)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Read a time series.
+
+        On a CPU, without gradients and in evaluation mode, an image is computed in strips. Exported
+        or compiled in evaluation mode, T stays free.
 
         Args:
             x: Series of shape (B, T, C, H, W); T may be 0.
@@ -68,60 +71,64 @@ class ConvLSTM(nn.Module):
 
         Returns:
             Last hidden state of shape (B, hidden_channels, H, W).
+
+        Raises:
+            RuntimeError: If TorchScript traces the layer, which would fix T without a word.
         """
-        if torch.compiler.is_compiling():
-            return read_series(self, x, valid)
-        h = c = x.new_zeros(len(x), self.hidden_channels, *x.shape[-2:])
-        started = False
-        for t, rows in self._seen(x, valid):
-            # The hidden state is still zero at the first step: its convolution can be left out.
-            if rows is None:
-                h, c = self._step(x[:, t], h if started else None, c)
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                'torch.jit.trace would fix the number of slots to that of its example; use '
+                'torchgeo_s1s2.models.export_program or export_onnx instead'
+            )
+        if suits_strips(self, x):
+            return read_in_strips(self, x, valid)
+        zero = x.new_zeros(()).expand(len(x), self.hidden_channels, *x.shape[-2:])
+        if torch.compiler.is_compiling() and not self.training:
+            return self._scan(x, valid, zero)
+        h, c = zero, zero
+        for t in range(x.shape[1]):
+            mask = None if valid is None else valid[:, t, None, None, None]
+            # The hidden state is still zero: of a plain convolution that part can be left out. In
+            # evaluation it is not, so that empty slots before the first image change no bit.
+            first = t == 0 and self.training and is_plain(self.conv)
+            slot = x[:, t], mask, h, c, first
+            if self.recompute_gates and torch.is_grad_enabled():
+                h, c, moments = checkpoint(self._next, *slot, use_reentrant=False)
             else:
-                h_new, c_new = self._step(x[rows, t], h[rows] if started else None, c[rows])
-                h, c = h.index_copy(0, rows, h_new), c.index_copy(0, rows, c_new)
-            started = True
+                h, c, moments = self._next(*slot)
+            if moments is not None:
+                track(self.batchnorm, moments)
         return h
 
-    @staticmethod
-    def _seen(x: Tensor, valid: Tensor | None) -> Iterator[tuple[int, Tensor | None]]:
-        """Slots that a sample saw, each with the rows of these samples, None if it is all."""
-        batch, steps = x.shape[:2]
-        columns = [[True] * batch] * steps if valid is None else valid.T.tolist()
-        for t, column in enumerate(columns):
-            rows = [row for row, seen in enumerate(column) if seen]
-            if rows:
-                yield t, None if len(rows) == batch else torch.tensor(rows, device=x.device)
+    def _scan(self, x: Tensor, valid: Tensor | None, zero: Tensor) -> Tensor:
+        # A prototype in PyTorch, imported from where it lives, and only by who needs it.
+        from torch._higher_order_ops.scan import scan
 
-    def _step(self, x: Tensor, h: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Next normalised hidden state and next cell state."""
-        h, c = self._gate_in_strips(x, h, c) if suits_strips(x) else self.gate(x, h, c)
-        return self.batchnorm(h), c
+        if valid is None:
+            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
-    def gate(self, x: Tensor, h: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Next hidden state, not yet normalised, and next cell state.
+        def combine(states, slot):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+            return self._next(*slot, *states)[:2], []
 
-        Args:
-            x: Slot of shape (B, C, H, W).
-            h: Hidden state of shape (B, hidden_channels, H, W), None for zeros.
-            c: Cell state of the same shape.
+        slots = x.transpose(0, 1), valid.T[..., None, None, None]
+        (h, _), _ = scan(combine, (zero.clone(), zero.clone()), slots)
+        return h
 
-        Returns:
-            Hidden and cell state.
-        """
-        if h is None:
+    def _next(
+        self, x: Tensor, mask: Tensor | None, h: Tensor, c: Tensor, first: bool = False
+    ) -> tuple[Tensor, Tensor, Moments | None]:
+        """States after one slot of the samples in *mask* (all if None); the others keep theirs."""
+        if mask is not None:
+            # What an unread slot holds, NaN for instance, must not reach the weight's gradient.
+            x = x.where(mask, 0)
+        if first:
             weight = self.conv.weight[:, : self.in_channels]
             gates = F.conv2d(x, weight, self.conv.bias, padding=self.conv.padding)
         else:
             gates = self.conv(torch.cat([x, h], dim=1))
         i, f, g, o = gates.chunk(4, dim=1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return o.sigmoid() * c.tanh(), c
-
-    def _gate_in_strips(self, x: Tensor, h: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
-        weight, bias = self.conv.weight, self.conv.bias
-        keep = torch.is_grad_enabled() and not self.checkpoint
-        if h is None:
-            weight = weight[:, : self.in_channels]
-            return GateInStrips.apply(x, None, None, weight, bias, keep)
-        return GateInStrips.apply(x, h, c, weight, bias, keep)
+        c_new = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h_new, moments = normalize(self.batchnorm, o.sigmoid() * c_new.tanh(), mask)
+        if mask is not None:
+            h_new, c_new = torch.where(mask, h_new, h), torch.where(mask, c_new, c)
+        return h_new, c_new, moments

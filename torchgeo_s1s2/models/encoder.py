@@ -1,26 +1,61 @@
-"""Time series of two sensors in front of any spatial encoder, and its registration."""
+"""Time series of two sensors in front of any spatial encoder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Self
+from inspect import signature
+from typing import Any, NamedTuple, Self
 
 import segmentation_models_pytorch as smp
-import timm
 import torch
-import torchgeo.models.api
 from segmentation_models_pytorch.encoders import TimmUniversalEncoder
 from torch import Tensor, nn
-from torchvision.models._api import WeightsEnum
 
 from .convlstm import ConvLSTM
-from .cpu import arrange
 from .inception import Inception
+from .strips import arrange
 
 SENSORS: Mapping[str, int] = {'s2': 10, 's1': 2}
 
 
-class NoWeights(WeightsEnum):
-    """No weights are published for the registered backbones."""
+class ImageSeries(NamedTuple):
+    """A series and which of its slots were observed, for any smp model around a series encoder.
+
+    smp's models hand what they are called with to their encoder, so ``model(ImageSeries(image,
+    valid))`` works wherever ``model(image)`` does: compiled, exported, on several processes.
+
+    Attributes:
+        image: Series of shape (B, T, C, H, W) or (B, T * C, H, W).
+        valid: Booleans of shape (B, T, S), whether each of the S sensors saw a slot, or (B, T) for
+            all sensors alike. If None, a slot of a sensor that is 0 everywhere counts as empty.
+    """
+
+    image: Tensor
+    valid: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the image, at which smp's models look."""
+        return self.image.shape
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any]) -> Self:
+        """Take the image, and what a batch says of its slots.
+
+        Args:
+            batch: A batch with ``image``, and perhaps ``valid`` as above or, as TorchGeo pads
+                series, ``length`` (B,), the number of slots before the padding.
+
+        Returns:
+            The series.
+        """
+        image, valid, length = batch['image'], batch.get('valid'), batch.get('length')
+        if length is not None and image.ndim == 5:
+            inside = torch.arange(image.shape[1], device=image.device) < length[:, None]
+            if valid is None:
+                valid = inside
+            else:
+                valid = valid & inside.view(*inside.shape, *[1] * (valid.ndim - 2))
+        return cls(image, valid)
 
 
 class ConvLSTMInceptionEncoder(nn.Module):
@@ -30,21 +65,28 @@ class ConvLSTMInceptionEncoder(nn.Module):
     date of each sensor. Their features are concatenated and go through a spatial encoder of smp,
     whose features are returned.
 
-    A slot of a sensor that holds nothing but zeros counts as not observed: it leaves the recurrent
-    state as it was, and the first date is the first observed one. A pipeline has to fill what is
-    missing with exactly 0 after normalisation, as the data modules of this package do, and then
-    needs to pass nothing but the image.
+    A slot that a sensor did not see leaves the recurrent state as it was, and the first date is the
+    first observed one. :class:`ImageSeries` says which slots were seen. Of an image alone, a slot
+    of a sensor whose bands hold nothing but zeros counts as not seen: a pipeline that passes
+    nothing else has to fill what is missing with exactly 0 after normalisation.
 
     A name from :func:`register_encoder` brings it into any smp model or TorchGeo task.
 
     Wenger et al., Remote Sensing 2023, https://doi.org/10.3390/rs15010151.
     """
 
+    _is_torch_scriptable = False
+    _is_torch_exportable = True
+    _is_torch_compilable = True
+
     def __init__(
         self,
         spatial_encoder: str,
         sensors: Mapping[str, int] = SENSORS,
         inception: bool = True,
+        day_of_year: bool = False,
+        hidden_channels: int = 32,
+        tower_channels: int = 32,
         depth: int = 5,
         output_stride: int = 32,
     ) -> None:
@@ -52,8 +94,12 @@ class ConvLSTMInceptionEncoder(nn.Module):
 
         Args:
             spatial_encoder: Name of the smp (or 'tu-' timm) encoder.
-            sensors: Number of channels of each sensor, in the order of the image's channels.
+            sensors: Number of bands of each sensor, in the order of the image's channels.
             inception: Whether the features of the first date are added.
+            day_of_year: Whether two channels with the day of the year follow the bands of each
+                sensor. They do not tell whether a slot was seen.
+            hidden_channels: Number of channels of the states of each recurrent layer.
+            tower_channels: Number of channels of each tower of the Inception module.
             depth: Number of stages of the spatial encoder.
             output_stride: Stride of its last features, 8, 16 or 32.
 
@@ -61,18 +107,18 @@ class ConvLSTMInceptionEncoder(nn.Module):
             ValueError: If *output_stride* is below 32 and the spatial encoder cannot be dilated.
         """
         super().__init__()
-        self.sensors = dict(sensors)
-        self.channels = sum(sensors.values())
-        layers = {name: ConvLSTM(channels) for name, channels in sensors.items()}
+        self.planes = 2 * day_of_year
+        self.sensors = {name: bands + self.planes for name, bands in sensors.items()}
+        self.channels = sum(self.sensors.values())
+        layers = {name: ConvLSTM(n, hidden_channels) for name, n in self.sensors.items()}
         self.convlstm = nn.ModuleDict(layers)
-        self.inception = Inception(self.channels) if inception else None
-        front_channels = sum(layer.hidden_channels for layer in layers.values())
+        self.inception = Inception(self.channels, tower_channels) if inception else None
+        front_channels = hidden_channels * len(layers)
         if self.inception is not None:
             front_channels += self.inception.out_channels
         self.spatial: Any = smp.encoders.get_encoder(
             spatial_encoder, in_channels=front_channels, depth=depth, output_stride=output_stride
         )
-        self._spatial_frozen = False
 
     @property
     def out_channels(self) -> list[int]:
@@ -110,57 +156,47 @@ class ConvLSTMInceptionEncoder(nn.Module):
         if not isinstance(self.spatial, TimmUniversalEncoder):  # timm builds them dilated
             self.spatial.make_dilated(output_stride)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor | ImageSeries, valid: Tensor | None = None) -> list[Tensor]:
         """Compute the features of a time series.
 
         Args:
             x: Series of shape (B, T, C, H, W) or (B, T * C, H, W), C being the channels of all
-                sensors in their order. T is free.
+                sensors in their order, or an :class:`ImageSeries`. T is free.
+            valid: Which slots were seen, as in :class:`ImageSeries`.
 
         Returns:
             Features of the spatial encoder, from the finest to the coarsest.
 
         Raises:
-            ValueError: If the shape does not fit the sensors.
+            ValueError: If a shape does not fit the sensors.
         """
-        features: list[Tensor] = self.spatial(self._front(x))
+        if isinstance(x, ImageSeries):
+            x, valid = x
+        features: list[Tensor] = self.spatial(self._front(x, valid))
         return features
 
-    def set_checkpoint(self, checkpoint: bool = True) -> None:
+    def set_recompute_gates(self, recompute_gates: bool = True) -> None:
         """Choose whether the recurrent layers compute their gates again in the backward pass.
 
         Args:
-            checkpoint: As in :class:`ConvLSTM`.
+            recompute_gates: As in :class:`ConvLSTM`.
         """
         for layer in self.convlstm.modules():
             if isinstance(layer, ConvLSTM):
-                layer.checkpoint = checkpoint
+                layer.recompute_gates = recompute_gates
+
+    set_checkpoint = set_recompute_gates
 
     def freeze_spatial(self, frozen: bool = True) -> None:
-        """Freeze the spatial encoder, or unfreeze it.
+        """Freeze the spatial encoder as :func:`freeze` does, or unfreeze it.
 
-        Frozen, neither its weights nor its batch-norm statistics change, also after ``train()``.
         The recurrent layers and the Inception module in front of it always learn.
 
         Args:
             frozen: Whether to freeze.
         """
-        self._spatial_frozen = frozen
-        self.spatial.requires_grad_(not frozen)
+        freeze(self.spatial, frozen)
         self.train(self.training)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set training or evaluation mode; a frozen spatial encoder stays in evaluation mode.
-
-        Args:
-            mode: Whether to set training mode.
-
-        Returns:
-            The encoder.
-        """
-        super().train(mode)
-        self.spatial.train(mode and not self._spatial_frozen)
-        return self
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -192,19 +228,38 @@ class ConvLSTMInceptionEncoder(nn.Module):
             key: _repeat_channels(value, own[key]) if key in own else value
             for key, value in state_dict.items()
         }
-        # smp's encoders drop their classifier here, and some take no options.
-        options = {} if strict else {'strict': False}
-        return self.spatial.load_state_dict(fitted, **options)
+        # smp's encoders drop their classifier in their own method, some of which take no options.
+        if strict:
+            return self.spatial.load_state_dict(fitted)
+        own_method = 'strict' in signature(self.spatial.load_state_dict).parameters
+        load = self.spatial.load_state_dict if own_method else partial(_load, self.spatial)
+        return load(fitted, strict=False)
 
-    def _front(self, x: Tensor) -> Tensor:
+    def _front(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """Input of the spatial encoder."""
         series = self._split(x)
-        valid = {name: (s != 0).flatten(2).any(dim=-1) for name, s in series.items()}
-        parts = [layer(series[name], valid[name]) for name, layer in self.convlstm.items()]
+        seen = self._seen(series, valid)
+        parts = [layer(series[name], seen[name]) for name, layer in self.convlstm.items()]
         if self.inception is not None:
-            first = [first_valid(series[name], valid[name]) for name in self.sensors]
+            first = [first_valid(series[name], seen[name]) for name in self.sensors]
             parts.append(self.inception(arrange(torch.cat(first, dim=1))))
         return torch.cat([arrange(part) for part in parts], dim=1)
+
+    def _seen(self, series: dict[str, Tensor], valid: Tensor | None) -> dict[str, Tensor]:
+        """Slots that each sensor saw, booleans of shape (B, T)."""
+        if valid is None:
+            bands = {name: s[:, :, : s.shape[2] - self.planes] for name, s in series.items()}
+            return {name: (s != 0).flatten(2).any(dim=-1) for name, s in bands.items()}
+        slots = next(iter(series.values())).shape[:2]
+        if valid.ndim == 2:
+            valid = valid[..., None].expand(-1, -1, len(series))
+        if valid.shape != (*slots, len(series)) or valid.dtype != torch.bool:
+            raise ValueError(
+                f'valid has shape {tuple(valid.shape)} and type {valid.dtype}, expected booleans '
+                f'of shape (B, T, S) or (B, T) with B, T = {tuple(slots)} and a column for each '
+                f'sensor ({", ".join(series)})'
+            )
+        return dict(zip(series, valid.unbind(-1), strict=True))
 
     def _split(self, x: Tensor) -> dict[str, Tensor]:
         """Series of each sensor, of shape (B, T, channels, H, W)."""
@@ -238,135 +293,60 @@ def first_valid(series: Tensor, valid: Tensor) -> Tensor:
         valid: Booleans of shape (B, T).
 
     Returns:
-        Images of shape (B, C, H, W); slot 0 where no slot is valid.
+        Images of shape (B, C, H, W); 0 where no slot is valid.
     """
     first = valid.int().argmax(dim=1)
-    return series[torch.arange(series.shape[0], device=series.device), first]
+    image = series[torch.arange(series.shape[0], device=series.device), first]
+    return image.where(valid.any(1)[:, None, None, None], 0)
 
 
-def spatial_encoders() -> list[str]:
-    """Names of smp's own encoders, without those that it calls deprecated (``timm-``)."""
-    return [
-        name
-        for name, entry in smp.encoders.encoders.items()
-        if entry['encoder'] is not ConvLSTMInceptionEncoder and not name.startswith('timm-')
-    ]
-
-
-def backbone_name(
-    spatial_encoder: str,
-    sensors: Mapping[str, int] = SENSORS,
-    inception: bool = True,
-    day_of_year: bool = False,
-) -> str:
-    """Name under which a combination is registered.
+def series_encoder(model: Any) -> ConvLSTMInceptionEncoder | None:
+    """Encoder of a model, if it is one that reads series.
 
     Args:
-        spatial_encoder: Name of the smp (or 'tu-' timm) encoder.
-        sensors: Number of bands of each sensor.
-        inception: Whether the features of the first date are added.
-        day_of_year: Whether the day of the year follows the bands of each sensor.
+        model: Model of smp, or any other module.
 
     Returns:
-        For instance 'vgg16_convlstm_inception', 'vgg16_convlstm_s1', 'vgg16_convlstm_inception_doy'
-        or 'vgg16_convlstm_inception_s2x4_s1'.
+        The encoder, or None.
     """
-    # smp looks at the start of a name: 'tu-' goes to timm, 'vgg' gets a centre block in the U-Net.
-    parts = [spatial_encoder.replace('tu-', 'timm_', 1), 'convlstm']
-    if inception:
-        parts.append('inception')
-    if list(sensors.items()) != list(SENSORS.items()):
-        parts += (s if SENSORS.get(s) == bands else f'{s}x{bands}' for s, bands in sensors.items())
-    if day_of_year:
-        parts.append('doy')
-    return '_'.join(parts)
+    encoder = getattr(model, 'encoder', None)
+    return encoder if isinstance(encoder, ConvLSTMInceptionEncoder) else None
 
 
-def register_encoder(
-    spatial_encoder: str,
-    sensors: Mapping[str, int] = SENSORS,
-    inception: bool = True,
-    day_of_year: bool = False,
-) -> str:
-    """Make a backbone known to segmentation_models_pytorch and to TorchGeo by its name.
-
-    smp silently drops options that it does not know, so they are in the name. Registering a
-    combination a second time changes nothing.
-
-    With *day_of_year*, two channels follow the bands of each sensor: the sine and the cosine of
-    the day of the year of its acquisition, as an angle, constant in a slot and 0 where the slot is
-    not observed. An image then has C = 16 channels a slot, {'s2': 12, 's1': 4} unless *sensors*
-    says otherwise. The layers read them like any other channel.
+def spatial_encoder(model: Any) -> nn.Module:
+    """Part of a model of smp that weights of images fit, and that ``freeze_backbone`` means.
 
     Args:
-        spatial_encoder: Name of an encoder of smp, or 'tu-' and the name of a timm model; the
-            latter has no pretrained weights here.
-        sensors: Number of bands of each sensor, in the order of the image's channels.
-        inception: Whether the features of the first date are added.
-        day_of_year: Whether the day of the year follows the bands of each sensor.
+        model: Model of smp.
 
     Returns:
-        The name, for ``encoder_name`` in smp and ``backbone`` in TorchGeo.
-
-    Raises:
-        ValueError: If smp has no such encoder, or *sensors* is empty.
+        What is behind the layers that read the series, or the whole encoder of other models.
     """
-    _check_spatial(spatial_encoder)
-    if not sensors or min(sensors.values()) < 1:
-        raise ValueError(f'sensors is {dict(sensors)}, expected at least one with its band count')
-    name = backbone_name(spatial_encoder, sensors, inception, day_of_year)
-    channels = {sensor: bands + 2 * day_of_year for sensor, bands in sensors.items()}
-    known = smp.encoders.encoders
-    if name not in known:
-        known[name] = {
-            'encoder': ConvLSTMInceptionEncoder,
-            'params': {
-                'spatial_encoder': spatial_encoder,
-                'sensors': channels,
-                'inception': inception,
-            },
-            'pretrained_settings': known.get(spatial_encoder, {}).get('pretrained_settings', {}),
-        }
-        build = partial(smp.encoders.get_encoder, name, in_channels=sum(channels.values()))
-        register_in_torchgeo(name, build)
-    return name
+    encoder = series_encoder(model)
+    spatial: nn.Module = model.encoder if encoder is None else encoder.spatial
+    return spatial
 
 
-def _check_spatial(name: str) -> None:
-    known = spatial_encoders()
-    if name in known or (name.startswith('tu-') and timm.is_model(name.removeprefix('tu-'))):
-        return
-    raise ValueError(
-        f"unknown spatial encoder '{name}', expected one of {', '.join(known)}, "
-        "or 'tu-' and the name of a timm model"
-    )
+def freeze(module: nn.Module, frozen: bool = True) -> None:
+    """Freeze a module, or unfreeze it.
 
-
-def register_in_torchgeo(name: str, build: Callable[..., nn.Module]) -> None:
-    """Make a model known to :func:`torchgeo.models.list_models` and ``get_model``.
-
-    TorchGeo has no public registry, so this writes into the two private dictionaries of
-    ``torchgeo.models.api`` from which these functions read.
+    Frozen, neither its weights nor its batch-norm statistics change, and it stays in evaluation
+    mode when ``train()`` of a module around it is called.
 
     Args:
-        name: Name of the model.
-        build: Function that returns the model.
+        module: The module, changed in place.
+        frozen: Whether to freeze.
     """
-    torchgeo.models.api._model[name] = build
-    torchgeo.models.api._model_weights[name] = NoWeights
-    torchgeo.models.api._model_weights[build] = NoWeights
+    module.requires_grad_(not frozen)
+    vars(module).pop('train', None)
+    module.train(not frozen)
+    if frozen:
+        module.train = partial(_stay, module)  # type: ignore[method-assign]
 
 
-def register_encoders() -> None:
-    """Register the paper's model and its ablations for every spatial encoder of smp.
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
 
-    The names are ``{spatial}_convlstm_inception``, ``{spatial}_convlstm_inception_doy`` (with the
-    day of the year), ``{spatial}_convlstm`` (both sensors, no Inception), ``{spatial}_convlstm_s1``
-    and ``{spatial}_convlstm_s2`` (one sensor, whose bands are then all that the image holds).
-    """
-    for name in spatial_encoders():
-        register_encoder(name)
-        register_encoder(name, day_of_year=True)
-        register_encoder(name, inception=False)
-        for sensor, bands in SENSORS.items():
-            register_encoder(name, {sensor: bands}, inception=False)
+
+def _load(module: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> Any:
+    return nn.Module.load_state_dict(module, state_dict, strict)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .convlstm import ConvLSTM
-from .cpu import arrange
 from .inception import Inception
+from .strips import arrange
 
 # Prefixes of the original's parameters, and of the same ones in smp.Unet around the backbone.
 PREFIXES = {
@@ -36,7 +36,7 @@ class FuseLSTM(nn.Module):
         encoder_weights: str | None = None,
         freeze_encoder: bool = True,
         channels_last_output: bool = False,
-        checkpoint: bool = False,
+        recompute_gates: bool = False,
     ) -> None:
         """Initialize a new FuseLSTM instance.
 
@@ -46,13 +46,12 @@ class FuseLSTM(nn.Module):
             freeze_encoder: Whether the VGG-16 encoder keeps its weights, as in the original. It has
                 no batch norm, so nothing else in it could change.
             channels_last_output: Whether the classes are the last dimension of the output.
-            checkpoint: Whether the gates are computed again in the backward pass, as in
-                :class:`ConvLSTM`.
+            recompute_gates: As in :class:`ConvLSTM`.
         """
         super().__init__()
         self.channels_last_output = channels_last_output
-        self.convLSTM_s2 = ConvLSTM(10, checkpoint=checkpoint)
-        self.convLSTM_s1 = ConvLSTM(2, checkpoint=checkpoint)
+        self.convLSTM_s2 = ConvLSTM(10, recompute_gates=recompute_gates)
+        self.convLSTM_s1 = ConvLSTM(2, recompute_gates=recompute_gates)
         self.inception = Inception(12)
         self.unet = smp.Unet(
             'vgg16', encoder_weights=encoder_weights, in_channels=160, classes=num_classes

@@ -1,42 +1,51 @@
 """Semantic segmentation of Sentinel-1 and Sentinel-2 time series."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, Self
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import segmentation_models_pytorch as smp
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
-from matplotlib.figure import Figure
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchgeo.datasets import unbind_samples
 from torchgeo.tasks import SemanticSegmentation
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCohenKappa,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassJaccardIndex,
-    MulticlassPrecision,
-    MulticlassRecall,
-)
-from torchmetrics.wrappers import ClasswiseWrapper
+from torchmetrics import MetricCollection
 from torchvision.models import WeightsEnum
 
-from torchgeo_s1s2.datamodules import MultiSenGEDataModule
-from torchgeo_s1s2.datasets.classes import NO_LABEL
+from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme
 from torchgeo_s1s2.datasets.multisenge import Sample
-from torchgeo_s1s2.models import ConvLSTMInceptionEncoder
-from torchgeo_s1s2.tasks.report import confusion_figure, save_figure, summary
-from torchgeo_s1s2.tasks.weights import load_weights
+from torchgeo_s1s2.errors import S1S2Warning
+from torchgeo_s1s2.models import ImageSeries, freeze, series_encoder, spatial_encoder
+from torchgeo_s1s2.tasks.metrics import SegmentationScores, count, is_labelled
+from torchgeo_s1s2.tasks.weights import load_weights, trained_classes
 
 # TorchGeo's names of smp architectures that smp spells otherwise.
 _ARCHITECTURES = {'deeplabv3+': 'deeplabv3plus'}
 _STAGES = ('train', 'val', 'test')
+_NEVER = -100.0  # a logit whose probability is 0
+
+
+@runtime_checkable
+class SeriesData(Protocol):
+    """What the task asks of a data module, after its ``setup``.
+
+    Attributes:
+        classes: Class scheme of the masks.
+        channels: Number of channels of each sensor, in their order.
+        series_length: Number of time slots T.
+        class_weights: Weight of each class (K,), a ValueError if no training pixel has a label.
+    """
+
+    classes: ClassScheme
+    channels: dict[str, int]
+    series_length: int
+    class_weights: Tensor
 
 
 class S1S2SemanticSegmentation(SemanticSegmentation):
@@ -44,14 +53,18 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
 
     What it adds: all of smp's architectures; ``freeze_backbone`` that freezes the spatial encoder,
     its batch norm included, and never the recurrent layers in front; class weights computed from
-    the training patches; weighted metrics, Cohen's kappa and a confusion matrix; figures; and a
-    check of data against model before the first step. The defaults are the protocol of Wenger et
-    al., Remote Sensing 2023, 15(1), 151, https://doi.org/10.3390/rs15010151.
+    the training patches; weighted metrics and Cohen's kappa; and a check of data against model
+    before the first step. :class:`~torchgeo_s1s2.callbacks.Report` prints and draws them. The
+    defaults are the protocol of Wenger et al., Remote Sensing 2023, 15(1), 151,
+    https://doi.org/10.3390/rs15010151.
 
-    Logged for ``train``, ``val`` and ``test``: the loss, ``OverallAccuracy``,
-    ``Weighted{Precision,Recall,F1Score}``, ``AverageF1Score``, ``AverageJaccardIndex``, ``Kappa``
-    and, for each class, ``{Precision,Recall,F1Score}_NAME``, all 0..1 (kappa -1..1).
+    Logged for ``train``, ``val`` and ``test``: the loss and the scores of
+    :class:`~torchgeo_s1s2.tasks.metrics.SegmentationScores`. A validation in which nothing counts
+    has the loss NaN, which is never better than a number. A checkpoint keeps the names of
+    the classes that it was trained on, and refuses data with others, or in another order.
     """
+
+    ignore = ('weights', 'figures', 'checkpoint')
 
     def __init__(
         self,
@@ -72,8 +85,10 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         patience: int = 5,
         freeze_backbone: bool = False,
         freeze_decoder: bool = False,
-        figures: int = 4,
-        checkpoint: bool = False,
+        recompute_gates: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        figures: int | None = None,
+        checkpoint: bool | None = None,
     ) -> None:
         """Build the model, the loss and the metrics.
 
@@ -96,20 +111,27 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             loss: ``'ce'``, ``'bce'``, ``'jaccard'``, ``'focal'`` or ``'dice'``.
             class_weights: Weight of each class in ``'ce'``, or ``'balanced'`` for the inverse of
                 the pixel frequencies in the training patches.
-            ignore_index: Value of the mask that counts neither in the loss nor in the metrics.
+            ignore_index: Value of the mask that counts neither in the loss nor in the metrics; 255
+                never does.
             lr: Learning rate of Adam.
             patience: Epochs without a lower validation loss before the rate drops to a tenth.
             freeze_backbone: Freeze the spatial encoder.
             freeze_decoder: Freeze the decoder, its batch norm included.
-            figures: Number of validation or test samples to draw.
-            checkpoint: Compute the gates of the recurrent layers again in the backward pass instead
-                of keeping them: less memory, more time, the same numbers. For a backbone that
-                reads series.
+            recompute_gates: Compute the gates of the recurrent layers again in the backward pass
+                instead of keeping them: less memory, more time, the same numbers. For a backbone
+                that reads series.
+            model_kwargs: More arguments of smp's architecture, such as ``decoder_channels`` of
+                ``'unet'``.
+            figures: Not used any more; an argument of :class:`~torchgeo_s1s2.callbacks.Report`.
+            checkpoint: Former name of *recompute_gates*.
 
         Raises:
             FileNotFoundError: If there is no such checkpoint.
             ValueError: If an argument has no such value, or nothing in a checkpoint fits.
         """
+        if isinstance(weights, str):  # the command line gives true and false as text
+            weights = {'true': True, 'false': False}.get(weights.lower(), weights)
+        self._pretrained_classes: list[str] | None = None
         super().__init__(
             model=model,  # type: ignore[arg-type]
             backbone=backbone,
@@ -129,9 +151,15 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             freeze_backbone=freeze_backbone,
             freeze_decoder=freeze_decoder,
         )
-        self._drawn: list[Sample] = []
-        if checkpoint:
-            self._set_checkpoint()
+        self._classes: list[str] | None = None
+        self._tally = {stage: torch.zeros(2) for stage in _STAGES}
+        self.hparams['recompute_gates'] = bool(recompute_gates or checkpoint)
+        if self.hparams['recompute_gates']:
+            self._recompute_gates()
+        if figures is not None:
+            _note('figures', 'give it to the callback torchgeo_s1s2.callbacks.Report instead')
+        if checkpoint is not None:
+            _note('checkpoint', 'its name is recompute_gates now')
 
     def configure_models(self) -> None:
         """Build the segmentation model, load its weights and freeze what is to be frozen."""
@@ -139,6 +167,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             self.hparams['num_classes'] = None  # TorchGeo gives the model that many outputs
         elif self.hparams['num_classes'] is None:
             raise ValueError("task='multiclass' needs num_classes")
+        if self.hparams['ignore_index'] is None:
+            # 255, or what no class has.
+            self.hparams['ignore_index'] = max(NO_LABEL, self.hparams['num_classes'] or 0)
         if self.hparams['model'] == 'fcn':
             super().configure_models()
             return
@@ -148,21 +179,24 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             encoder_weights='imagenet' if self.weights is True else None,
             in_channels=self.hparams['in_channels'],
             classes=self.hparams['num_classes'] or self.hparams['num_labels'] or 1,
+            **(self.hparams['model_kwargs'] or {}),
         )
         if self.weights and self.weights is not True:
-            load_weights(self.model, self.weights)
-        for module in self._frozen:
-            module.requires_grad_(False).eval()  # Lightning keeps the mode it finds
+            self._pretrained_classes = load_weights(self.model, self.weights)
+        if self.hparams['freeze_backbone']:
+            freeze(spatial_encoder(self.model))
+        if self.hparams['freeze_decoder']:
+            freeze(self.model.decoder)
 
-    def _set_checkpoint(self) -> None:
-        encoder = getattr(self.model, 'encoder', None)
-        if not isinstance(encoder, ConvLSTMInceptionEncoder):
+    def _recompute_gates(self) -> None:
+        encoder = series_encoder(self.model)
+        if encoder is None:
             raise ValueError(
-                f"checkpoint=True with model='{self.hparams['model']}' and "
+                f"recompute_gates=True with model='{self.hparams['model']}' and "
                 f"backbone='{self.hparams['backbone']}', expected a backbone that reads series, "
                 "such as 'vgg16_convlstm_inception'"
             )
-        encoder.set_checkpoint()
+        encoder.set_recompute_gates(True)
 
     def configure_metrics(self) -> None:
         """Set up the metrics; TorchGeo's own for binary and multilabel tasks."""
@@ -173,10 +207,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         labels = self.hparams['labels']
         if labels is not None and len(labels) != num_classes:
             raise ValueError(f'{len(labels)} labels for num_classes={num_classes}: {labels}')
-        metrics = _multiclass_metrics(num_classes, ignore, labels)
+        metrics = MetricCollection([SegmentationScores(num_classes, ignore, labels)])
         for stage in _STAGES:
             setattr(self, f'{stage}_metrics', metrics.clone(prefix=f'{stage}_'))
-        self._confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore)
 
     def configure_optimizers(self) -> Any:
         """Adam, and a tenth of the learning rate when the validation loss stays where it is."""
@@ -189,6 +222,11 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             'lr_scheduler': {'scheduler': scheduler, 'monitor': self.monitor, 'strict': False},
         }
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a scheduler; a validation in which nothing counted tells it nothing."""
+        if metric is None or metric == metric:
+            super().lr_scheduler_step(scheduler, metric)
+
     def setup(self, stage: str) -> None:
         """Check the data against the model, and take class names and weights from the data.
 
@@ -196,86 +234,137 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             stage: ``'fit'``, ``'validate'``, ``'test'`` or ``'predict'``.
 
         Raises:
-            ValueError: If the numbers of classes, channels or time slots differ.
+            ValueError: If the numbers of classes, channels or time slots or the names of the
+                classes differ, or no training pixel has a label.
         """
-        datamodule = getattr(self.trainer, 'datamodule', None)
-        if not isinstance(datamodule, MultiSenGEDataModule):
+        data = self._data
+        if data is None:
             if self.hparams['class_weights'] == 'balanced':
                 raise ValueError(
-                    "class_weights='balanced' needs a MultiSenGEDataModule; give a list of weights"
+                    "class_weights='balanced' needs a data module that computes them, such as "
+                    'MultiSenGEDataModule; give a list of weights'
                 )
             return
-        self._check_data(datamodule)
-        if self.hparams['labels'] is None and self._is_multiclass:
-            self.hparams['labels'] = list(datamodule.classes.names)
+        self._check_data(data)
+        if self._is_multiclass:
+            self._take_names(list(data.classes.names), fit=stage == 'fit')
+        if stage == 'fit':
+            weights = data.class_weights  # an error without a labelled training pixel
+            if self.hparams['class_weights'] == 'balanced':
+                self.criterion.weight = weights.to(self.device)
+
+    @property
+    def _data(self) -> SeriesData | None:
+        """The data module, if it says what the task asks."""
+        datamodule = getattr(self._trainer, 'datamodule', None)
+        return datamodule if isinstance(datamodule, SeriesData) else None
+
+    def _take_names(self, names: list[str], fit: bool) -> None:
+        """Check the names of the data's classes, and name the metrics by them."""
+        self._check_classes(names)
+        labels = self.hparams['labels']
+        if labels is None:
+            self.hparams['labels'] = names
             self.configure_metrics()
-        if self.hparams['class_weights'] == 'balanced' and stage == 'fit':
-            self.criterion.weight = datamodule.class_weights.to(self.device)
+        elif labels != names and sorted(labels) == sorted(names):
+            raise ValueError(
+                f'the data have the classes {names}, labels names them {labels}; leave labels out'
+            )
+        if not fit:
+            return
+        self._classes = names
+        head = self._pretrained_classes
+        if head and len(head) == len(names) and (differences := _differences(head, names)):
+            warnings.warn(
+                f'the head that weights brought is of other classes than the data ({differences}): '
+                'it has to learn them anew',
+                S1S2Warning,
+                stacklevel=2,
+            )
+
+    def _check_classes(self, names: list[str]) -> None:
+        """The classes of a checkpoint have to be those of the data."""
+        differences = _differences(self._classes or names, names)
+        if differences:
+            raise ValueError(
+                'the checkpoint was trained on other classes than those of the data, or in another '
+                f'order: {differences}. Give the data the class scheme of the checkpoint; to train '
+                'on other classes, load the checkpoint as weights of the task'
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the names of the classes."""
+        if self._classes:
+            checkpoint['classes'] = self._classes
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the names of the classes, and say what the checkpoint overrides.
+
+        Raises:
+            ValueError: If the data have other classes than the checkpoint.
+        """
+        self._classes = trained_classes(checkpoint)
+        if self._data and self._is_multiclass:
+            self._check_classes(list(self._data.classes.names))
+        given = _given_of_model()
+        if given and '_class_path' in checkpoint.get('hyper_parameters', {}):
+            rank_zero_warn(
+                'the arguments of the model are those of the checkpoint (--ckpt_path); not used: '
+                + ' '.join(given),
+                category=S1S2Warning,
+            )
 
     def configure_losses(self) -> None:
-        """Set up the loss; ``'balanced'`` weights are filled in when the data are known."""
-        loss, weights = self.hparams['loss'], self.hparams['class_weights']
-        if not isinstance(weights, str):
-            super().configure_losses()
-        elif weights != 'balanced' or loss != 'ce' or self.hparams['task'] != 'multiclass':
+        """Set up the loss; ``'balanced'`` weights are filled in when the data are known.
+
+        Raises:
+            ValueError: If the loss does not go with the task or the class weights.
+        """
+        loss, task = self.hparams['loss'], self.hparams['task']
+        weight, ignored = self._class_weights(), self.hparams['ignore_index']
+        if (loss == 'ce') != self._is_multiclass and loss in ('ce', 'bce'):
             raise ValueError(
-                f'class_weights={weights!r} with loss={loss!r} and task={self.hparams["task"]!r}: '
-                "the only such name is 'balanced', for loss='ce' and task='multiclass'"
+                f"loss={loss!r} with task={task!r}: 'ce' is for task='multiclass', 'bce' for others"
             )
-        else:
-            ignore = self.hparams['ignore_index']
-            self.criterion = nn.CrossEntropyLoss(
-                weight=torch.ones(self.hparams['num_classes']),
-                ignore_index=-1000 if ignore is None else ignore,
-            )
-        if loss == 'focal' and self.hparams['task'] == 'multilabel' and self._ignored >= 0:
-            raise ValueError(
-                f"loss='focal' with task='multilabel' cannot leave pixels out, but ignore_index is "
-                f'{self._ignored}; give ignore_index=None, or another loss'
-            )
-        if loss == 'bce':
-            # The mean is taken later, over the labelled pixels.
-            self.criterion = nn.BCEWithLogitsLoss(
+        losses = {
+            'ce': lambda: nn.CrossEntropyLoss(weight, ignore_index=ignored, reduction='sum'),
+            'bce': lambda: nn.BCEWithLogitsLoss(
                 pos_weight=self.hparams['pos_weight'], reduction='none'
+            ),
+            'focal': lambda: smp.losses.FocalLoss(task, normalized=True),
+            'dice': lambda: smp.losses.DiceLoss(task, ignore_index=ignored),
+            'jaccard': lambda: smp.losses.JaccardLoss(task),
+        }
+        self.criterion = losses[loss]()
+
+    def _class_weights(self) -> Tensor | None:
+        """Weights of cross-entropy, 1 until those of the data are known."""
+        weights, loss, task = (self.hparams[k] for k in ('class_weights', 'loss', 'task'))
+        if weights is None:
+            return None
+        balanced = isinstance(weights, str) and weights == 'balanced'
+        if loss != 'ce' or task != 'multiclass' or (isinstance(weights, str) and not balanced):
+            raise ValueError(
+                f'class_weights={weights!r} with loss={loss!r} and task={task!r}: class weights, a '
+                "list of numbers or 'balanced', are for loss='ce' and task='multiclass' only"
             )
+        classes = self.hparams['num_classes']
+        weight = torch.ones(classes) if balanced else torch.as_tensor(weights, dtype=torch.float32)
+        if len(weight) != classes:
+            raise ValueError(f'class_weights has {len(weight)} weights for num_classes={classes}')
+        return weight
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; what is frozen keeps its batch-norm statistics."""
-        super().train(mode)
-        for module in self._frozen:
-            module.eval()
-        return self
-
-    @property
-    def _frozen(self) -> list[nn.Module]:
-        """What is frozen: of an encoder of series, not the layers that read the series."""
-        if self.hparams['model'] == 'fcn':
-            return []
-        frozen: list[nn.Module] = []
-        if self.hparams['freeze_backbone']:
-            encoder = self.model.encoder
-            is_series = isinstance(encoder, ConvLSTMInceptionEncoder)
-            frozen.append(encoder.spatial if is_series else encoder)
-        if self.hparams['freeze_decoder']:
-            frozen.append(self.model.decoder)
-        return frozen
-
-    @property
-    def _series_encoder(self) -> ConvLSTMInceptionEncoder | None:
-        """The encoder, if it is one that reads series."""
-        encoder = getattr(self.model, 'encoder', None)
-        return encoder if isinstance(encoder, ConvLSTMInceptionEncoder) else None
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | ImageSeries) -> Tensor:
         """Logits of a batch.
 
         Args:
-            x: Series (B, T, C, H, W) or (B, T*C, H, W).
+            x: Series (B, T, C, H, W) or (B, T*C, H, W), for a backbone that reads series with what
+                is known of its slots.
 
         Returns:
             Logits (B, K, H, W).
         """
-        if x.ndim == 5 and self._series_encoder is None:
+        if isinstance(x, Tensor) and x.ndim == 5 and series_encoder(self.model) is None:
             x = x.flatten(1, 2)
         logits: Tensor = self.model(x)
         return logits
@@ -284,13 +373,21 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         """Loss of a training batch; see TorchGeo."""
         return self._step('train', batch)[0]
 
-    def validation_step(self, batch: Sample, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss, metrics and samples to draw of a validation batch."""
-        self._evaluate('val', batch)
+    def validation_step(  # type: ignore[override]
+        self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Loss and metrics of a validation batch.
 
-    def test_step(self, batch: Sample, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss, metrics and samples to draw of a test batch."""
-        self._evaluate('test', batch)
+        Returns:
+            ``prediction`` (B, H, W), or (B, L, H, W) of L labels.
+        """
+        return {'prediction': self._predicted(self._step('val', batch)[1])}
+
+    def test_step(  # type: ignore[override]
+        self, batch: Sample, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Loss and metrics of a test batch; see :meth:`validation_step`."""
+        return {'prediction': self._predicted(self._step('test', batch)[1])}
 
     def predict_step(self, batch: Sample, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Class probabilities with what is needed to put them on the map.
@@ -299,126 +396,153 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             ``probabilities`` (B, K, H, W), and of the batch ``bounds``, ``transform``, ``crs``,
             ``index`` and ``valid``, where they are there.
         """
-        prediction = super().predict_step(batch, batch_idx, dataloader_idx)
-        return prediction | {k: batch[k] for k in ('crs', 'index', 'valid') if k in batch}
+        logits = self._logits(batch)
+        probabilities = logits.softmax(1) if self._is_multiclass else logits.sigmoid()
+        place = {k: batch.get(k) for k in ('bounds', 'transform')}
+        known = {k: batch[k] for k in ('crs', 'index', 'valid') if k in batch}
+        return {'probabilities': probabilities, **place, **known}
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the epoch before."""
-        self._forget()
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the epoch before."""
-        self._forget()
+    def on_train_epoch_end(self) -> None:
+        """Log the metrics."""
+        super().on_train_epoch_end()
+        self._say_what_counted('train')
 
     def on_validation_epoch_end(self) -> None:
-        """Log metrics and, to loggers that take them, figures."""
+        """Log the metrics."""
         super().on_validation_epoch_end()
-        self._log_figures('val')
+        self._say_what_counted('val')
 
     def on_test_epoch_end(self) -> None:
-        """Log metrics and, to loggers that take them, figures."""
+        """Log the metrics."""
         super().on_test_epoch_end()
-        self._log_figures('test')
-
-    def on_fit_end(self) -> None:
-        """Draw the last validation, and say what the run achieved and where its files are."""
-        self._report('val')
-
-    def on_validation_end(self) -> None:
-        """Do the same for ``torchgeo validate``."""
-        if self.trainer.state.fn == TrainerFn.VALIDATING:
-            self._report('val')
-
-    def on_test_end(self) -> None:
-        """Do the same for ``torchgeo test``."""
-        self._report('test')
+        self._say_what_counted('test')
 
     @property
     def _is_multiclass(self) -> bool:
         return bool(self.hparams['task'] == 'multiclass')
 
+    def _logits(self, batch: Sample) -> Tensor:
+        """Logits of a batch, with what it says of its slots."""
+        is_series = series_encoder(self.model) is not None
+        logits: Tensor = self(ImageSeries.from_batch(batch) if is_series else batch['image'])
+        return logits
+
+    def _predicted(self, logits: Tensor) -> Tensor:
+        return logits.max(1).indices if self._is_multiclass else (logits > 0).long()
+
     def _step(self, stage: str, batch: Sample) -> tuple[Tensor, Tensor]:
-        """Loss and logits of a batch, logged."""
+        """Loss and logits of a batch, logged; nothing here makes the host wait for its device."""
         mask = batch['mask']
-        logits = self(batch['image']).squeeze(1)
-        prediction = logits.argmax(1) if self._is_multiclass else logits
-        getattr(self, f'{stage}_metrics').update(prediction, mask)
-        loss = self._loss(logits, mask)
+        logits = self._logits(batch).squeeze(1)
+        metrics = getattr(self, f'{stage}_metrics')
+        metrics.update(
+            self._predicted(logits) if self._is_multiclass else logits, self._known(mask)
+        )
+        loss, weight = self._loss(logits, mask), self._loss_weight(mask)
+        unknown = (self._known(mask) != mask) & (mask != NO_LABEL)
+        tally = torch.stack([weight, unknown.sum()])
+        self._tally[stage] = self._tally[stage].to(tally.device) + tally
         # The scheduler of every process has to see the same validation loss.
         self.log(
             f'{stage}_loss',
             loss,
-            batch_size=self._loss_weight(mask),  # type: ignore[arg-type]
-            prog_bar=True,
+            batch_size=weight,  # type: ignore[arg-type]
+            prog_bar=stage != 'train',  # a bar would fetch the loss of each step
             sync_dist=stage != 'train',
         )
         return loss, logits
+
+    def _say_what_counted(self, stage: str) -> None:
+        """Warn of an epoch in which no pixel counted, and of values that are no class."""
+        tally: Any = self.trainer.strategy.reduce(self._tally[stage], reduce_op='sum')
+        self._tally[stage] = torch.zeros_like(tally)
+        weight, unknown = tally.tolist()
+        if unknown:
+            rank_zero_warn(
+                f'{unknown:.0f} pixels of the {stage} masks hold values that are neither a class, '
+                f'0..{self._values - 1}, nor ignore_index={self.hparams["ignore_index"]} nor '
+                f'{NO_LABEL}; they do not count. Give model and data the same classes',
+                category=S1S2Warning,
+            )
+        if weight or self.trainer.sanity_checking:
+            return
+        outcome = {
+            'train': 'nothing is learned from it',
+            'val': 'val_loss is NaN, which is never better than that of another epoch, so a '
+            'checkpoint is kept for want of a better one only; EarlyStopping ends the run unless '
+            'its check_finite is false',
+            'test': 'test_loss is NaN, and all scores are 0',
+        }
+        rank_zero_warn(
+            f'no pixel of this epoch of split {stage!r} counts, since none has a label of a class '
+            f'with a weight above 0: {outcome[stage]}. Check the labels and the class scheme',
+            category=S1S2Warning,
+        )
+
+    def _known(self, mask: Tensor) -> Tensor:
+        """The mask, with ignore_index wherever there is no label."""
+        ignored = self.hparams['ignore_index']
+        return mask.where(is_labelled(mask, self._values, ignored), ignored)
 
     def _loss_weight(self, mask: Tensor) -> Tensor:
         """Weight of a batch in the loss of an epoch: what its own loss was divided by.
 
         So the loss does not depend on how the pixels come in batches and processes.
         """
-        labels = mask[mask != self._ignored]
+        labelled = is_labelled(mask, self._values, self.hparams['ignore_index'])
         weight = getattr(self.criterion, 'weight', None)
-        total = torch.tensor(labels.numel()) if weight is None else weight[labels].sum()
-        return total.to(mask.device, torch.float32).clamp(min=1e-6)
+        if weight is None:
+            return labelled.sum().float()
+        classes = len(weight)
+        return (count(mask.where(labelled, classes), classes) * weight).sum()
 
     def _loss(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Loss over the labelled pixels, 0 without any."""
-        labelled = mask != self._ignored
-        if not labelled.any():
-            return 0 * logits.sum()
-        if self.hparams['loss'] == 'bce':
-            return self.criterion(logits, mask.float())[labelled].mean()
-        if self.hparams['loss'] == 'jaccard':
-            logits, mask = self._labelled_only(logits, mask, labelled)
-        loss: Tensor = self.criterion(logits, mask)
-        return loss
+        """Loss over the labelled pixels, 0 where nothing counts."""
+        loss, logits, mask = self.hparams['loss'], logits.float(), self._known(mask)
+        labelled = mask != self.hparams['ignore_index']
+        total = self._loss_weight(mask)
+        total = total.where(total > 0, 1)
+        if loss == 'ce':
+            value: Tensor = self.criterion(logits, mask) / total
+        elif loss == 'bce':
+            value = self.criterion(logits, mask.where(labelled, 0).float())
+            value = value.where(labelled, 0).sum() / total
+        elif loss == 'focal':
+            value = self.criterion(*self._without(logits, mask, labelled))
+            value = value * (labelled.numel() / total)
+        elif loss == 'jaccard' and self._is_multiclass:
+            value = self.criterion(*_with_class_more(logits, mask, labelled))
+            classes = logits.shape[1]
+            counted = classes - (self.hparams['ignore_index'] < classes)
+            value = value * ((classes + 1) / counted)
+        elif loss == 'jaccard':
+            value = self.criterion(*self._without(logits, mask, labelled))
+        else:
+            value = self.criterion(logits, mask)
+        return value
 
-    def _labelled_only(
-        self, logits: Tensor, mask: Tensor, labelled: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Take unlabelled pixels out, for smp's Jaccard loss, which cannot."""
+    def _without(self, logits: Tensor, mask: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
+        """Make unlabelled pixels none of the classes with certainty, which adds nothing to sums."""
         if self._is_multiclass:
-            return logits.movedim(1, 0)[:, labelled][None], mask[labelled][None]
-        # Neither the intersection nor the union grows by a pixel of probability 0.
-        return logits.where(labelled, -100.0), mask.where(labelled, 0)
+            return logits.where(labelled[:, None], _NEVER), mask.where(labelled, -1)
+        return logits.where(labelled, _NEVER), mask.where(labelled, 0)
 
     @property
-    def _ignored(self) -> int:
-        """Value of the mask without a label; -1, which no mask holds, if there is none."""
-        ignore = self.hparams['ignore_index']
-        return -1 if ignore is None else int(ignore)
+    def _values(self) -> int:
+        """Number of values of a labelled pixel."""
+        return int(self.hparams['num_classes']) if self._is_multiclass else 2
 
-    def _evaluate(self, stage: str, batch: Sample) -> None:
-        _, logits = self._step(stage, batch)
-        if not self._is_multiclass:
-            return
-        prediction = logits.argmax(1)
-        self._confusion.update(prediction, batch['mask'])
-        missing = self.hparams['figures'] - len(self._drawn)
-        if missing > 0:
-            drawn = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
-            drawn['prediction'] = prediction
-            samples = unbind_samples({k: v[:missing].cpu() for k, v in drawn.items()})
-            self._drawn.extend(samples)
-
-    def _forget(self) -> None:
-        self._drawn.clear()
-        if self._is_multiclass:
-            self._confusion.reset()
-
-    def _check_data(self, datamodule: MultiSenGEDataModule) -> None:
-        classes, channels = len(datamodule.classes), sum(datamodule.channels.values())
-        length, in_channels = datamodule.series_length, self.hparams['in_channels']
+    def _check_data(self, data: SeriesData) -> None:
+        classes, channels = len(data.classes), sum(data.channels.values())
+        length, in_channels = data.series_length, self.hparams['in_channels']
         if self._is_multiclass and self.hparams['num_classes'] != classes:
             raise ValueError(
                 f'the model has num_classes={self.hparams["num_classes"]}, the data have {classes} '
                 'classes; give model and data the same number'
             )
-        if self._series_encoder is not None:
-            self._check_sensors(self._series_encoder.sensors, datamodule.channels)
+        encoder = series_encoder(self.model)
+        if encoder is not None:
+            self._check_sensors(encoder.sensors, data.channels)
         elif in_channels != length * channels:
             raise ValueError(
                 f'the model has in_channels={in_channels}, the data give {length} time slots x '
@@ -433,73 +557,29 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                 f'{given}; use the backbone for these sensors and bands'
             )
 
-    def _figures(self) -> Iterator[tuple[str, Figure]]:
-        """Drawn samples and the confusion matrix of the last evaluation."""
-        datamodule = getattr(self.trainer, 'datamodule', None)
-        if isinstance(datamodule, MultiSenGEDataModule):
-            for number, sample in enumerate(self._drawn):
-                yield f'sample_{number}', datamodule.plot(datamodule.denormalize(sample))
-        if self._confusion.update_called:
-            yield 'confusion_matrix', confusion_figure(self._confusion, self._labels)
 
-    def _log_figures(self, stage: str) -> None:
-        if not self._is_multiclass:
-            return
-        if self.trainer.sanity_checking:
-            self._forget()
-            return
-        self._confusion.compute()  # every process takes part here, and the result is kept
-        if not self.trainer.is_global_zero:
-            return
-        experiments = [getattr(logger, 'experiment', None) for logger in self.loggers]
-        boards: list[Any] = [e for e in experiments if hasattr(e, 'add_figure')]
-        for name, figure in self._figures() if boards else ():
-            for board in boards:
-                board.add_figure(f'{stage}_{name}', figure, global_step=self.global_step)
-
-    def _report(self, stage: str) -> None:
-        if not self._is_multiclass or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asks every process
-        if self.trainer.is_global_zero:
-            files, metrics = self._files(stage, folder), self.trainer.callback_metrics
-            when = ' of the last epoch' if self.trainer.state.fn == TrainerFn.FITTING else ''
-            print(summary(stage, metrics, self._labels, folder, files, when))
-
-    def _files(self, stage: str, folder: Path) -> list[Path]:
-        """Write the figures; their paths, after that of the best checkpoint of a fit."""
-        files = [
-            save_figure(figure, folder / 'figures' / f'{stage}_{name}.png')
-            for name, figure in self._figures()
-        ]
-        callback = self.trainer.checkpoint_callback
-        if stage == 'val' and isinstance(callback, ModelCheckpoint) and callback.best_model_path:
-            files.insert(0, Path(callback.best_model_path))
-        return files
-
-    @property
-    def _labels(self) -> list[str]:
-        return self.hparams['labels'] or [str(k) for k in range(self.hparams['num_classes'])]
+def _with_class_more(logits: Tensor, mask: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
+    """Give unlabelled pixels a class of their own, of which nothing is wrong."""
+    more = logits.detach().amax(1) + torch.where(labelled, _NEVER, -_NEVER)
+    return torch.cat([logits, more[:, None]], 1), mask.where(labelled, logits.shape[1])
 
 
-def _multiclass_metrics(
-    num_classes: int, ignore_index: int | None, labels: list[str] | None
-) -> MetricCollection:
-    options: dict[str, Any] = {'num_classes': num_classes, 'ignore_index': ignore_index}
-    metrics: dict[str, Metric | MetricCollection] = {
-        'OverallAccuracy': MulticlassAccuracy(average='micro', **options),
-        'WeightedPrecision': MulticlassPrecision(average='weighted', **options),
-        'WeightedRecall': MulticlassRecall(average='weighted', **options),
-        'WeightedF1Score': MulticlassF1Score(average='weighted', **options),
-        'AverageF1Score': MulticlassF1Score(average='macro', **options),
-        'AverageJaccardIndex': MulticlassJaccardIndex(average='macro', **options),
-        'Kappa': MulticlassCohenKappa(**options),
-    }
-    for metric in (MulticlassPrecision, MulticlassRecall, MulticlassF1Score):
-        name = metric.__name__.removeprefix('Multiclass')
-        each = metric(average='none', **options)
-        metrics[name] = ClasswiseWrapper(each, labels=labels, prefix=f'{name}_')
-    # A wrapper that shares the state of another metric warns that it was never updated.
-    shared = ['WeightedPrecision', 'WeightedRecall', 'WeightedF1Score', 'AverageF1Score']
-    groups = [shared, *([name] for name in metrics if name not in shared)]
-    return MetricCollection(metrics, compute_groups=groups)
+def _differences(old: Sequence[str], new: Sequence[str]) -> str:
+    """The first classes whose names differ; capitals do not matter."""
+    pairs = enumerate(zip_longest(old, new, fillvalue='nothing'))
+    found = [f'{k}: {a} there, {b} here' for k, (a, b) in pairs if a.casefold() != b.casefold()]
+    return '; '.join(found[:3]) + (f' and {len(found) - 3} more' if len(found) > 3 else '')
+
+
+def _note(name: str, remedy: str) -> None:
+    rank_zero_warn(f'{name} is an old argument of the task: {remedy}', category=S1S2Warning)
+
+
+def _given_of_model() -> list[str]:
+    """Arguments of the model on the command line, if there is one."""
+    calls = [frame.f_locals for frame, _ in traceback.walk_stack(None)]
+    found = [c['args'] for c in calls if isinstance(c.get('self'), LightningCLI) and 'args' in c]
+    if not found:
+        return []
+    arguments = sys.argv if found[0] is None else found[0]
+    return [a for a in arguments if isinstance(a, str) and a.startswith('--model')]

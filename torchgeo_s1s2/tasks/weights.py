@@ -11,12 +11,12 @@ from torchgeo.models import get_weight
 from torchgeo.tasks.utils import extract_backbone
 from torchvision.models import WeightsEnum
 
-from torchgeo_s1s2.models import ConvLSTMInceptionEncoder
+from torchgeo_s1s2.models import series_encoder
 
 _SUFFIXES = ('.ckpt', '.pt', '.pth')
 
 
-def load_weights(model: Any, weights: WeightsEnum | str) -> None:
+def load_weights(model: Any, weights: WeightsEnum | str) -> list[str] | None:
     """Load weights into a model of smp.
 
     Args:
@@ -24,21 +24,24 @@ def load_weights(model: Any, weights: WeightsEnum | str) -> None:
         weights: A weight enum of a backbone, its name, or the path of a checkpoint; see
             :func:`load_checkpoint`.
 
+    Returns:
+        Names of the classes that the checkpoint of a task was trained on, if it says so.
+
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If nothing in the checkpoint fits.
     """
     if isinstance(weights, str) and Path(weights).exists():
-        load_checkpoint(model, weights)
-        return
+        return load_checkpoint(model, weights)
     if isinstance(weights, str) and weights.endswith(_SUFFIXES):
         raise FileNotFoundError(f'there is no checkpoint {weights}; correct the path in weights')
     enum = weights if isinstance(weights, WeightsEnum) else get_weight(weights)
     state = enum.get_state_dict(progress=True, check_hash=True, weights_only=True)
     model.encoder.load_state_dict(state)
+    return None
 
 
-def load_checkpoint(model: Any, path: str) -> None:
+def load_checkpoint(model: Any, path: str) -> list[str] | None:
     """Load everything of a checkpoint that fits a model by name and shape, and say what did not.
 
     Args:
@@ -46,11 +49,15 @@ def load_checkpoint(model: Any, path: str) -> None:
         path: Checkpoint of a segmentation task, state dict of a model of smp, or checkpoint of a
             backbone as TorchGeo's ``extract_backbone`` reads it.
 
+    Returns:
+        Names of the classes that it was trained on, if it says so.
+
     Raises:
         ValueError: If nothing fits.
     """
     own: dict[str, Tensor] = model.state_dict()
-    given = _named_as_in(model, path)
+    checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    given = _named_as_in(model, checkpoint, path)
     fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
     if not any(v.ndim for v in fitting.values()):  # a batch norm's counter fits anywhere
         raise ValueError(
@@ -66,11 +73,19 @@ def load_checkpoint(model: Any, path: str) -> None:
     parts = [f'{reason}: {_some(names)}' for reason, names in reasons.items() if names]
     say = rank_zero_warn if parts else rank_zero_info
     say('; '.join([f'{path}: loaded {len(fitting)} of {len(given)} tensors', *parts]))
+    return trained_classes(checkpoint)
 
 
-def _named_as_in(model: nn.Module, path: str) -> Mapping[str, Tensor]:
+def trained_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
+    """Names of the classes that a checkpoint of the task was trained on, if it says so."""
+    names = checkpoint.get('classes') or checkpoint.get('hyper_parameters', {}).get('labels')
+    return list(names) if names else None
+
+
+def _named_as_in(
+    model: nn.Module, checkpoint: Mapping[str, Any], path: str
+) -> Mapping[str, Tensor]:
     """Weights of a checkpoint, by their names in a model of smp."""
-    checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     state = checkpoint.get('state_dict', checkpoint)
     names = {key: key.removeprefix('model.') for key in state}
     if any(name.startswith('encoder.') for name in names.values()):
@@ -81,8 +96,7 @@ def _named_as_in(model: nn.Module, path: str) -> Mapping[str, Tensor]:
             f'{path} is neither the checkpoint of a task nor the state dict of a model of smp: it '
             f'holds {_some(checkpoint)}'
         )
-    is_series = isinstance(model.encoder, ConvLSTMInceptionEncoder)
-    prefix = 'encoder.spatial.' if is_series else 'encoder.'
+    prefix = 'encoder.spatial.' if series_encoder(model) else 'encoder.'
     return {prefix + key: value for key, value in extract_backbone(path)[1].items()}
 
 

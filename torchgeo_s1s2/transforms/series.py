@@ -12,8 +12,10 @@ from torch import Tensor, nn
 class NormalizeSeries(nn.Module):
     """Normalise each channel with its own statistics, then fill what is missing with the mean.
 
-    After it a slot that a sensor did not see is 0 everywhere, which is how the backbones of this
-    package recognise it.
+    This is the last place that can tell what is missing from what is average, so ``valid`` and
+    ``acquisition_times`` get to know here of slots that hold nothing, in a crop for instance: it
+    comes after the crops, and before whatever changes values. Afterwards such a slot is 0
+    everywhere, which is how backbones recognise it that are given the image alone.
     """
 
     mean: Tensor
@@ -31,16 +33,27 @@ class NormalizeSeries(nn.Module):
             channels = torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(name, channels, persistent=False)
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def forward(self, batch: dict[str, Any], channels: Sequence[int]) -> dict[str, Any]:
         """Normalise the image of a batch.
 
         Args:
-            batch: A batch whose ``image`` is (B, T, C, H, W), NaN where missing.
+            batch: A batch whose ``image`` is (B, T, C, H, W), NaN where missing. Slots from
+                ``length`` (B,) on, where TorchGeo pads series with it, are missing too.
+            channels: Number of channels of each of the S sensors, in their order.
 
         Returns:
-            The batch with a finite ``image``.
+            The batch with a finite ``image``, and with ``valid`` (B, T, S) False and
+            ``acquisition_times`` -1 where a sensor saw no pixel, where the batch has them.
         """
         image = batch['image']
+        if 'length' in batch:
+            slots = torch.arange(image.shape[1], device=image.device)
+            padded = slots >= batch['length'][:, None]
+            image = image.masked_fill(padded[..., None, None, None], torch.nan)
+        if 'valid' in batch:
+            parts = image.split(list(channels), 2)
+            seen = torch.stack([~part.isnan().flatten(2).all(2) for part in parts], 2)
+            batch = {**batch, **_only(batch, seen)}
         normalized = (image - self.mean.to(image)) / self.std.to(image)
         return {**batch, 'image': normalized.nan_to_num_(0.0)}
 
@@ -105,15 +118,19 @@ def keep_observations(
     Returns:
         The batch: NaN in ``image``, False in ``valid`` and -1 in ``acquisition_times`` elsewhere.
     """
-    keep = keep & batch['valid']
-    counts = torch.tensor(channels, device=keep.device)
-    seen = keep.repeat_interleave(counts, 2)[..., None, None]
-    return {
-        **batch,
-        'image': batch['image'].where(seen, torch.nan),
-        'valid': keep,
-        'acquisition_times': batch['acquisition_times'].where(keep, -1),
-    }
+    kept = _only(batch, keep)
+    parts = batch['image'].split(list(channels), 2)
+    seen = [
+        part.where(kept['valid'][:, :, s, None, None, None], torch.nan)
+        for s, part in enumerate(parts)
+    ]
+    return {**batch, **kept, 'image': torch.cat(seen, 2)}
+
+
+def _only(batch: dict[str, Any], keep: Tensor) -> dict[str, Tensor]:
+    """``valid`` and ``acquisition_times`` of a batch without the other observations."""
+    valid = keep & batch['valid']
+    return {'valid': valid, 'acquisition_times': batch['acquisition_times'].where(valid, -1)}
 
 
 class DayOfYear(nn.Module):

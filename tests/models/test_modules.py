@@ -1,0 +1,138 @@
+"""What works on nn.Conv2d and nn.BatchNorm2d works on the modules of the recurrent layer."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchgeo_s1s2.models import ConvLSTM
+from torchgeo_s1s2.models.norm import track
+
+VALID = torch.tensor([[True, False, True], [True, True, False]])
+
+
+def make(training: bool = True) -> tuple[ConvLSTM, Tensor]:
+    torch.manual_seed(0)
+    return ConvLSTM(2, 3).double().train(training), torch.randn(2, 3, 2, 6, 6).double()
+
+
+@pytest.mark.parametrize('name', ['conv', 'batchnorm'])
+def test_hooks_see_every_slot(name: str) -> None:
+    for training in (False, True):
+        layer, x = make(training)
+        calls: list[Any] = []
+        layer.get_submodule(name).register_forward_hook(lambda *a, calls=calls: calls.append(a))
+        with torch.set_grad_enabled(training):
+            layer(x, VALID)
+        assert len(calls) == 3
+
+
+@pytest.mark.parametrize('gradients', [False, True])
+def test_an_adapter_of_the_convolution_counts(gradients: bool) -> None:
+    layer, x = make(training=False)
+    with torch.set_grad_enabled(gradients):
+        before = layer(x)
+        layer.conv = nn.Sequential(layer.conv, nn.Hardtanh(-0.1, 0.1))
+        assert not layer(x).allclose(before)
+
+
+@pytest.mark.parametrize('kind', ['prune', 'weight_norm'])
+def test_what_changes_the_weight_trains(kind: str) -> None:
+    layer, x = make()
+    if kind == 'prune':
+        prune.l1_unstructured(layer.conv, 'weight', 0.5)
+    else:
+        parametrizations.weight_norm(layer.conv)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append((layer(x, VALID) - 1).square().mean())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[2] < losses[0]
+    if kind == 'prune':
+        layer(x)
+        assert (layer.conv.weight == 0).sum() == round(layer.conv.weight.numel() / 2)
+
+
+def test_derivatives_of_every_kind() -> None:
+    layer, x = make(training=False)
+    x = x[:, :, :, :3, :3]
+    x.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: layer(x, VALID), (x,), fast_mode=True)
+    tangent = torch.ones_like(x)
+    value = x.detach()
+    _, forward = torch.func.jvp(lambda x: layer(x, VALID), (value,), (tangent,))
+    step = 1e-5 * tangent
+    difference = (layer(value + step, VALID) - layer(value - step, VALID)) / 2e-5
+    torch.testing.assert_close(forward, difference, rtol=1e-6, atol=1e-7)
+    with torch.no_grad():  # as for an ensemble
+        each = torch.vmap(lambda x: layer(x[None], VALID[:1])[0])(value)
+        torch.testing.assert_close(each, layer(value, VALID[:1].expand(2, -1)))
+
+
+def test_meta_tensors() -> None:
+    layer, x = make()
+    with torch.no_grad():
+        assert layer.to('meta')(x.to('meta'), VALID.to('meta')).shape == (2, 3, 6, 6)
+
+
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_statistics_are_those_of_the_samples_that_saw_the_slot(momentum: float | None) -> None:
+    layer, _ = make()
+    norm, plain = layer.batchnorm, nn.BatchNorm2d(3, momentum=momentum).double()
+    norm.momentum = momentum
+    for rows in ([0, 2], [1], [], [0, 1, 2]):
+        h = torch.randn(3, 3, 4, 5).double()
+        mask = torch.zeros(3, 1, 1, 1, dtype=torch.bool)
+        mask[rows] = True
+        actual, moments = norm(h, mask)
+        track(norm, moments)
+        if rows:
+            torch.testing.assert_close(actual[rows], plain(h[rows]))
+        for mine, other in zip(norm.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+def test_statistics_of_many_values_in_half_precision() -> None:
+    """131,072 values a channel, more than float16 can count."""
+    layer, x = ConvLSTM(1, 1), torch.randn(2, 1, 1, 256, 256)
+    exact, half = copy.deepcopy(layer), copy.deepcopy(layer).half()
+    y = exact(x, torch.ones(2, 1, dtype=torch.bool))
+    z = half(x.half(), torch.ones(2, 1, dtype=torch.bool))
+    assert (z.float() - y).abs().max() < 0.02
+    for mine, other in zip(half.batchnorm.buffers(), exact.batchnorm.buffers(), strict=True):
+        torch.testing.assert_close(mine.to(other.dtype), other, rtol=0.01, atol=1e-3)
+
+
+class Waits(TorchDispatchMode):
+    """Finds operators for whose result a host waits."""
+
+    names = ('_local_scalar_dense', 'nonzero', '_unique2', 'is_nonzero')
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.split('.')[0] in self.names:
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_training_step_makes_no_gpu_wait() -> None:
+    layer, x = make()
+    with Waits() as waits:
+        layer(x, VALID).square().sum().backward()
+    assert waits.found == []
+
+
+def test_tracing_is_refused() -> None:
+    layer, x = make(training=False)
+    with pytest.raises(RuntimeError, match='export_onnx'):
+        torch.jit.trace(layer, (x, VALID), check_trace=False)

@@ -1,0 +1,158 @@
+"""Every way to compute the layers against the plain model, which shares no code with them."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.plain import PlainConvLSTM, PlainFuseLSTM
+from torchgeo_s1s2.models import ConvLSTM, FuseLSTM, strips
+
+
+@pytest.fixture(autouse=True)
+def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of these tests have several strips, the last one lower than the others."""
+    monkeypatch.setattr(strips, 'PIXELS', 60 // torch.get_num_threads())
+
+
+def make_series(b: int, t: int, c: int, *size: int) -> Tensor:
+    return torch.randn(b, t, *size, c, dtype=torch.double)
+
+
+def run(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and batch-norm statistics."""
+    output = model(*inputs)
+    # Weights that differ from pixel to pixel: batch norm has no gradient of a mere sum.
+    scale = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
+    (output * scale).sum().backward()
+    results = {'output': output.detach()} | dict(model.named_buffers())
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return results | {f'gradient of {name}': value for name, value in gradients.items()}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], names: int) -> None:
+    assert actual.keys() == expected.keys()
+    assert len(actual) == names
+    for name, value in expected.items():
+        scale = max(1.0, value.abs().max().item())
+        message = f'{name} differs'
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-10 * scale, msg=message)
+
+
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize(('b', 't'), product((1, 2), (1, 4)))
+def test_learning(b: int, t: int, training: bool, recompute: bool) -> None:
+    torch.manual_seed(0)
+    plain = PlainConvLSTM(2).double().train(training)
+    layer = ConvLSTM(2, recompute_gates=recompute).double().train(training)
+    layer.load_state_dict(plain.state_dict())
+    series = make_series(b, t, 2, 11, 13)
+    assert_same(run(layer, series.movedim(-1, 2)), run(plain, series), names=1 + 3 + 4)
+
+
+@pytest.mark.parametrize('kernel', [3, 5])
+def test_strips(kernel: int) -> None:
+    """Without gradients, and with gaps that differ from sample to sample."""
+    torch.manual_seed(0)
+    layer = ConvLSTM(2, 3, kernel).double().eval()
+    nn.init.normal_(layer.get_buffer('batchnorm.running_mean'))
+    x, valid = make_series(3, 4, 2, 11, 13).movedim(-1, 2), torch.tensor([[1, 1, 1, 1]] * 3).bool()
+    valid[1, [0, 2]] = False
+    valid[2] = False
+    expected = layer(x, valid)
+    assert expected.requires_grad
+    with torch.no_grad():
+        assert strips.suits_strips(layer, x)
+        torch.testing.assert_close(layer(x, valid), expected.detach(), rtol=0, atol=1e-12)
+
+
+def test_an_empty_slot_before_the_first_image_changes_no_bit() -> None:
+    layer, x = ConvLSTM(2, 3).eval(), torch.randn(1, 3, 2, 11, 13)
+    longer = torch.cat([torch.full_like(x[:, :1], torch.nan), x], 1)
+    valid = torch.tensor([[False, True, True, True]])
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert layer(longer, valid).equal(layer(x))
+
+
+def test_whole_model() -> None:
+    torch.manual_seed(0)
+    plain = PlainFuseLSTM(3)
+    model = FuseLSTM(3, freeze_encoder=False, recompute_gates=True)
+    model.load_state_dict(plain.state_dict())
+    x_s2, x_s1 = make_series(2, 4, 10, 64, 32), make_series(2, 4, 2, 64, 32)
+    inputs = x_s2, x_s1, torch.cat([x_s2[:, 0], x_s1[:, 0]], dim=-1)
+    actual = run(model.double(), *inputs)
+    expected = run(WithSoftmax(plain).double(), *inputs)
+    expected = {name.replace('model.', ''): value for name, value in expected.items()}
+    parameters, buffers = len(list(model.parameters())), len(list(model.buffers()))
+    assert_same(actual, expected, names=1 + buffers + parameters)
+
+
+class WithSoftmax(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        probabilities: Tensor = self.model(*inputs).softmax(1)
+        return probabilities
+
+
+def test_single_precision_is_as_close_as_that_of_the_plain_model() -> None:
+    torch.manual_seed(0)
+    plain = PlainConvLSTM(2).eval()
+    layer = ConvLSTM(2).eval()
+    layer.load_state_dict(plain.state_dict())
+    series = 4 * make_series(1, 7, 2, 33, 33)
+    with torch.no_grad():
+        single = layer(series.float().movedim(-1, 2)), plain(series.float())
+        exact = plain.double()(series)
+    errors = [(x - exact).square().mean().sqrt().item() for x in single]
+    assert errors[0] < 1.5 * errors[1] < 1e-6
+
+
+@pytest.mark.parametrize('recompute', [False, True])
+def test_mixed_precision_is_as_close_as_that_of_the_plain_model(recompute: bool) -> None:
+    torch.manual_seed(0)
+    plain = PlainConvLSTM(2)
+    layer = ConvLSTM(2, recompute_gates=recompute)
+    layer.load_state_dict(plain.state_dict())
+    series = make_series(2, 5, 2, 33, 33)
+    with torch.autocast('cpu', torch.bfloat16):
+        mixed = run(layer, series.float().movedim(-1, 2)), run(plain, series.float())
+    layer.load_state_dict(plain.state_dict())
+    exact = run(layer.double(), series.movedim(-1, 2))
+    for name in exact.keys() - {'batchnorm.num_batches_tracked'}:
+        value = exact[name]
+        errors = [((results[name] - value).norm() / value.norm()).item() for results in mixed]
+        assert errors[0] < max(1.5 * errors[1], 0.005), name
+
+
+def held(layer: ConvLSTM, x: Tensor, valid: Tensor, compiled: bool) -> int:
+    """Bytes of activations that a forward pass keeps for the backward pass."""
+    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    call = torch.compile(layer, backend='aot_eager') if compiled else layer
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert call(x, valid).requires_grad
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'compiled'),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
+)
+def test_recomputing_holds_less_than_half(dtype: torch.dtype, compiled: bool) -> None:
+    x, valid = torch.randn(1, 4, 2, 32, 32, dtype=dtype), torch.ones(1, 4, dtype=torch.bool)
+    kept = [held(ConvLSTM(2, 8, recompute_gates=r).to(dtype), x, valid, compiled) for r in (0, 1)]
+    assert kept[1] < 0.5 * kept[0]
