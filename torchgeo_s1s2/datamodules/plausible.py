@@ -11,6 +11,8 @@ from torchgeo_s1s2.errors import ImplausibleValuesError
 # Of reflectance: no band is brighter on average than fresh snow, and some band is brighter than
 # deep water.
 _DARK, _BRIGHT = 0.01, 1.5
+# Of a single pixel: no noise is as far below 0, and no cloud or roof is as bright.
+_LEAST, _MOST = -0.2, 5.0
 # Lowest reflectance of an image whose values are 1,000 too high: shadows, water and forest have
 # 0 to 0.05 in some band, which the offset of processing baseline 04.00 makes 0.1 to 0.2.
 _OFFSET_FLOOR = 0.095, 0.2
@@ -27,7 +29,7 @@ class Floor(NamedTuple):
 def check_values(
     readings: Mapping[str, Reading],
     mean: Mapping[str, Sequence[float]],
-    lowest: Mapping[str, float],
+    span: Mapping[str, tuple[float, float]],
     floors: Sequence[Floor],
     offset_given: bool,
 ) -> None:
@@ -36,7 +38,7 @@ def check_values(
     Args:
         readings: How the files of each sensor are read.
         mean: Mean of each band by sensor.
-        lowest: Lowest value by sensor.
+        span: Lowest and highest value by sensor.
         floors: Of Sentinel-2 images.
         offset_given: Whether somebody said what the offset is.
 
@@ -45,23 +47,25 @@ def check_values(
             set.
     """
     for name, reading in readings.items():
-        if not reading.raw:
-            why = (
-                _reflectance(mean[name])
-                if name == 's2'
-                else _backscatter(reading, mean[name], lowest[name])
-            )
-            if why:
-                raise ImplausibleValuesError(why)
+        look = _reflectance if name == 's2' else _backscatter
+        why = '' if reading.raw else look(reading, mean[name], *span[name])
+        if why:
+            raise ImplausibleValuesError(why)
     if not offset_given and 's2' in readings and not readings['s2'].raw:
         _check_offset(floors)
 
 
-def _reflectance(mean: Sequence[float]) -> str:
+def _reflectance(reading: Reading, mean: Sequence[float], lowest: float, highest: float) -> str:
     low, high = min(mean), max(mean)
     seen = f'Sentinel-2 has mean reflectances of {low:.3g} to {high:.3g}'
-    if low < 0:
+    if low < 0 and reading.offsets:
         return f'{seen}: the offset takes away too much; leave offset out, or give it by day'
+    if high > _DARK and (lowest < _LEAST or (high < _BRIGHT and highest > _MOST)):
+        odd = lowest if lowest < _LEAST else highest
+        return (
+            f'{seen}, and a value of {odd:.5g}, which seems to stand for none: give it as it is in '
+            f'the files, as in nodata={{"s2": {odd * 1e4:.0f}}}, or tag it in them'
+        )
     if high < _DARK:
         return (
             f'{seen}: the files seem to hold reflectance itself; give unit="reflectance", or write '
@@ -75,7 +79,7 @@ def _reflectance(mean: Sequence[float]) -> str:
     return ''
 
 
-def _backscatter(reading: Reading, mean: Sequence[float], lowest: float) -> str:
+def _backscatter(reading: Reading, mean: Sequence[float], lowest: float, highest: float) -> str:
     seen = f'Sentinel-1 has mean backscatters of {min(mean):.3g} to {max(mean):.3g} dB'
     if reading.unit == 'db' and lowest >= 0:
         return f'{seen} and none below 0: the files seem to hold power; give unit="linear"'

@@ -362,13 +362,13 @@ class SeriesDataModule(NonGeoDataModule):
     def _check_labels(self) -> None:
         """Look for labels without a class, and classes without a label, in the training patches."""
         statistics = self._known_statistics()
-        if self.statistics_path is None:
+        if statistics.labels:
             _check_labels(self._dataset('train').title, self.classes, dict(statistics.labels))
 
     def _find_statistics(self) -> Statistics | None:
         """Statistics from the file given or beside the data, None without training patches."""
         if self.statistics_path is not None:
-            return Statistics.load(self.statistics_path)
+            return Statistics.load(self.statistics_path, self.classes)
         try:
             return Statistics.beside(self._dataset('train'), self.num_workers)
         except NoPatchesError:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from torchgeo_s1s2.datamodules.plausible import Floor, check_values
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE
+from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
 from torchgeo_s1s2.errors import DataError, S1S2Warning
 from torchgeo_s1s2.files import whole
@@ -57,27 +58,25 @@ class Statistics:
             DataError: If a band has no value at all.
             ImplausibleValuesError: If values are not in the units they are taken for.
         """
-        images = _image_statistics(dataset, num_workers, progress)
-        labels = count_labels(dataset, num_workers, progress)
-        return cls._of(dataset, images, labels)
+        content = _image_statistics(dataset, num_workers, progress)
+        content['labels'] = count_labels(dataset, num_workers, progress)
+        return cls._of(content, dataset.classes)
 
     @classmethod
-    def _of(
-        cls, dataset: SeriesDataset, images: Mapping[str, Any], labels: Mapping[int, int]
-    ) -> Self:
-        pixels = np.zeros(len(dataset.classes) + 1, np.int64)
-        values = np.array([*labels], np.int64)
-        classes = dataset.classes.remap(values).clip(max=len(dataset.classes))
-        np.add.at(pixels, classes, [*labels.values()])
-        statistics = cls(
-            tuple(map(str, images['bands'])),
-            tuple(map(float, images['mean'])),
-            tuple(map(float, images['std'])),
-            tuple(pixels[:-1].tolist()),
-            tuple(sorted(labels.items())),
-        )
-        statistics._check()
-        return statistics
+    def _of(cls, content: Mapping[str, Any], classes: ClassScheme | None = None) -> Self:
+        """Check what a file holds, and count labels by classes."""
+        labels = tuple((int(value), int(n)) for value, n in content.get('labels', ()))
+        pixels = content.get('pixels', ())
+        if classes is not None and labels:
+            counts = dict(labels)
+            pixels = [sum(counts.get(v, 0) for v in c.labels) for c in classes.classes]
+        mean, std = (tuple(map(float, content[key])) for key in ('mean', 'std'))
+        bands = tuple(map(str, content['bands']))
+        if not len(bands) == len(mean) == len(std):
+            raise DataError('bands, mean and std differ in length')
+        if not np.isfinite([*mean, *std]).all() or min(std) <= 0:
+            raise DataError('a mean is not finite, or a standard deviation not finite and above 0')
+        return cls(bands, mean, std, tuple(map(int, pixels)), labels)
 
     @classmethod
     def beside(cls, dataset: SeriesDataset, num_workers: int = 0) -> Self:
@@ -103,31 +102,24 @@ class Statistics:
         if kept.get('labelled_by') == labelled_by:
             content['labels'] = kept['labels']
         else:
-            content['labels'] = [
-                list(n) for n in sorted(count_labels(dataset, num_workers).items())
-            ]
+            content['labels'] = count_labels(dataset, num_workers)
         if content != kept:
             _keep(path, content)
-        return cls._of(dataset, content, dict(content['labels']))
+        return cls._of(content, dataset.classes)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a file that ``save`` wrote.
+    def load(cls, path: str | os.PathLike[str], classes: ClassScheme | None = None) -> Self:
+        """Read a file that ``save`` wrote, or that is kept beside the data.
+
+        Args:
+            path: The file.
+            classes: Classes to count the labels of a file beside the data by.
 
         Raises:
             DataError: If the file is malformed.
         """
         try:
-            content = json.loads(Path(path).read_text())
-            statistics = cls(
-                tuple(map(str, content['bands'])),
-                tuple(map(float, content['mean'])),
-                tuple(map(float, content['std'])),
-                tuple(map(int, content.get('pixels', ()))),
-                tuple((int(value), int(n)) for value, n in content.get('labels', ())),
-            )
-            statistics._check()
-            return statistics
+            return cls._of(json.loads(Path(path).read_text()), classes)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f'{path} is not a file of statistics ({error!r}); delete it and it is computed anew'
@@ -137,14 +129,6 @@ class Statistics:
         """Write as JSON, whole or not at all."""
         with whole(path) as temporary:
             temporary.write_text(json.dumps(vars(self), indent=1))
-
-    def _check(self) -> None:
-        if not len(self.bands) == len(self.mean) == len(self.std):
-            raise DataError('bands, mean and std differ in length')
-        if not np.isfinite([*self.mean, *self.std]).all():
-            raise DataError('a mean or a standard deviation is not finite')
-        if not all(std > 0 for std in self.std):
-            raise DataError('a standard deviation is not above 0')
 
     @property
     def class_weights(self) -> Tensor:
@@ -212,7 +196,8 @@ def _image_statistics(
     """Bands, mean and standard deviation; checked against what the sensors can measure."""
     bands = [band for names in dataset.bands.values() for band in names]
     count, total, squares = torch.zeros(3, len(bands), dtype=torch.float64)
-    lowest, floors = torch.full((len(bands),), torch.inf), list[Floor]()
+    lowest, highest = torch.full((2, len(bands)), torch.inf)
+    floors = list[Floor]()
     windows = _Windows(dataset, labels=False)
     for sample in windows.read('Computing statistics', num_workers, progress):
         values = sample['image'].transpose(0, 1).flatten(1).double()
@@ -221,17 +206,19 @@ def _image_statistics(
         squares += values.square().nansum(1)
         least = sample['image'].nan_to_num(torch.inf).amin((2, 3))
         lowest = torch.minimum(lowest, least.amin(0))
+        highest = torch.minimum(highest, (-sample['image']).nan_to_num(torch.inf).amin((0, 2, 3)))
         floors += _floors(dataset, sample, least)
     _check_seen(bands, count, dataset)
     mean = total / count
     std = (squares / count - mean**2).clamp(min=1e-12).sqrt()
     sizes = [len(names) for names in dataset.bands.values()]
-    by_sensor = {s: m.tolist() for s, m in zip(dataset.sensors, mean.split(sizes), strict=True)}
-    least_of = {
-        s: float(v.min()) for s, v in zip(dataset.sensors, lowest.split(sizes), strict=True)
-    }
+    parts = zip(*(x.split(sizes) for x in (mean, lowest, -highest)), strict=True)
+    means, span = {}, {}
+    for sensor, (average, low, high) in zip(dataset.sensors, parts, strict=True):
+        means[sensor] = average.tolist()
+        span[sensor] = float(low.min()), float(high.max())
     given = any(reading.offsets for reading in dataset.readings.values())
-    check_values(dataset.readings, by_sensor, least_of, floors, given)
+    check_values(dataset.readings, means, span, floors, given)
     return {'bands': bands, 'mean': mean.tolist(), 'std': std.tolist()}
 
 
@@ -251,8 +238,8 @@ def _floors(dataset: SeriesDataset, sample: Sample, least: Tensor) -> Iterator[F
 
 def count_labels(
     dataset: SeriesDataset, num_workers: int = 0, progress: bool = True
-) -> dict[int, int]:
-    """Number of pixels of each value of the label rasters, no data left out.
+) -> list[list[int]]:
+    """Values of the label rasters and the number of pixels of each, no data left out.
 
     Args:
         dataset: The training patches.
@@ -264,16 +251,16 @@ def count_labels(
     for labels in windows.read('Counting labels', num_workers, progress):
         values, pixels = labels[~labels.isnan()].long().unique(return_counts=True)
         counts.update(dict(zip(values.tolist(), pixels.tolist(), strict=True)))
-    return dict(counts)
+    return [list(item) for item in sorted(counts.items())]
 
 
 def _kept(path: Path) -> dict[str, Any]:
     """What a file holds, nothing if it is missing or damaged."""
     try:
-        Statistics.load(path)
         content: dict[str, Any] = json.loads(path.read_text())
+        Statistics._of(content)
         return content
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

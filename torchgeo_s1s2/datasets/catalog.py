@@ -401,7 +401,7 @@ def _image(match: re.Match[str], folder: str, sidecars: bool) -> Image:
     """Acquisition that a file name tells of; that of a label raster has the time 0."""
     parts = match.groupdict()
     text = parts.get('time') or ''
-    style = {0: '', 8: '%Y%m%d_', 15: '%Y%m%dT%H%M%S_'}[len(text)]
+    style = {0: '', 8: '%Y%m%d_', 15: f'%Y%m%d{text[8:9]}%H%M%S_'}[len(text)]
     seconds = _seconds(text) if text else 0
     return Image(seconds, Layout(folder, style, parts['kind'], parts['ending'], sidecars))
 

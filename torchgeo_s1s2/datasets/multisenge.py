@@ -15,7 +15,7 @@ from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.download import SeasonDownload
 from torchgeo_s1s2.datasets.rasters import Grid, read_image, read_labels
-from torchgeo_s1s2.datasets.sensors import SENSORS, Array, Offset, in_order, readings
+from torchgeo_s1s2.datasets.sensors import SENSOR_BANDS, SENSORS, Array, Offset, in_order, readings
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
 from torchgeo_s1s2.errors import NoPatchesError, S1S2Warning
@@ -47,6 +47,8 @@ class MultiSenGE(SeriesDataset):
     (the data set, DOI 10.5281/zenodo.6375466) and https://doi.org/10.3390/rs15010151 (the
     protocol and the split).
     """
+
+    all_bands = tuple(band for bands in SENSOR_BANDS.values() for band in bands)
 
     #: Where the archives ``{labels,ground_reference,s2,s1}.tgz`` are; a mirror may replace it.
     url: ClassVar[str] = 'https://s3.unistra.fr/a2s_datasets/MultiSenGE'

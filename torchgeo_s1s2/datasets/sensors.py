@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
@@ -218,9 +219,10 @@ def _units(unit: str | Mapping[str, str] | None) -> dict[str, str]:
 def _offsets(offset: Offset | None) -> tuple[tuple[str, float], ...]:
     if offset is None:
         return ()
-    by_day = offset if isinstance(offset, Mapping) else {'0001-01-01': offset}
+    by_day = offset if isinstance(offset, Mapping) else {'1700-01-01': offset}
     try:
-        return tuple(sorted((str(np.datetime64(d, 'D')), float(v)) for d, v in by_day.items()))
+        days = {pd.Timestamp(str(day)).strftime('%Y-%m-%d'): float(v) for day, v in by_day.items()}
+        return tuple(sorted(days.items()))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f'offset is {offset!r}; expected a number such as -1000, or one by first day, such as '

@@ -230,6 +230,8 @@ class SeriesDataset(GeoDataset):
     def __and__(self, other: GeoDataset) -> Any:
         """Refuse: a series has a dimension that images of other data sets lack.
 
+        With the series on the right, ``other & series``, it is TorchGeo that fails, when reading.
+
         Raises:
             TypeError: Always; the message says what to do instead.
         """
@@ -358,8 +360,8 @@ class SeriesDataset(GeoDataset):
         """One row a patch."""
         spans = np.array([self._span(patch) for patch in patches]).T
         first, last = (pd.DatetimeIndex(times) for times in spans)
-        # As TorchGeo's: to the end of the day, or time_series_split would cut off the last date.
-        last = last.floor('D') + pd.Timedelta(days=1) - pd.Timedelta(1, 'us')
+        # To the end of the day, or time_series_split would cut off the last date.
+        last = last.floor('D') + pd.Timedelta(days=1)
         times = pd.IntervalIndex.from_arrays(first, last, closed='both', name='datetime')
         columns = {'name': [self.name_of(patch) for patch in patches], 'patch': [*patches]}
         grids = [self.grid_of(patch) for patch in patches]
