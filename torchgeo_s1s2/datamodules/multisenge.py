@@ -1,5 +1,6 @@
 """Data module for MultiSenGE and data sets in its layout."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,8 @@ from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, check_at
 from torchgeo_s1s2.errors import NoPatchesError
 from torchgeo_s1s2.transforms import AugmentSeries, DayOfYear, NormalizeSeries, SeriesDropout
 from torchgeo_s1s2.transforms.series import count_observations
+
+_COST = 1.8**0.5  # a side; so many pixels are read for each of a scene
 
 
 class _FollowEpochs(Callback):
@@ -109,8 +112,9 @@ class MultiSenGEDataModule(NonGeoDataModule):
             predict_patch_size: Height and width of the windows that ``torchgeo predict`` reads
                 scenes in, zone by zone, for :class:`~torchgeo_s1s2.callbacks.SceneWriter`; whole
                 patches unless given.
-            predict_stride: Rows and columns from one of these windows to the next; half of
-                ``predict_patch_size`` unless given.
+            predict_stride: Rows and columns from one of these windows to the next. Unless given,
+                windows overlap by about a quarter, and small scenes have smaller windows, so that
+                at most 1.8 times the pixels are read; see :func:`spread`.
             augment: Mirror and turn the training patches.
             dropout: Drop dates and sensors of the training patches at random.
             day_of_year: Append the day of the year to each sensor's bands, as two planes; see
@@ -392,14 +396,21 @@ class MultiSenGEDataModule(NonGeoDataModule):
         self.predict_dataset = dataset
         if self.predict_patch_size is None:
             return
-        size = self.predict_patch_size
-        stride = self.predict_stride or (size[0] // 2, size[1] // 2)
         zones = [
             self._new_dataset('zone', splits={'zone': tiles}, crs=CRS.from_epsg(epsg))
             for epsg, tiles in dataset.zones.items()
         ]
         self.predict_dataset = zones  # type: ignore[assignment]
-        self.predict_sampler = [GriddedPatchSampler(z, size=size, stride=stride) for z in zones]
+        self.predict_sampler = [self._gridded(zone, self.predict_patch_size) for zone in zones]
+
+    def _gridded(self, zone: MultiSenGE, size: tuple[int, int]) -> GriddedPatchSampler:
+        if self.predict_stride:
+            return GriddedPatchSampler(zone, size=size, stride=self.predict_stride)
+        xmin, ymin, xmax, ymax = zone.index.total_bounds
+        rows = spread(round((ymax - ymin) / zone.res[1]), size[0])
+        cols = spread(round((xmax - xmin) / zone.res[0]), size[1])
+        sizes, strides = zip(rows, cols, strict=True)
+        return GriddedPatchSampler(zone, size=sizes, stride=strides)
 
     @property
     def _any_dataset(self) -> MultiSenGE:
@@ -465,6 +476,29 @@ class MultiSenGEDataModule(NonGeoDataModule):
                 'checkpoint, or the file statistics_*.json of the training as statistics'
             )
         return self.statistics
+
+
+def spread(length: int, size: int) -> tuple[int, int]:
+    """Spread windows evenly over a length: as many as read at most 1.8**0.5 times the pixels.
+
+    They overlap by an eighth at least, and by about a quarter where the scene is large. Where that
+    costs more, they are smaller by multiples of 32, the stride of the encoders.
+
+    Args:
+        length: Pixels of the scene.
+        size: Pixels of a window at most.
+
+    Returns:
+        Pixels of a window, and from one to the next.
+    """
+    choices = []
+    for smaller in range(size, 0, -32) if size % 32 == 0 else (size,):
+        needed = math.ceil((length - smaller) / (smaller - smaller // 8)) + 1
+        count = max(1, needed, int(_COST * length / smaller))
+        stride = math.ceil((length - smaller) / (count - 1)) if count > 1 else smaller
+        choices.append((max(count * smaller / length, _COST), -smaller, stride))
+    _, least, stride = min(choices)
+    return -least, stride
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
