@@ -77,16 +77,22 @@ class Workplace:
 
     @classmethod
     def found(cls, folder: Path) -> tuple[list['Workplace'], int]:
-        """Those that dead runs left in a folder, held now, oldest first; and how many live."""
+        """Those with parts that dead runs left in a folder, oldest first, and how many live.
+
+        The first are held now; those without parts are removed.
+        """
         locks = sorted(folder.glob(f'{cls.prefix}*/lock'), key=lambda lock: lock.stat().st_mtime)
         every = [cls(lock.parent) for lock in locks]
-        left = [workplace for workplace in every if workplace._hold('lock')]
-        return left, len(every) - len(left)
+        dead = [workplace for workplace in every if workplace._hold('lock')]
+        for workplace in dead:
+            if not workplace.parts:
+                workplace.remove()
+        return [workplace for workplace in dead if workplace.parts], len(every) - len(dead)
 
     @property
     def parts(self) -> list[Path]:
-        """What the run has finished of its work, ``part-*.npz``."""
-        return sorted(self.path.glob('part-*.npz'))
+        """What the run has finished of its work, ``part-RANK-NUMBER.npz``."""
+        return sorted(self.path.glob('part-?????-?????.npz'))
 
     def leave(self) -> None:
         """Let another run have it, or remove it if there is nothing to continue from."""

@@ -20,7 +20,7 @@ from torchgeo_s1s2.callbacks.layers import CONFIDENCE, class_layer, classify, wr
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.rasters import Grid
 from torchgeo_s1s2.errors import MapError, S1S2Warning
-from torchgeo_s1s2.files import Workplace, whole
+from torchgeo_s1s2.files import Workplace
 
 
 def zone_grid(epsg: int, transform: Affine, height: int, width: int) -> Grid:
@@ -183,15 +183,24 @@ class MapWriter(BasePredictionWriter):
     def _open(self, folder: Path) -> Workplace:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return self._choose(folder)
+            left, living = Workplace.found(folder)
+            if living:
+                warnings.warn(
+                    f'{living} other runs are at work in {folder}; their unfinished files are '
+                    'left alone, but of maps of the same name the last one stays',
+                    S1S2Warning,
+                    stacklevel=2,
+                )
+            return self._choose(folder, left)
         except OSError as error:
             raise MapError(
                 f'no map can be written to {folder}: {error}. Give output_dir a folder that can '
                 'be written to'
             ) from error
 
-    def _choose(self, folder: Path) -> Workplace:
-        for workplace in Workplace.found(folder)[0]:
+    def _choose(self, folder: Path, left: list[Workplace]) -> Workplace:
+        """One of those that interrupted runs left, or a new one."""
+        for workplace in left:
             workplace.leave()
         return Workplace.new(folder)
 
@@ -332,9 +341,8 @@ class GeoTIFFWriter(MapWriter):
         count = 2 if self.confidence else 1
         grid = window.grid
         pixels = [(Window(0, 0, grid.width, grid.height), values[:count])]
-        path = layers[0].path(self.output_dir or Path(), name)
-        with whole(path, self._unfinished) as temporary:
-            write_layers(temporary.parent, name, layers[:count], grid, pixels)
+        folder = self.output_dir or Path()
+        write_layers(folder, name, layers[:count], grid, pixels, self._unfinished)
         self._written.add(name)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.rasters import Grid
 from torchgeo_s1s2.errors import MapError
+from torchgeo_s1s2.files import whole
 
 NO_CLASS = 0
 """Value of a class layer without an observation."""
@@ -122,34 +123,40 @@ def class_layer(scheme: ClassScheme) -> Layer:
 
 
 def write_layers(
-    folder: Path, name: str, layers: Sequence[Layer], grid: Grid, pixels: Pixels
+    folder: Path,
+    name: str,
+    layers: Sequence[Layer],
+    grid: Grid,
+    pixels: Pixels,
+    within: Path | None = None,
 ) -> None:
-    """Write the layers of a map as Cloud-Optimized GeoTIFFs, and read them back.
+    """Write the layers of a map as Cloud-Optimized GeoTIFFs, all of them whole or none.
 
-    GDAL does not report every disk that fills up; what it wrote is compared with what it was given.
+    GDAL does not report every disk that fills up, so what it wrote is read back and compared.
 
     Args:
-        folder: Folder to write to, of a run's unfinished files.
+        folder: Folder of the map.
         name: Name of the map.
         layers: Its layers.
         grid: Where its pixels lie.
         pixels: Windows of the grid and the values of the layers there.
+        within: Folder of the same file system to write in; ``folder`` unless given.
 
     Raises:
-        MapError: If a file is not whole.
+        MapError: If a file cannot be written, or reads otherwise.
     """
     with (
         _named(folder / name),
         rasterio.Env(**_GDAL_OPTIONS),
-        tempfile.TemporaryDirectory(prefix='.plain.', dir=folder) as plain,
+        whole(layers[0].path(folder, name), within) as first,
+        tempfile.TemporaryDirectory(prefix='.plain.', dir=first.parent) as plain,
     ):
         sources = [layer.path(Path(plain), name) for layer in layers]
         given = _write_plain(sources, layers, grid, pixels)
         for layer, source, sums in zip(layers, sources, given, strict=True):
-            target = layer.path(folder, name)
-            rasterio.shutil.copy(
-                source, target, overview_resampling=layer.resampling, **_COG_OPTIONS
-            )
+            target = layer.path(first.parent, name)
+            options = _COG_OPTIONS | {'overview_resampling': layer.resampling}
+            rasterio.shutil.copy(source, target, **options)
             layer.write_category_names(target)
             _check(target, sums)
 
@@ -160,7 +167,7 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except (OSError, RasterioError, CPLE_BaseError) as error:
         raise MapError(
-            f'the map {path.name} was not written whole: {error}. See whether the disk is full'
+            f'the map {path} cannot be written whole: {error}. See whether the disk is full'
         ) from error
 
 

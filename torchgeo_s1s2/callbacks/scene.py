@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import warnings
 import zipfile
 from collections import defaultdict
@@ -24,7 +25,6 @@ from rasterio.errors import CRSError
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import calculate_default_transform, transform_bounds
 from rasterio.windows import Window
-from torch.utils.data import Sampler
 from torchgeo.datasets import GeoDataset
 
 from torchgeo_s1s2.callbacks.geotiff import (
@@ -63,8 +63,14 @@ class Place(NamedTuple):
 
     def on(self, lattice: Grid) -> Grid:
         """Where the pixels lie."""
-        corner = lattice.transform * Affine.translation(self.col, self.row)
-        return replace(lattice, transform=corner, width=self.width, height=self.height)
+        return shifted(lattice, self.row, self.col, self.height, self.width)
+
+
+def shifted(grid: Grid, row: int, col: int, height: int, width: int) -> Grid:
+    """A window of a north-up grid that may reach beyond it."""
+    t = grid.transform
+    corner = Affine(t.a, 0, t.c + col * t.a, 0, t.e, t.f + row * t.e)
+    return replace(grid, transform=corner, width=width, height=height)
 
 
 def lattice_of(grid: Grid) -> Grid:
@@ -78,7 +84,7 @@ def lattice_of(grid: Grid) -> Grid:
         raise MapError(f'a window of a scene must be north up, its transform is {t}')
     # The quarter keeps whole and half pixels, the usual origins, away from the step of floor.
     col, row = math.floor(t.c / t.a + 0.25), math.floor(t.f / t.e + 0.25)
-    return replace(grid, transform=t * Affine.translation(-col, -row), width=0, height=0)
+    return shifted(grid, -row, -col, 0, 0)
 
 
 class Lattices(dict[int, Grid]):
@@ -102,15 +108,10 @@ class Lattices(dict[int, Grid]):
 
 
 def clip(extent: Place, lattice: Grid, bounds: tuple[float, float, float, float]) -> Place:
-    """Leave out the pixels of an extent that lie wholly beyond bounds.
-
-    Args:
-        extent: Pixels on the lattice.
-        lattice: Their pixel lattice.
-        bounds: Least x and y, largest x and y.
-    """
-    xmin, ymin, xmax, ymax = bounds
-    (left, top), (right, bottom) = (~lattice.transform * p for p in ((xmin, ymax), (xmax, ymin)))
+    """Leave out the pixels that lie wholly beyond bounds: least x and y, largest x and y."""
+    t = lattice.transform
+    left, right = ((x - t.c) / t.a for x in bounds[::2])
+    bottom, top = ((y - t.f) / t.e for y in bounds[1::2])
     row, col = max(extent.row, math.floor(top + 1e-3)), max(extent.col, math.floor(left + 1e-3))
     last_row = min(extent.row + extent.height, math.ceil(bottom - 1e-3))
     last_col = min(extent.col + extent.width, math.ceil(right - 1e-3))
@@ -129,11 +130,7 @@ def blend_weights(height: int, width: int) -> NDArray[np.float32]:
 
 
 def pieces(place: Place) -> Iterator[tuple[Block, tuple[slice, slice], tuple[slice, slice]]]:
-    """Cut a window along the blocks.
-
-    Yields:
-        A block, the pixels in the block, and the same pixels in the window.
-    """
+    """Cut a window: a block, its rows and columns, and the same pixels in the window."""
     for row, in_row, of_row in _cut(place.row, place.height):
         for col, in_col, of_col in _cut(place.col, place.width):
             yield (place.epsg, row, col), (in_row, in_col), (of_row, of_col)
@@ -175,10 +172,7 @@ class BlendBuffer:
         return sum(block.nbytes for block in self.blocks.values())
 
     def add(self, window: PredictedWindow) -> None:
-        """Add a window.
-
-        Args:
-            window: The prediction; one observation everywhere unless it says otherwise.
+        """Add a window; one observation everywhere unless it says otherwise.
 
         Raises:
             MapError: If it lies on another lattice than the windows before.
@@ -200,12 +194,8 @@ class BlendBuffer:
             self.probe = probabilities.astype(np.float16)
         self.places.append(place)
 
-    def save(self, path: Path, origin: Mapping[str, str] | None = None) -> None:
-        """Write the sums as one ``.npz`` file, whole or not at all, and begin empty.
-
-        Args:
-            path: File to write.
-            origin: What the predictions were made of.
+    def save(self, path: Path, origin: Mapping[str, str]) -> None:
+        """Write the sums and what they were made of as ``.npz``, and begin empty.
 
         Raises:
             MapError: If the file cannot be written.
@@ -215,11 +205,11 @@ class BlendBuffer:
         arrays |= {'places': self.places, 'lattices': lattices, 'probe': self.probe}
         try:
             with whole(path) as temporary:
-                np.savez(temporary, origin=json.dumps(dict(origin or {})), **arrays)
+                np.savez(temporary, origin=json.dumps(origin), **arrays)
         except OSError as error:
             raise MapError(
-                f'{path} cannot be written: {error}. Give output_dir a disk with more space, and '
-                'continue with resume: true'
+                f'{path} cannot be written: {error}. Free space on its disk, and continue with '
+                'resume: true'
             ) from error
         self.blocks.clear()
         self.places.clear()
@@ -230,9 +220,6 @@ class Parts:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """List what is in the parts of all ranks.
-
-        Args:
-            paths: Files of the parts.
 
         Raises:
             MapError: If one is damaged, or they do not lie on one lattice.
@@ -265,15 +252,15 @@ class Parts:
         """
         for other in self.origins:
             differing = [
-                f'{key} (then {_shortened(other.get(key))}, now {_shortened(origin.get(key))})'
-                for key in sorted({*other, *origin})
+                f'{key}, then {other.get(key)}, now {origin.get(key)}'
+                for key in {**other, **origin}
                 if other.get(key) != origin.get(key)
             ]
             if differing:
-                raise _other_run(', '.join(differing))
+                raise _other_run('; '.join(differing))
 
     def check_probe(self, place: Place, probabilities: NDArray[np.float32]) -> None:
-        """Check that a window that is in the parts is predicted as it was.
+        """Check that the window that the parts keep is predicted as it was.
 
         Raises:
             MapError: If not.
@@ -281,7 +268,27 @@ class Parts:
         if place in self.probes:
             change = np.abs(np.nan_to_num(probabilities) - np.nan_to_num(self.probes[place]))
             if change.mean() > _PROBE_CHANGE:
-                raise _other_run(f'the predictions (by {change.mean():.3f} on average)')
+                raise _other_run(f'the predictions, by {change.mean():.3f} on average')
+
+    def remaining(self, windows: Sequence[Any], dataset: Any, least: int) -> list[Any]:
+        """Leave out what is done of a sampler's windows; one is kept to compare with.
+
+        Args:
+            windows: Slices of x and y, and of t if the sampler gives them.
+            dataset: Data set of the sampler, with ``crs`` and ``res``.
+            least: Number of windows to keep, so that each rank has one.
+        """
+        epsg, (xres, yres) = dataset.crs.to_epsg(), dataset.res
+        groups: dict[str, list[Any]] = {'probe': [], 'todo': [], 'done': []}
+        for window in windows:
+            x, y = window[:2]
+            height, width = round((y.stop - y.start) / yres), round((x.stop - x.start) / xres)
+            corner = Affine(xres, 0, x.start, 0, -yres, y.stop)
+            place = self.lattices.place(epsg, zone_grid(epsg, corner, height, width))
+            done = 'done' if place in self.places else 'todo'
+            groups['probe' if place in self.probes else done].append(window)
+        some = groups['probe'] + groups['todo']
+        return some + groups['done'][: max(0, least - len(some))]
 
     def extent(self, epsg: int) -> Place:
         """Smallest window that holds all windows of a CRS."""
@@ -291,15 +298,7 @@ class Parts:
         return Place(epsg, int(row), int(col), int(height), int(width))
 
     def pixels(self, extent: Place, ids: Sequence[int]) -> Pixels:
-        """Read a map block by block.
-
-        Args:
-            extent: Pixels of the map.
-            ids: Number of each class in the map.
-
-        Yields:
-            A window of the extent, and its class, confidence and number of observations.
-        """
+        """Read a map block by block: class with these numbers, confidence, observations."""
         for key, inside, (rows, cols) in pieces(extent):
             if key in self._files:
                 yield Window.from_slices(rows, cols), _finish(self._sum(key)[:, *inside], ids)
@@ -325,10 +324,6 @@ def _other_run(differing: str) -> MapError:
     )
 
 
-def _shortened(text: str | None) -> str:
-    return 'unknown' if text is None else text if len(text) <= 80 else f'{text[:77]}...'
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
@@ -351,11 +346,11 @@ def _finish(block: NDArray[np.float32], ids: Sequence[int]) -> tuple[NDArray[Any
     return classes, confidence, block[-1].astype(np.uint16)
 
 
-def write_map(folder: Path, name: str, scheme: ClassScheme, grid: Grid, pixels: Pixels) -> None:
+def write_cogs(folder: Path, name: str, scheme: ClassScheme, grid: Grid, pixels: Pixels) -> None:
     """Write class, confidence and number of observations as Cloud-Optimized GeoTIFFs.
 
     Args:
-        folder: Folder to write to, of a run's unfinished files.
+        folder: Folder to write to.
         name: Name of the map: ``NAME.tif``, ``NAME_confidence.tif``, ``NAME_observations.tif``.
         scheme: The classes.
         grid: Where the pixels of the map lie.
@@ -382,7 +377,7 @@ def write_mosaic(folder: Path, crs: CRS, zones: Mapping[int, Grid], scheme: Clas
         MapError: If the zones have no place in the CRS.
     """
     grid = mosaic_grid(crs, [*zones.values()])
-    write_map(folder, 'mosaic', scheme, grid, _warped(folder, grid, [*zones]))
+    write_cogs(folder, 'mosaic', scheme, grid, _warped(folder, grid, [*zones]))
 
 
 def mosaic_grid(crs: CRS, zones: Sequence[Grid]) -> Grid:
@@ -431,45 +426,6 @@ def _warped(folder: Path, grid: Grid, zones: Sequence[int]) -> Pixels:
             yield window, np.take_along_axis(values, best[None, None], 0)[0]
 
 
-class Remaining(Sampler[Any]):
-    """The windows of a sampler that are not done yet, after one to compare with.
-
-    Attributes:
-        every: All windows: slices of x and y, and of t if the sampler gives them.
-        windows: Those to predict.
-    """
-
-    def __init__(self, every: Iterable[Any], parts: Parts, dataset: Any, least: int) -> None:
-        """Leave out what is done.
-
-        Args:
-            every: A sampler's windows.
-            parts: What is done.
-            dataset: Data set of the sampler, with ``crs`` and ``res``.
-            least: Number of windows to keep, so that each rank has one.
-        """
-        self.every = list(every)
-        epsg, (xres, yres) = dataset.crs.to_epsg(), dataset.res
-        groups: dict[str, list[Any]] = {'probe': [], 'todo': [], 'done': []}
-        for window in self.every:
-            x, y = window[:2]
-            height, width = round((y.stop - y.start) / yres), round((x.stop - x.start) / xres)
-            corner = Affine(xres, 0, x.start, 0, -yres, y.stop)
-            place = parts.lattices.place(epsg, zone_grid(epsg, corner, height, width))
-            done = 'done' if place in parts.places else 'todo'
-            groups['probe' if place in parts.probes else done].append(window)
-        some = groups['probe'] + groups['todo']
-        self.windows = some + groups['done'][: max(0, least - len(some))]
-
-    def __iter__(self) -> Iterator[Any]:
-        """Iterate over the windows."""
-        return iter(self.windows)
-
-    def __len__(self) -> int:
-        """Number of windows."""
-        return len(self.windows)
-
-
 class SceneWriter(MapWriter):
     """Blends overlapping windows into a map of the whole scene, one for each CRS.
 
@@ -483,12 +439,11 @@ class SceneWriter(MapWriter):
     counts once.
 
     Sums beyond ``buffer_size`` go to files in a hidden folder of the run in ``output_dir``:
-    4 * (K + 2) bytes a pixel, and
-    two or three times that if the buffer holds only a few rows of blocks. So
-    memory depends neither on the scene nor on the order of the windows. Every rank writes its own
-    parts and the first one merges them, so ranks must share the folder; runs that share it do not
-    touch each other's parts. An interrupted run leaves its parts; with ``resume`` the next run
-    continues from them if its model, classes, windows and data are the same, which digests and a
+    4 * (K + 2) bytes a pixel, and two or three times that if the buffer holds only a few rows of
+    blocks. So memory depends neither on the scene nor on the order of the windows. Every rank
+    writes its own parts and the first one merges them, so ranks must share the folder; other runs
+    in it are left alone. An interrupted run leaves its parts. With ``resume`` the next run
+    continues from them if model, settings, windows and data are the same, which digests and one
     window that is predicted again tell. A sampler in ``datamodule.predict_sampler``, or each in a
     list of them, then gives only what remains.
     """
@@ -526,6 +481,7 @@ class SceneWriter(MapWriter):
         self._parts = Parts([])
         self._dropped: list[Workplace] = []
         self._origin: dict[str, str] = {}
+        self._windows = ''
         self._rank = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -536,8 +492,7 @@ class SceneWriter(MapWriter):
         self._rank = trainer.global_rank
         self._parts = Parts(self._part_files())
         self._buffer = BlendBuffer(self._parts.lattices)
-        if self._parts.places:
-            self._skip_done(trainer)
+        self._windows = self._plan(getattr(trainer, 'datamodule', None), trainer.world_size)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the parts are of this model and these data, or delete them.
@@ -547,7 +502,7 @@ class SceneWriter(MapWriter):
         """
         super().on_predict_start(trainer, pl_module)
         origin = _origin(trainer, pl_module, self._scheme_of(trainer))
-        self._origin = trainer.strategy.broadcast(origin)
+        self._origin = trainer.strategy.broadcast(origin | {'windows': self._windows})
         self._parts.check_origin(self._origin)
         for workplace in self._dropped:
             warnings.warn(
@@ -602,7 +557,7 @@ class SceneWriter(MapWriter):
                     extent = clip(extent, lattice, bounds)
                 zones[epsg] = extent.on(lattice)
                 pixels = parts.pixels(extent, scheme.ids)
-                write_map(temporary.parent, str(epsg), scheme, zones[epsg], pixels)
+                write_cogs(temporary.parent, str(epsg), scheme, zones[epsg], pixels)
             if self.mosaic is not None:
                 write_mosaic(temporary.parent, self.mosaic, zones, scheme)
         for file in files:
@@ -610,25 +565,19 @@ class SceneWriter(MapWriter):
         for name in (*zones, *(['mosaic'] if self.mosaic else [])):
             print(f'map {name} written to {folder / f"{name}.tif"}')
 
-    def _choose(self, folder: Path) -> Workplace:
-        left, living = Workplace.found(folder)
-        for workplace in left:
-            if not workplace.parts:
-                workplace.leave()
-        left = [workplace for workplace in left if workplace.parts]
-        if self.resume and living:
-            warnings.warn(
-                f'{living} runs at work in {folder} are left alone, and their parts too',
-                S1S2Warning,
-                stacklevel=2,
-            )
-        if self.resume and left:
-            *others, last = left
-            for workplace in others:
-                workplace.leave()
-            return last
-        self._dropped = left
-        return Workplace.new(folder)
+    def _choose(self, folder: Path, left: list[Workplace]) -> Workplace:
+        if not self.resume:
+            self._dropped = left
+            return Workplace.new(folder)
+        *others, last = left or [Workplace.new(folder)]
+        for workplace in others:
+            workplace.leave()
+        return last
+
+    def _leave(self) -> None:
+        super()._leave()
+        for workplace in self._dropped:
+            workplace.leave()
 
     def _part_files(self) -> list[Path]:
         return Workplace(self._unfinished).parts if self._unfinished else []
@@ -639,18 +588,20 @@ class SceneWriter(MapWriter):
         name = next(name for name in names if name not in taken)
         self._buffer.save((self._unfinished or self._folder) / name, self._origin)
 
-    def _skip_done(self, trainer: Trainer) -> None:
-        datamodule: Any = getattr(trainer, 'datamodule', None)
+    def _plan(self, datamodule: Any, least: int) -> str:
+        """Leave out what is done of the data module's windows; return a digest of them all."""
         sampler = getattr(datamodule, 'predict_sampler', None)
         dataset = getattr(datamodule, 'predict_dataset', None)
         if sampler is None or dataset is None:
-            return
-        least = trainer.world_size
-        if isinstance(dataset, list):
-            pairs = zip(sampler, dataset, strict=True)
-            datamodule.predict_sampler = [Remaining(s, self._parts, d, least) for s, d in pairs]
-        else:
-            datamodule.predict_sampler = Remaining(sampler, self._parts, dataset, least)
+            return ''
+        several = isinstance(dataset, list)
+        datasets, samplers = (dataset, sampler) if several else ([dataset], [sampler])
+        windows = [list(sampler) for sampler in samplers]
+        if self._parts.places:
+            pairs = zip(windows, datasets, strict=True)
+            remaining = [self._parts.remaining(w, d, least) for w, d in pairs]
+            datamodule.predict_sampler = remaining if several else remaining[0]
+        return _digest(windows)
 
     @property
     def _folder(self) -> Path:
@@ -659,45 +610,40 @@ class SceneWriter(MapWriter):
 
 def _origin(trainer: Trainer, module: LightningModule, scheme: ClassScheme) -> dict[str, str]:
     """What makes the predictions what they are, by name, as far as it can be told."""
-    datamodule: Any = getattr(trainer, 'datamodule', None)
     datasets = predict_datasets(trainer)
-    samplers = getattr(datamodule, 'predict_sampler', None) or datasets
-    samplers = samplers if isinstance(samplers, list) else [samplers]
+    datamodule: Any = getattr(trainer, 'datamodule', None)
+    statistics = [getattr(datamodule, name, None) for name in ('mean', 'std')]
     settings = {
-        name: repr([getattr(dataset, name, None) for dataset in datasets])
-        for name in ('root', 'split', 'bands', 'series', 'res')
+        name: re.sub(' at 0x[0-9a-f]+', '', repr(getattr(datasets[0], name, None)))
+        for name in ('root', 'split', 'bands', 'series')
     }
-    statistics = {name: getattr(datamodule, name, None) for name in ('mean', 'std')}
     return settings | {
-        'weights': _digest(module.state_dict()),
+        'data': _digest(part for dataset in datasets for part in _content(dataset)),
         'statistics': _digest(statistics),
-        'classes': repr(scheme),
-        'windows': _digest({i: _windows(sampler) for i, sampler in enumerate(samplers)}),
-        'data': _digest({i: _content(dataset) for i, dataset in enumerate(datasets)}),
+        'weights': _digest(part for pair in module.state_dict().items() for part in pair),
+        'classes': _digest([scheme]),
     }
 
 
-def _digest(values: Mapping[Any, Any]) -> str:
+def _digest(values: Iterable[Any]) -> str:
     digest = sha256()
-    for name, value in values.items():
+    for value in values:
         if isinstance(value, torch.Tensor):
-            value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        digest.update(f'{name}:'.encode())
-        digest.update(value if isinstance(value, bytes) else repr(value).encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        else:
+            digest.update(repr(value).encode())
     return digest.hexdigest()[:16]
 
 
-def _windows(sampler: Any) -> Any:
-    if isinstance(sampler, Sampler):
-        return sampler.every if isinstance(sampler, Remaining) else list(sampler)
-    return len(sampler) if hasattr(sampler, '__len__') else None
-
-
-def _content(dataset: Any) -> tuple[Any, ...]:
-    """Places and times of a data set, and its files, where it tells them as TorchGeo's do."""
-    index = dataset.index.to_wkb().to_csv() if isinstance(dataset, GeoDataset) else None
-    stats = [(str(file), Path(file).stat()) for file in getattr(dataset, 'files', ())]
-    return type(dataset).__name__, index, [(f, s.st_size, s.st_mtime_ns) for f, s in stats]
+def _content(dataset: Any) -> Iterator[Any]:
+    """Type, size, places and times of a data set, and its files where it tells them."""
+    yield type(dataset).__name__
+    yield len(dataset) if hasattr(dataset, '__len__') else None
+    if isinstance(dataset, GeoDataset):
+        yield dataset.index.to_wkb().to_csv()
+    for file in getattr(dataset, 'files', ()):
+        stat = Path(file).stat()
+        yield str(file), stat.st_size, stat.st_mtime_ns
 
 
 def _bounds_of_data(trainer: Trainer, epsg: int) -> list[tuple[float, float, float, float]]:
