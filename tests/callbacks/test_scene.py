@@ -159,11 +159,10 @@ def read(folder: Path, name: str) -> NDArray[Any]:
 
 
 def test_weights_by_hand() -> None:
-    # sin^2 of 22.5, 67.5 and 90 degrees
-    side = np.array([0.1464466, 0.8535534, 1, 1, 1, 1, 0.8535534, 0.1464466])
-    np.testing.assert_allclose(blend_weights(8, 8), np.outer(side, side), rtol=1e-6)
-    overlapping = blend_weights(8, 8)[4]
-    np.testing.assert_allclose(overlapping[:2] + overlapping[-2:], 1)
+    # sin^2 of 22.5 and 67.5 degrees
+    side = np.array([0.1464466, 0.8535534, 0.8535534, 0.1464466])
+    np.testing.assert_allclose(blend_weights(4, 1)[:, 0], side, rtol=1e-6)
+    np.testing.assert_allclose(blend_weights(4, 4), np.outer(side, side), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -175,11 +174,11 @@ def test_windows_spread_by_hand(length: int, size: int, expected: tuple[int, int
 
 
 def test_default_windows_cover_the_scene_and_cost_at_most_1_8_times_its_pixels() -> None:
-    for length in (128, 300, *range(333, 12000, 97)):
+    for length in (*range(72, 600, 7), *range(600, 12000, 97)):
         size, stride = spread(length, 256)
         count = max(1, -(-(length - size) // stride) + 1)
         assert size + (count - 1) * stride >= length
-        assert count == 1 or stride <= size * 7 / 8
+        assert count == 1 or stride < size - 32
         assert (count * size / length) ** 2 <= 1.8
 
 
@@ -222,9 +221,9 @@ def test_two_windows_blend_by_hand(tmp_path: Path) -> None:
     seen[0] = 0
     windows = predicted(0, 0, left, np.full((4, 4), 2)), predicted(0, 2, right, seen)
     classes, confidence, observations = image(blended(tmp_path, windows))
-    # weights in columns 2 and 3: 1 and 0.5 of the left, 0.5 and 1 of the right window
+    # weights in columns 2 and 3: 0.854 and 0.146 of the left, 0.146 and 0.854 of the right window
     assert classes[1].tolist() == [1, 1, 1, 4, 4, 4]
-    assert confidence[1].tolist() == [90, 90, 63, 63, 90, 90]
+    assert confidence[1].tolist() == [90, 90, 78, 78, 90, 90]
     assert observations[1].tolist() == [2, 2, 3, 3, 3, 3]
     assert classes[0].tolist() == [1, 1, 1, 1, 0, 0]
     assert confidence[0].tolist() == [90, 90, 90, 90, 255, 255]
@@ -241,40 +240,33 @@ def test_constant_scene_gives_a_constant_map(tmp_path: Path) -> None:
 
 
 def test_seams_do_not_grow(tmp_path: Path) -> None:
-    """A model that errs at the edges of its windows, beside windows that overlap by half."""
-    size, window = 400, 64
-    truth = np.pad(scene(size), ((0, 0), (96, 96), (96, 96)), mode='edge')
-    inside = np.minimum(np.arange(window), np.arange(window)[::-1]) / 16  # 16 pixels of doubt
-    doubt = 1 - np.minimum(1, np.minimum.outer(inside, inside))
+    """A network that sees zeros beyond its windows, beside its view of the whole scene."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 3, 5, padding=2) for _ in range(4)]
+    network = torch.nn.Sequential(torch.nn.Upsample(scale_factor=4), *layers).requires_grad_(False)
+    scene = torch.randn(1, 3, 64, 64)
 
-    def errors(name: str, stride: int) -> tuple[float, float]:
-        (tmp_path / name).mkdir()
-        windows = (
-            predicted(
-                r,
-                c,
-                (
-                    truth[:, r + 96 :, c + 96 :][:, :window, :window] * (1 - doubt) + doubt / 3
-                ).astype(np.float32),
-            )
-            for r in starts(size, window, stride)
-            for c in starts(size, window, stride)
-        )
-        parts = blended(tmp_path / name, windows)
-        extent = parts.extent(32631)
-        row, col = -550000 - extent.row, 50000 - extent.col
-        layers = [layer[row : row + size, col : col + size] for layer in image(parts)]
-        error = layers[1] - 100 * truth[:, 96 : 96 + size, 96 : 96 + size].max(0)
-        return float(
-            (
-                layers[0]
-                != np.array(SCHEME.ids)[truth[:, 96 : 96 + size, 96 : 96 + size].argmax(0)]
-            ).mean()
-        ), float(np.abs(np.diff(error)).max())
+    def view(row: int, col: int, size: int) -> Any:
+        pixels = scene[:, :, row // 4 : (row + size) // 4, col // 4 : (col + size) // 4]
+        return (20 * network(pixels)).softmax(1)[0]
 
-    half, quarter = errors('half', 32), errors('quarter', 48)
-    assert quarter[0] < 0.01
-    assert quarter[1] <= half[1] + 1
+    truth = 100 * view(0, 0, 256).max(0).values.numpy()
+
+    def error_and_jump(stride: int) -> tuple[float, float]:
+        """Mean error of the confidence, and its mean change where a window ends, in percent."""
+        starts = range(0, 193, stride)
+        (tmp_path / str(stride)).mkdir()
+        windows = (predicted(r, c, view(r, c, 64)) for r in starts for c in starts)
+        error = image(blended(tmp_path / str(stride), windows))[1] - truth
+        ends = [column - 1 for column in starts[1:]] + [column + 63 for column in starts[:-1]]
+        return float(np.abs(error).mean()), float(np.abs(np.diff(error))[:, ends].mean())
+
+    half, quarter, none = map(error_and_jump, (32, 48, 64))
+    print(half, quarter, none)
+    assert quarter[0] < half[0] + 0.2
+    assert quarter[1] < half[1] + 0.1
+    assert none[0] > half[0] + 1
+    assert none[1] > 10 * half[1]
 
 
 def test_memory_is_bounded_by_the_buffer(tmp_path: Path) -> None:
@@ -476,7 +468,7 @@ def test_mosaic_joins_two_zones(tmp_path: Path) -> None:
 def test_mosaic_without_a_place_is_refused() -> None:
     with pytest.raises(MapError, match='mosaic is 999999, expected an EPSG code'):
         SceneWriter(mosaic=999999)
-    antimeridian = zone_grid(32601, from_origin(100000, 10000, 10, 10), 14000, 10)
+    antimeridian = zone_grid(32601, from_origin(100000, 10000, 10, 10), 10, 14000)
     with pytest.raises(MapError, match='no connected place'):
         mosaic_grid(CRS.from_epsg(4326), [antimeridian])
 

@@ -119,13 +119,8 @@ def clip(extent: Place, lattice: Grid, bounds: tuple[float, float, float, float]
 
 
 def blend_weights(height: int, width: int) -> NDArray[np.float32]:
-    """Weights of a window's pixels, (height, width): above 0 and at most 1.
-
-    They rise over a quarter of the window on each side as sin^2 does (a Tukey window), so those of
-    windows that overlap by a quarter add up to 1.
-    """
-    y, x = (np.minimum((np.arange(n) + 0.5) / n, 0.25) for n in (height, width))
-    y, x = (np.sin(2 * np.pi * np.minimum(v, v[::-1])) ** 2 for v in (y, x))
+    """Hann window at the pixel centres, (height, width): above 0 and at most 1."""
+    y, x = (np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in (height, width))
     return np.outer(y, x).astype(np.float32)
 
 
@@ -433,8 +428,8 @@ class SceneWriter(MapWriter):
     ``EPSG.tif`` holds the class numbers with colours and names, ``EPSG_confidence.tif`` the
     probability in percent and ``EPSG_observations.tif`` the number of valid observations (1 if
     the predictions do not say), all as Cloud-Optimized GeoTIFFs that are read back before all
-    of them take their names. The weight of probabilities falls over the outer quarter of a
-    window, so overlap the windows by a quarter or so: a
+    of them take their names. Probabilities are weighted with a Hann window, so overlap the
+    windows by a quarter or so: a
     :class:`~torchgeo.samplers.GriddedPatchSampler` with a ``stride`` in whole pixels. Each window
     counts once.
 

@@ -28,8 +28,6 @@ from torchgeo_s1s2.errors import NoPatchesError
 from torchgeo_s1s2.transforms import AugmentSeries, DayOfYear, NormalizeSeries, SeriesDropout
 from torchgeo_s1s2.transforms.series import count_observations
 
-_COST = 1.8**0.5  # a side; so many pixels are read for each of a scene
-
 
 class _FollowEpochs(Callback):
     """Tells the training patches the epoch; Lightning has no such hook for data modules."""
@@ -479,26 +477,27 @@ class MultiSenGEDataModule(NonGeoDataModule):
 
 
 def spread(length: int, size: int) -> tuple[int, int]:
-    """Spread windows evenly over a length: as many as read at most 1.8**0.5 times the pixels.
+    """Spread windows evenly over a scene so that they read at most 1.8**0.5 times its pixels.
 
-    They overlap by an eighth at least, and by about a quarter where the scene is large. Where that
-    costs more, they are smaller by multiples of 32, the stride of the encoders.
+    They overlap as far as that allows, by a quarter where the scene is large and by an eighth at
+    least, and are smaller by multiples of 32, the stride of the encoders, if that helps.
 
     Args:
-        length: Pixels of the scene.
+        length: Pixels of the scene, along one side.
         size: Pixels of a window at most.
 
     Returns:
         Pixels of a window, and from one to the next.
     """
-    choices = []
-    for smaller in range(size, 0, -32) if size % 32 == 0 else (size,):
-        needed = math.ceil((length - smaller) / (smaller - smaller // 8)) + 1
-        count = max(1, needed, int(_COST * length / smaller))
-        stride = math.ceil((length - smaller) / (count - 1)) if count > 1 else smaller
-        choices.append((max(count * smaller / length, _COST), -smaller, stride))
-    _, least, stride = min(choices)
-    return -least, stride
+    best = size // 8, size, size * 3 // 4  # overlap, window, stride
+    for window in range(size, 0, -32) if size % 32 == 0 else (size,):
+        count = int(1.8**0.5 * length / window)
+        if window >= length:
+            best = window, window, window
+        elif count > 1:
+            stride = math.ceil((length - window) / (count - 1))
+            best = max(best, (window - stride, window, stride))
+    return best[1:]
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
