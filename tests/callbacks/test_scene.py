@@ -262,11 +262,10 @@ def test_seams_do_not_grow(tmp_path: Path) -> None:
         return float(np.abs(error).mean()), float(np.abs(np.diff(error))[:, ends].mean())
 
     half, quarter, none = map(error_and_jump, (32, 48, 64))
-    print(half, quarter, none)
-    assert quarter[0] < half[0] + 0.2
-    assert quarter[1] < half[1] + 0.1
-    assert none[0] > half[0] + 1
-    assert none[1] > 10 * half[1]
+    # Whole percents alone err by 0.25, and change by 0.33.
+    assert max(quarter[0] - half[0], quarter[1] - half[1]) < 0.2
+    assert none[0] > 5 * quarter[0]
+    assert none[1] > 20 * quarter[1]
 
 
 def test_memory_is_bounded_by_the_buffer(tmp_path: Path) -> None:
