@@ -477,10 +477,11 @@ class MultiSenGEDataModule(NonGeoDataModule):
 
 
 def spread(length: int, size: int) -> tuple[int, int]:
-    """Spread windows evenly over a scene so that they read at most 1.8**0.5 times its pixels.
+    """Spread windows over a scene so that they read at most 1.8**0.5 times its pixels.
 
     They overlap as far as that allows, by a quarter where the scene is large and by an eighth at
-    least, and are smaller by multiples of 32, the stride of the encoders, if that helps.
+    least, and are smaller by multiples of 32, the stride of the encoders, if that helps. They
+    begin a multiple of 16 apart: the pooling of an encoder sees other shifts differently.
 
     Args:
         length: Pixels of the scene, along one side.
@@ -489,13 +490,14 @@ def spread(length: int, size: int) -> tuple[int, int]:
     Returns:
         Pixels of a window, and from one to the next.
     """
-    best = size // 8, size, size * 3 // 4  # overlap, window, stride
+    step = min(16, math.ceil(size / 8))
+    best = size // 8 - 1, size, size * 3 // 4  # overlap, window, stride
     for window in range(size, 0, -32) if size % 32 == 0 else (size,):
         count = int(1.8**0.5 * length / window)
         if window >= length:
             best = window, window, window
         elif count > 1:
-            stride = math.ceil((length - window) / (count - 1))
+            stride = step * math.ceil((length - window) / (step * (count - 1)))
             best = max(best, (window - stride, window, stride))
     return best[1:]
 
