@@ -37,7 +37,6 @@ data:
     classes: 10
     batch_size: 1
     predict_patch_size: {window}
-    predict_stride: {stride}
     statistics: {root}/statistics.json
 """
 
@@ -98,7 +97,6 @@ def main() -> None:
         '--sizes', type=int, nargs='+', default=[1024, 2048, 4096], help='ascending'
     )
     parser.add_argument('--window', type=int, default=256)
-    parser.add_argument('--stride', type=int, default=192)
     parser.add_argument('--backbone', default='resnet18_convlstm_inception')
     options = parser.parse_args()
     source = options.output / 'patch'

@@ -1,21 +1,30 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and the folder of a run's unfinished ones."""
 
 import os
+import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BufferedIOBase
 from pathlib import Path
+from typing import Any
+
+fcntl: Any = None
+with suppress(ImportError):  # not on Windows
+    import fcntl
 
 
 @contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a place to write a file and its sidecars; they reach ``path`` only when complete.
+def whole(path: str | os.PathLike[str], within: Path | None = None) -> Iterator[Path]:
+    """Give a place to write a file and those that belong to it; they take their names together.
 
     What is written is on the disk before it takes its name, so a disk that fills up or a power cut
     leaves no half file. Several processes and machines may write the same file: the last one stays.
 
     Args:
         path: Where the file shall be; a file that is there is replaced.
+        within: Folder of the same file system to write in; that of the file unless given.
 
     Yields:
         A path of the same name in a temporary folder of the same file system.
@@ -24,11 +33,94 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: If the file cannot be written.
     """
     path = Path(path)
-    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=within or path.parent) as folder:
         temporary = Path(folder) / path.name
         yield temporary
-        sidecars = (file for file in sorted(Path(folder).iterdir()) if file != temporary)
-        for file in (*sidecars, temporary):
+        others = (file for file in sorted(Path(folder).iterdir()) if file != temporary)
+        files = (*others, temporary)
+        for file in files:
             with file.open('rb') as written:
                 os.fsync(written.fileno())
+        for file in files:
             file.replace(path.parent / file.name)
+
+
+class Workplace:
+    """Hidden folder of one run's unfinished files, which the run holds as long as it lives.
+
+    Runs that share a folder, on one machine or several, each have their own, and tell by a lock
+    which of the others live. A run that died leaves its folder, to be continued or removed.
+
+    Attributes:
+        path: The folder.
+    """
+
+    prefix = '.torchgeo_s1s2-'
+
+    def __init__(self, path: Path) -> None:
+        """Keep the path."""
+        self.path = path
+        self._lock: BufferedIOBase | None = None
+
+    @classmethod
+    def new(cls, folder: Path) -> 'Workplace':
+        """Make one in a folder, and hold it.
+
+        Raises:
+            OSError: If that cannot be written to.
+        """
+        workplace = cls(Path(tempfile.mkdtemp(prefix=cls.prefix, dir=folder)))
+        # Nobody may find the lock before it is held.
+        workplace._hold('new')
+        (workplace.path / 'new').rename(workplace.path / 'lock')
+        return workplace
+
+    @classmethod
+    def found(cls, folder: Path) -> tuple[list['Workplace'], int]:
+        """Those with parts that dead runs left in a folder, oldest first, and how many live.
+
+        The first are held now; those without parts are removed.
+        """
+        locks = sorted(folder.glob(f'{cls.prefix}*/lock'), key=lambda lock: lock.stat().st_mtime)
+        every = [cls(lock.parent) for lock in locks]
+        dead = [workplace for workplace in every if workplace._hold('lock')]
+        for workplace in dead:
+            if not workplace.parts:
+                workplace.remove()
+        return [workplace for workplace in dead if workplace.parts], len(every) - len(dead)
+
+    @property
+    def parts(self) -> list[Path]:
+        """What the run has finished of its work, ``part-RANK-NUMBER.npz``."""
+        return sorted(self.path.glob('part-?????-?????.npz'))
+
+    def leave(self) -> None:
+        """Let another run have it, or remove it if there is nothing to continue from."""
+        if not self.parts:
+            self.remove()
+        elif self._lock:
+            self._lock.close()
+
+    def remove(self) -> None:
+        """Delete what this package wrote, and the folder if it is empty then."""
+        for file in self.parts:
+            if zipfile.is_zipfile(file):
+                file.unlink()
+        for folder in self.path.glob('.*.*/'):
+            shutil.rmtree(folder, ignore_errors=True)
+        (self.path / 'lock').unlink(missing_ok=True)
+        if self._lock:
+            self._lock.close()
+        with suppress(OSError):
+            self.path.rmdir()
+
+    def _hold(self, name: str) -> bool:
+        """Hold it until the lock is closed; False if another run does, or there are no locks."""
+        self._lock = (self.path / name).open('ab')
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            return False
+        return True

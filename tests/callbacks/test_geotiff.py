@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,14 +10,17 @@ import rasterio.shutil
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from rasterio.transform import Affine, from_origin
+from rasterio.windows import Window
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchgeo.datasets import stack_samples
 
 from torchgeo_s1s2.callbacks import GeoTIFFWriter
-from torchgeo_s1s2.callbacks.geotiff import predicted_windows
-from torchgeo_s1s2.callbacks.layers import OBSERVATIONS, classify, whole
+from torchgeo_s1s2.callbacks.geotiff import predicted_windows, zone_grid
+from torchgeo_s1s2.callbacks.layers import OBSERVATIONS, classify, write_layers
 from torchgeo_s1s2.datasets.classes import ClassScheme, LandCoverClass
+from torchgeo_s1s2.errors import MapError, S1S2Warning
+from torchgeo_s1s2.files import Workplace, whole
 
 SCHEME = ClassScheme(
     (
@@ -196,11 +200,12 @@ def test_half_precision_georeference_is_refused(tmp_path: Path) -> None:
         (torch.zeros(1, 2, 2), r'shape \(1, 2, 2\), expected \(B, K, H, W\)'),
         ([torch.zeros(1, 3, 2, 2)], 'without probabilities'),
         ({'probabilities': torch.zeros(1, 3, 2, 2), 'crs': torch.tensor([-1])}, 'no EPSG code'),
+        (torch.full((1, 3, 2, 2), -4.0), r'lie in -4..-4, probabilities in 0..1; apply softmax'),
     ],
 )
 def test_other_predictions_are_refused(outputs: Any, message: str) -> None:
     batch = stack_samples([Patches()[0]])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MapError, match=message):
         list(predicted_windows(outputs, batch))
 
 
@@ -227,24 +232,41 @@ def test_observations_come_per_pixel_or_per_slot() -> None:
 
 
 def test_classify_by_hand() -> None:
-    nan = float('nan')
-    probabilities = torch.tensor([[[0.2, 0.7, nan, 0.5]], [[0.8, 0.3, nan, 0.5]]])
+    inf = float('inf')
+    probabilities = torch.tensor([[[0.2, 0.7, -inf, 0.5]], [[0.8, 0.3, 0.6, 0.5]]])
     number, percent = classify(probabilities, torch.tensor([[1, 2, 1, 0]]), (3, 14))
     assert number.tolist() == [[14, 3, 0, 0]]
     assert percent.tolist() == [[80, 70, 255, 255]]
 
 
-@pytest.mark.parametrize(('height', 'width'), [(1, 1), (64, 64), (250, 300), (256, 256)])
+def test_predictions_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    class Lost(Task):
+        def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().predict_step(*args, **kwargs)
+            outputs['probabilities'][0, 1, 2, 3] = float('nan')
+            return outputs
+
+    with pytest.warns(S1S2Warning, match='2 predictions are not finite'):
+        predict(tmp_path, GeoTIFFWriter(), task=Lost())
+    with rasterio.open(tmp_path / 'maps' / '31UEQ_0_0.tif') as src:
+        assert np.argwhere(src.read(1) == 0).tolist() == [[2, 3]]
+
+
+@pytest.mark.parametrize(('height', 'width'), [(1, 1), (64, 64), (250, 300), (513, 1030)])
 def test_any_size_is_written_whole(tmp_path: Path, height: int, width: int) -> None:
-    value = np.arange(height * width, dtype=np.uint16).reshape(height, width)
-    path = tmp_path / 'a.tif'
-    with OBSERVATIONS.create(path, value.shape, 32631, from_origin(0, 0, 10, 10)) as dst:
-        dst.write(value, 1)
-    with rasterio.open(path) as src:
+    value = np.arange(height * width).reshape(height, width).astype(np.uint16)
+    grid = zone_grid(32631, from_origin(0, 0, 10, 10), height, width)
+    write_layers(tmp_path, 'a b.c', [OBSERVATIONS], grid, [(Window(0, 0, width, height), [value])])
+    with rasterio.open(tmp_path / 'a b.c_observations.tif') as src:
         np.testing.assert_array_equal(src.read(1), value)
 
 
-def test_failure_leaves_the_earlier_file_and_nothing_else(tmp_path: Path) -> None:
+def noise(size: int) -> Any:
+    probabilities = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return next(predicted_windows(probabilities, stack_samples([Patches()[0]])))
+
+
+def test_failure_leaves_the_earlier_files_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / 'a.tif'
     path.write_text('earlier')
     with pytest.raises(OSError, match='disk full'), whole(path) as temporary:  # noqa: PT012
@@ -257,13 +279,52 @@ def test_failure_leaves_the_earlier_file_and_nothing_else(tmp_path: Path) -> Non
 def test_full_disk_leaves_no_map(tmp_path: Path) -> None:
     resource = pytest.importorskip('resource')
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    noise = torch.rand(3, 512, 512, generator=torch.Generator().manual_seed(0))
-    window = next(predicted_windows(noise[None], stack_samples([Patches()[0]])))
-    writer = GeoTIFFWriter(tmp_path)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    window = noise(600)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
     try:
-        with pytest.raises(OSError, match='File too large'):
-            writer.write(window, SCHEME, Patches())
+        with pytest.raises(MapError, match='See whether the disk is full'):
+            GeoTIFFWriter(tmp_path, confidence=True).write(window, SCHEME, Patches())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('damage', [b'', b'0' * 100])
+def test_what_reads_otherwise_takes_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+) -> None:
+    """A disk that loses the end of a file, or a part of it, without a word."""
+    copy = rasterio.shutil.copy
+
+    def short(source: Any, target: Path, **options: Any) -> None:
+        copy(source, target, **options)
+        content = target.read_bytes()
+        target.write_bytes(content[:-100] + damage)
+
+    monkeypatch.setattr(rasterio.shutil, 'copy', short)
+    with pytest.raises(MapError, match='31UEQ_0_0 cannot be written whole'):
+        GeoTIFFWriter(tmp_path, confidence=True).write(
+            replace(noise(64), index=0), SCHEME, Patches()
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / 'maps').write_text('a file')
+    with pytest.raises(MapError, match='Give output_dir a folder'):
+        predict(tmp_path, GeoTIFFWriter())
+
+
+def test_only_files_of_dead_runs_are_removed(tmp_path: Path) -> None:
+    (tmp_path / 'maps').mkdir()
+    dead, living = Workplace.new(tmp_path / 'maps'), Workplace.new(tmp_path / 'maps')
+    (dead.path / '.31UEQ_0_0.tif.abcd1234').mkdir()
+    (dead.path / 'notes.txt').write_text('of the user')
+    assert dead._lock
+    dead._lock.close()
+    with pytest.warns(S1S2Warning, match='1 other runs are at work'):
+        predict(tmp_path, GeoTIFFWriter())
+    hidden = {p.relative_to(tmp_path / 'maps') for p in (tmp_path / 'maps').glob('.*/*')}
+    assert hidden == {Path(dead.path.name, 'notes.txt'), Path(living.path.name, 'lock')}
+    living.remove()
+    assert not living.path.exists()

@@ -1,5 +1,6 @@
 """Predictions as georeferenced rasters."""
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,15 @@ import torch
 from affine import Affine
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from rasterio.windows import Window
 from torch import Tensor
 from torch.utils.data import Subset
 
-from torchgeo_s1s2.callbacks.layers import CONFIDENCE, class_layer, classify
+from torchgeo_s1s2.callbacks.layers import CONFIDENCE, class_layer, classify, write_layers
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
+from torchgeo_s1s2.datasets.rasters import Grid, crs_of
+from torchgeo_s1s2.errors import MapError, S1S2Warning
+from torchgeo_s1s2.files import Workplace
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class PredictedWindow:
     """Class probabilities of one window and where it lies.
 
     Attributes:
-        probabilities: (K, H, W), 0..1.
+        probabilities: (K, H, W), 0..1; not finite where unknown.
         transform: From pixels to the CRS; north up.
         epsg: EPSG code of the CRS.
         observations: Number of valid observations (H, W), None if not known.
@@ -34,6 +39,12 @@ class PredictedWindow:
     epsg: int
     observations: Tensor | None = None
     index: int | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """Its pixels."""
+        height, width = self.probabilities.shape[-2:]
+        return Grid(crs_of(self.epsg), self.transform, width, height)
 
     @property
     def place(self) -> str:
@@ -54,7 +65,7 @@ def predicted_windows(outputs: Any, batch: Any) -> Iterator[PredictedWindow]:
         One window after the other.
 
     Raises:
-        ValueError: If the probabilities or the georeference are missing or of another form.
+        MapError: If the probabilities or the georeference are missing or of another form.
     """
     known = {k: v for k, v in batch.items() if v is not None} if isinstance(batch, Mapping) else {}
     if isinstance(outputs, Tensor):
@@ -65,12 +76,13 @@ def predicted_windows(outputs: Any, batch: Any) -> Iterator[PredictedWindow]:
     for i, probabilities in enumerate(known['probabilities']):
         epsg = int(known['crs'][i])
         if epsg <= 0:
-            raise ValueError('predictions have no EPSG code; give the data set a CRS that has one')
+            raise MapError('predictions have no EPSG code; give the data set a CRS that has one')
+        own, observations = _own_pixels(known, i), _observations(known, i)
         yield PredictedWindow(
-            probabilities.detach(),
+            probabilities.detach()[:, *own],
             Affine(*known['transform'][i].flatten().tolist()[:6]),
             epsg,
-            _observations(known, i),
+            None if observations is None else observations[own],
             int(known['index'][i]) if 'index' in known else None,
         )
 
@@ -78,19 +90,33 @@ def predicted_windows(outputs: Any, batch: Any) -> Iterator[PredictedWindow]:
 def _check(known: Mapping[str, Any]) -> None:
     missing = [k for k in ('probabilities', 'transform', 'crs') if k not in known]
     if missing:
-        raise ValueError(
+        raise MapError(
             f'a map cannot be made without {", ".join(missing)}: predict_step must return a dict '
             "with 'probabilities' (B, K, H, W), and it or the batch must hold 'transform' (B, 9) "
             "and 'crs' (B,), an EPSG code"
         )
     shape = tuple(known['probabilities'].shape)
     if len(shape) != 4:
-        raise ValueError(f'probabilities have the shape {shape}, expected (B, K, H, W)')
+        raise MapError(f'probabilities have the shape {shape}, expected (B, K, H, W)')
     if known['transform'].dtype not in (torch.float32, torch.float64):
-        raise ValueError(
+        raise MapError(
             f'transform is {known["transform"].dtype}, too coarse to place a map; predict with '
             'precision 32 or a mixed precision'
         )
+    values = known['probabilities'].nan_to_num(0.5, 0.5, 0.5)
+    if values.min() < -0.01 or values.max() > 1.01:
+        raise MapError(
+            f'predictions lie in {values.min():.4g}..{values.max():.4g}, probabilities in 0..1; '
+            'apply softmax in predict_step'
+        )
+
+
+def _own_pixels(known: Mapping[str, Tensor], i: int) -> tuple[slice, slice]:
+    """Rows and columns of a sample, which may be filled up to the size of its batch."""
+    if 'bounds' not in known:
+        return slice(None), slice(None)
+    xmin, xmax, xres, ymin, ymax, yres = known['bounds'][i][:6].tolist()
+    return slice(round((ymax - ymin) / yres)), slice(round((xmax - xmin) / xres))
 
 
 def _observations(known: Mapping[str, Tensor], i: int) -> Tensor | None:
@@ -119,6 +145,9 @@ class MapWriter(BasePredictionWriter):
         super().__init__(write_interval='batch')
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.classes = class_scheme(classes) if classes is not None else None
+        self._workplace: Workplace | None = None
+        self._unfinished: Path | None = None
+        self._unknown = 0
 
     @abstractmethod
     def write(self, window: PredictedWindow, scheme: ClassScheme, dataset: Any) -> None:
@@ -129,11 +158,59 @@ class MapWriter(BasePredictionWriter):
         return self.output_dir or Path(trainer.default_root_dir) / 'maps'
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the folder."""
+        """Make the folder, and in it a hidden one of this run.
+
+        Raises:
+            MapError: If they cannot be made.
+        """
         super().setup(trainer, pl_module, stage)
         if stage == 'predict':
             self.output_dir = self.folder(trainer)
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+            if trainer.is_global_zero:
+                self._workplace = self._open(self.output_dir)
+            path = self._workplace.path if self._workplace else None
+            self._unfinished = trainer.strategy.broadcast(path)
+            self._unknown = 0
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave what can be continued, and nothing else."""
+        self._leave()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the hidden folder of the run."""
+        super().teardown(trainer, pl_module, stage)
+        self._leave()
+
+    def _open(self, folder: Path) -> Workplace:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            left, living = Workplace.found(folder)
+            if living:
+                warnings.warn(
+                    f'{living} other runs are at work in {folder}; their unfinished files are '
+                    'left alone, but of maps of the same name the last one stays',
+                    S1S2Warning,
+                    stacklevel=2,
+                )
+            return self._choose(folder, left)
+        except OSError as error:
+            raise MapError(
+                f'no map can be written to {folder}: {error}. Give output_dir a folder that can '
+                'be written to'
+            ) from error
+
+    def _choose(self, folder: Path, left: list[Workplace]) -> Workplace:
+        """One of those that interrupted runs left, or a new one."""
+        for workplace in left:
+            workplace.leave()
+        return Workplace.new(folder)
+
+    def _leave(self) -> None:
+        if self._workplace:
+            self._workplace.leave()
+            self._workplace = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the classes are known, before anything is predicted."""
@@ -153,17 +230,28 @@ class MapWriter(BasePredictionWriter):
         """Write the windows of a batch.
 
         Raises:
-            ValueError: If the predictions are not class probabilities with a georeference.
+            MapError: If the predictions are not class probabilities with a georeference.
         """
         dataset = predict_datasets(trainer)[dataloader_idx]
         scheme = self._scheme(dataset)
         for window in predicted_windows(prediction, batch):
             if len(window.probabilities) != len(scheme):
-                raise ValueError(
+                raise MapError(
                     f'the model predicts {len(window.probabilities)} classes, the maps shall have '
                     f'{len(scheme)}; give model and data the same number'
                 )
+            self._unknown += _is_unknown(window)
             self.write(window, scheme, dataset)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how many predictions are not finite."""
+        if self._unknown:
+            warnings.warn(
+                f'{self._unknown} predictions are not finite where there are observations; their '
+                'pixels have no class in the map',
+                S1S2Warning,
+                stacklevel=2,
+            )
 
     def _scheme_of(self, trainer: Trainer) -> ClassScheme:
         return self._scheme(predict_datasets(trainer)[0])
@@ -171,11 +259,18 @@ class MapWriter(BasePredictionWriter):
     def _scheme(self, dataset: Any) -> ClassScheme:
         scheme = self.classes or getattr(dataset, 'classes', None)
         if not isinstance(scheme, ClassScheme):
-            raise ValueError(
+            raise MapError(
                 f'{type(dataset).__name__} has no class scheme; give {type(self).__name__} the '
                 'argument classes'
             )
         return scheme
+
+
+def _is_unknown(window: PredictedWindow) -> bool:
+    lost = ~window.probabilities.isfinite().all(0)
+    if window.observations is not None:
+        lost &= window.observations.to(lost.device) > 0
+    return bool(lost.any())
 
 
 def predict_datasets(trainer: Trainer) -> list[Any]:
@@ -197,9 +292,9 @@ class GeoTIFFWriter(MapWriter):
     A map ``NAME.tif`` holds class numbers as the class scheme gives them, 0 without an
     observation, with colour table, class names in the band's tags ``CLASS_1``, ``CLASS_2``, ...
     and in the sidecar ``NAME.tif.aux.xml``. ``NAME_confidence.tif`` holds the probability of that
-    class in percent, 255 without an observation. Both are tiled and compressed. NAME is the
-    patch's name, or EPSG code and upper left corner. A map of an earlier run is replaced; a file
-    is there whole or not at all.
+    class in percent, 255 without an observation. Both are Cloud-Optimized GeoTIFFs. NAME is the
+    patch's name, or EPSG code and upper left corner. A map of an earlier run is replaced; a map
+    is there whole, with its sidecar and its confidence, or not at all.
     """
 
     def __init__(
@@ -233,25 +328,29 @@ class GeoTIFFWriter(MapWriter):
             dataset: The data set, asked for the patch's name.
 
         Raises:
-            ValueError: If this run has written a map of that name.
+            MapError: If this run has written a map of that name.
         """
         has_name = window.index is not None and hasattr(dataset, 'name')
         name = dataset.name(window.index) if has_name else window.place
         if name in self._written:
-            raise ValueError(
+            raise MapError(
                 f'two predictions are called {name}; predict each place once, or use SceneWriter '
                 'for windows of a scene'
             )
-        number, percent = classify(window.probabilities, window.observations, scheme.ids)
-        folder, place = self.output_dir or Path(), (window.epsg, window.transform)
-        layer = class_layer(scheme)
-        layer.write(layer.path(folder, name), number, *place)
-        if self.confidence:
-            CONFIDENCE.write(CONFIDENCE.path(folder, name), percent, *place)
+        if not name or name != Path(name).name:
+            raise MapError(f'a patch is called {name!r}, which is no file name; rename it')
+        layers = class_layer(scheme), CONFIDENCE
+        values = classify(window.probabilities, window.observations, scheme.ids)
+        count = 2 if self.confidence else 1
+        grid = window.grid
+        pixels = [(Window(0, 0, grid.width, grid.height), values[:count])]
+        folder = self.output_dir or Path()
+        write_layers(folder, name, layers[:count], grid, pixels, self._unfinished)
         self._written.add(name)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how many maps there are, and where."""
+        super().on_predict_end(trainer, pl_module)
         count = torch.tensor(len(self._written), device=pl_module.device)
         total = int(trainer.strategy.reduce(count, reduce_op='sum'))
         if trainer.is_global_zero:

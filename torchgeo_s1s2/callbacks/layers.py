@@ -1,7 +1,9 @@
 """Raster layers of a map: class, confidence and number of observations."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,17 @@ from xml.etree import ElementTree
 
 import numpy as np
 import rasterio
+import rasterio.shutil
 import torch
-from affine import Affine
 from numpy.typing import NDArray
-from rasterio.crs import CRS
-from rasterio.io import DatasetWriter, MemoryFile
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import RasterioError
+from rasterio.windows import Window
 from torch import Tensor
 
 from torchgeo_s1s2.datasets.classes import ClassScheme
+from torchgeo_s1s2.datasets.rasters import Grid
+from torchgeo_s1s2.errors import MapError
 from torchgeo_s1s2.files import whole
 
 NO_CLASS = 0
@@ -24,6 +29,11 @@ NO_CLASS = 0
 
 NO_CONFIDENCE = 255
 """Value of a confidence layer without an observation."""
+
+Pixels = Iterable[tuple[Window, Sequence[NDArray[Any]]]]
+
+_GDAL_OPTIONS = {'GDAL_CACHEMAX': 128}  # MB; otherwise a share of the machine's memory
+_COG_OPTIONS = {'driver': 'COG', 'compress': 'deflate', 'blocksize': 512, 'bigtiff': 'if_safer'}
 
 
 @dataclass(frozen=True)
@@ -53,17 +63,12 @@ class Layer:
         return folder / f'{name}{self.suffix}.tif'
 
     @contextmanager
-    def create(
-        self, path: str | Path, shape: tuple[int, int], epsg: int, transform: Affine, **options: Any
-    ) -> Iterator[DatasetWriter]:
+    def create(self, path: Path, grid: Grid) -> Iterator[rasterio.io.DatasetWriter]:
         """Open a new tiled GeoTIFF with the layer's description, colours and names.
 
         Args:
-            path: File to write, or GDAL's name of one.
-            shape: Height and width.
-            epsg: EPSG code of the CRS.
-            transform: Affine transform from pixels to the CRS.
-            **options: GDAL creation options.
+            path: File to write.
+            grid: Where its pixels lie.
 
         Yields:
             A rasterio dataset to write band 1 of.
@@ -71,17 +76,16 @@ class Layer:
         profile: dict[str, Any] = {
             'driver': 'GTiff',
             'count': 1,
-            'height': shape[0],
-            'width': shape[1],
+            'height': grid.height,
+            'width': grid.width,
             'dtype': self.dtype,
             'nodata': self.nodata,
-            'crs': CRS.from_epsg(epsg),
-            'transform': transform,
+            'crs': grid.crs,
+            'transform': grid.transform,
             'tiled': True,
-            'blockxsize': 256,
-            'blockysize': 256,
+            'bigtiff': 'if_safer',
         }
-        with rasterio.open(path, 'w', **(profile | options)) as dst:
+        with rasterio.open(path, 'w', **profile) as dst:
             dst.set_band_description(1, self.description)
             if self.units:
                 dst.set_band_unit(1, self.units)
@@ -91,26 +95,6 @@ class Layer:
                 names = zip(self.scheme.ids, self.scheme.names, strict=True)
                 dst.update_tags(1, **{f'CLASS_{i}': name for i, name in names})
             yield dst
-
-    def write(self, path: Path, value: NDArray[Any], epsg: int, transform: Affine) -> None:
-        """Write a compressed, tiled GeoTIFF, whole or not at all.
-
-        Args:
-            path: File to write; one that is there is replaced.
-            value: Pixels (H, W).
-            epsg: EPSG code of the CRS.
-            transform: Affine transform from pixels to the CRS.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
-        # GDAL does not report a disk that fills up while a file is closed; Python does.
-        with whole(path) as temporary, MemoryFile(ext='.tif') as memory:
-            shape = value.shape[0], value.shape[1]
-            with self.create(memory.name, shape, epsg, transform, compress='deflate') as dst:
-                dst.write(value, 1)
-            temporary.write_bytes(memory.getbuffer())
-            self.write_category_names(temporary)
 
     def write_category_names(self, path: Path) -> None:
         """Write GDAL's sidecar with the class names, which GIS programs show in the legend.
@@ -138,13 +122,97 @@ def class_layer(scheme: ClassScheme) -> Layer:
     return Layer('', 'uint8', NO_CLASS, 'land cover', 'mode', scheme=scheme)
 
 
+def write_layers(
+    folder: Path,
+    name: str,
+    layers: Sequence[Layer],
+    grid: Grid,
+    pixels: Pixels,
+    within: Path | None = None,
+) -> None:
+    """Write the layers of a map as Cloud-Optimized GeoTIFFs, all of them whole or none.
+
+    GDAL does not report every disk that fills up, so what it wrote is read back and compared.
+
+    Args:
+        folder: Folder of the map.
+        name: Name of the map.
+        layers: Its layers.
+        grid: Where its pixels lie.
+        pixels: Windows of the grid and the values of the layers there.
+        within: Folder of the same file system to write in; ``folder`` unless given.
+
+    Raises:
+        MapError: If a file cannot be written, or reads otherwise.
+    """
+    with (
+        _named(folder / name),
+        rasterio.Env(**_GDAL_OPTIONS),
+        whole(layers[0].path(folder, name), within) as first,
+        tempfile.TemporaryDirectory(prefix='.plain.', dir=first.parent) as plain,
+    ):
+        sources = [layer.path(Path(plain), name) for layer in layers]
+        given = _write_plain(sources, layers, grid, pixels)
+        for layer, source, sums in zip(layers, sources, given, strict=True):
+            target = layer.path(first.parent, name)
+            options = _COG_OPTIONS | {'overview_resampling': layer.resampling}
+            rasterio.shutil.copy(source, target, **options)
+            layer.write_category_names(target)
+            _check(target, sums)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RasterioError, CPLE_BaseError) as error:
+        raise MapError(
+            f'the map {path} cannot be written whole: {error}. See whether the disk is full'
+        ) from error
+
+
+def _write_plain(
+    paths: Sequence[Path], layers: Sequence[Layer], grid: Grid, pixels: Pixels
+) -> list[list[tuple[Window, int]]]:
+    """Write uncompressed rasters; return checksums of each one's windows."""
+    given: list[list[tuple[Window, int]]] = [[] for _ in layers]
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(layer.create(path, grid))
+            for layer, path in zip(layers, paths, strict=True)
+        ]
+        for window, values in pixels:
+            for dst, value, sums in zip(files, values, given, strict=True):
+                value = value.astype(dst.dtypes[0], copy=False)
+                dst.write(value, 1, window=window)
+                sums.append((window, _checksum(value)))
+    return given
+
+
+def _check(path: Path, sums: Sequence[tuple[Window, int]]) -> None:
+    """Read every block of a raster and of its overviews, and compare checksums of windows."""
+    with rasterio.open(path) as src:
+        levels = range(len(src.overviews(1)))
+        for window, checksum in sums:
+            if _checksum(src.read(1, window=window)) != checksum:
+                raise OSError(f'{path.name} has other values than were written')
+    for options in ({}, *({'overview_level': level} for level in levels)):
+        with rasterio.open(path, **options) as src:
+            for _, window in src.block_windows(1):
+                src.read(1, window=window)
+
+
+def _checksum(value: NDArray[Any]) -> int:
+    return zlib.crc32(np.ascontiguousarray(value))
+
+
 def classify(
     probabilities: Tensor, observations: Tensor | None, ids: Sequence[int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Most probable class and its probability.
 
     Args:
-        probabilities: (K, H, W), 0..1; NaN where unknown.
+        probabilities: (K, H, W), 0..1; not finite where unknown.
         observations: (H, W), 0 where nothing was observed; None if all was.
         ids: Number of each class in the map, 1..254.
 
@@ -152,11 +220,11 @@ def classify(
         Class numbers (H, W), 0 where unknown, and percent (H, W), 0..100, 255 where unknown.
     """
     confidence, index = probabilities.float().max(0)
-    known = confidence.isfinite()
+    known = probabilities.isfinite().all(0)
     if observations is not None:
         known &= observations.to(known.device) > 0
     numbers = torch.tensor(ids, dtype=torch.uint8, device=index.device)[index]
-    percent = (100 * confidence).round().clamp(0, 100).nan_to_num().to(torch.uint8)
+    percent = (100 * confidence).nan_to_num().round().clamp(0, 100).to(torch.uint8)
     return (
         numbers.masked_fill(~known, NO_CLASS).cpu().numpy(),
         percent.masked_fill(~known, NO_CONFIDENCE).cpu().numpy(),

@@ -1,75 +1,57 @@
 """Maps of whole scenes from overlapping windows, in bounded memory."""
 
+import itertools
+import json
 import math
-import shutil
-import tempfile
+import re
+import warnings
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
-import rasterio.shutil
 import torch
 from affine import Affine
 from lightning.pytorch import LightningModule, Trainer
 from numpy.typing import NDArray
 from rasterio.crs import CRS
+from rasterio.errors import CRSError
 from rasterio.vrt import WarpedVRT
-from rasterio.warp import transform_bounds
+from rasterio.warp import calculate_default_transform, transform_bounds
 from rasterio.windows import Window
-from torch.utils.data import Sampler
 from torchgeo.datasets import GeoDataset
 
-from torchgeo_s1s2.callbacks.geotiff import MapWriter, PredictedWindow, predict_datasets
+from torchgeo_s1s2.callbacks.geotiff import (
+    MapWriter,
+    PredictedWindow,
+    predict_datasets,
+)
 from torchgeo_s1s2.callbacks.layers import (
     CONFIDENCE,
     OBSERVATIONS,
-    Layer,
+    Pixels,
     class_layer,
     classify,
+    write_layers,
 )
 from torchgeo_s1s2.datasets.classes import ClassScheme
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.datasets.rasters import Grid, crs_of
+from torchgeo_s1s2.errors import MapError, S1S2Warning
+from torchgeo_s1s2.files import Workplace, whole
 
 BLOCK = 512
 """Height and width in pixels of the blocks that a scene is summed in."""
 
-_GDAL_OPTIONS = {'GDAL_CACHEMAX': 128}  # MB; otherwise a share of the machine's memory
-_COG_OPTIONS = {'driver': 'COG', 'compress': 'deflate', 'blocksize': 512, 'bigtiff': 'if_safer'}
-
 Block = tuple[int, int, int]  # EPSG code, row and column of blocks
-Pixels = Iterable[tuple[Window, Sequence[NDArray[Any]]]]
-
-
-class Grid(NamedTuple):
-    """Pixel grid of a scene: pixel (row, col) begins at ((col + x) * xres, (row + y) * yres)."""
-
-    epsg: int
-    xres: float
-    yres: float
-    x: float
-    y: float
-
-    def transform(self, row: int, col: int) -> Affine:
-        """Affine transform of a raster whose upper left pixel is (row, col)."""
-        return Affine(
-            self.xres, 0, (col + self.x) * self.xres, 0, self.yres, (row + self.y) * self.yres
-        )
-
-    def check(self, other: 'Grid') -> None:
-        """Raise a ValueError unless both are one grid, within a thousandth of a pixel."""
-        if not np.allclose(self, other, rtol=1e-9, atol=1e-3):
-            raise ValueError(
-                f'the windows of EPSG:{self.epsg} lie on different pixel grids, {self} and {other};'
-                ' a scene needs one: predict with a single resolution, and a stride in whole pixels'
-            )
 
 
 class Place(NamedTuple):
-    """Pixels of a window on the grid of its scene."""
+    """Pixels of a window on the lattice of its zone."""
 
     epsg: int
     row: int
@@ -77,39 +59,50 @@ class Place(NamedTuple):
     height: int
     width: int
 
+    def on(self, lattice: Grid) -> Grid:
+        """Where the pixels lie."""
+        return lattice.window(self.col, self.row, self.width, self.height)
 
-def locate(epsg: int, transform: Affine, height: int, width: int) -> tuple[Grid, Place]:
-    """Find the grid of a window and its pixels there.
 
-    Args:
-        epsg: EPSG code of the CRS.
-        transform: Affine transform of the window.
-        height: Height in pixels.
-        width: Width in pixels.
+def lattice_of(grid: Grid) -> Grid:
+    """The pixels of a grid, counted from the origin of its CRS whatever window they are of.
 
     Raises:
-        ValueError: If the window is not north up.
+        MapError: If the grid is not north up.
     """
-    if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
-        raise ValueError(f'a window of a scene must be north up, its transform is {transform}')
-    x, y = transform.c / transform.a, transform.f / transform.e
+    t = grid.transform
+    if t.b or t.d or t.a <= 0 or t.e >= 0:
+        raise MapError(f'a window of a scene must be north up, its transform is {t}')
     # The quarter keeps whole and half pixels, the usual origins, away from the step of floor.
-    col, row = math.floor(x + 0.25), math.floor(y + 0.25)
-    grid = Grid(epsg, transform.a, transform.e, x - col, y - row)
-    return grid, Place(epsg, row, col, height, width)
+    col, row = math.floor(t.c / t.a + 0.25), math.floor(t.f / t.e + 0.25)
+    return grid.window(-col, -row, 0, 0)
 
 
-def clip(extent: Place, grid: Grid, bounds: tuple[float, float, float, float]) -> Place:
-    """Leave out the pixels of an extent that lie wholly beyond bounds.
+class Lattices(dict[int, Grid]):
+    """The one pixel lattice of each zone, by EPSG code."""
 
-    Args:
-        extent: Pixels on the grid.
-        grid: Their pixel grid.
-        bounds: Least x and y, largest x and y.
-    """
-    xmin, ymin, xmax, ymax = bounds
-    left, right = (x / grid.xres - grid.x for x in (xmin, xmax))
-    top, bottom = (y / grid.yres - grid.y for y in (ymax, ymin))
+    def place(self, epsg: int, grid: Grid) -> Place:
+        """Pixels of a window; the first one of a zone gives the lattice.
+
+        Raises:
+            MapError: If it lies on another lattice than the windows before.
+        """
+        lattice = self.setdefault(epsg, lattice_of(grid))
+        offset = grid.offset_in(lattice)
+        if offset is None:
+            raise MapError(
+                f'the windows of EPSG:{epsg} lie on different pixel grids, {grid.transform!r} and '
+                f'{lattice.transform!r}; a scene needs one: predict with a single resolution, and '
+                'a stride in whole pixels'
+            )
+        return Place(epsg, offset[1], offset[0], grid.height, grid.width)
+
+
+def clip(extent: Place, lattice: Grid, bounds: tuple[float, float, float, float]) -> Place:
+    """Leave out the pixels that lie wholly beyond bounds: least x and y, largest x and y."""
+    t = lattice.transform
+    left, right = ((x - t.c) / t.a for x in bounds[::2])
+    bottom, top = ((y - t.f) / t.e for y in bounds[1::2])
     row, col = max(extent.row, math.floor(top + 1e-3)), max(extent.col, math.floor(left + 1e-3))
     last_row = min(extent.row + extent.height, math.ceil(bottom - 1e-3))
     last_col = min(extent.col + extent.width, math.ceil(right - 1e-3))
@@ -123,11 +116,7 @@ def blend_weights(height: int, width: int) -> NDArray[np.float32]:
 
 
 def pieces(place: Place) -> Iterator[tuple[Block, tuple[slice, slice], tuple[slice, slice]]]:
-    """Cut a window along the blocks.
-
-    Yields:
-        A block, the pixels in the block, and the same pixels in the window.
-    """
+    """Cut a window: a block, its rows and columns, and the same pixels in the window."""
     for row, in_row, of_row in _cut(place.row, place.height):
         for col, in_col, of_col in _cut(place.col, place.width):
             yield (place.epsg, row, col), (in_row, in_col), (of_row, of_col)
@@ -152,62 +141,62 @@ class BlendBuffer:
     Attributes:
         blocks: Sums of each block.
         places: Windows that are in the sums.
-        grids: Pixel grid of each EPSG code.
+        lattices: Pixel lattice of each EPSG code.
+        probe: Probabilities of the first of the windows.
     """
 
-    def __init__(self) -> None:
-        """Begin empty."""
+    def __init__(self, lattices: Mapping[int, Grid] | None = None) -> None:
+        """Begin empty, on known lattices if there are any."""
         self.blocks: dict[Block, NDArray[np.float32]] = {}
         self.places: list[Place] = []
-        self.grids: dict[int, Grid] = {}
+        self.lattices = Lattices(lattices or {})
+        self.probe = np.zeros(0, np.float16)
 
     @property
     def nbytes(self) -> int:
         """Memory of the sums in bytes."""
         return sum(block.nbytes for block in self.blocks.values())
 
-    def add(
-        self,
-        grid: Grid,
-        place: Place,
-        probabilities: NDArray[np.float32],
-        observations: NDArray[Any] | None = None,
-    ) -> None:
-        """Add a window.
-
-        Args:
-            grid: Its pixel grid.
-            place: Its pixels.
-            probabilities: (K, H, W), 0..1; NaN where unknown.
-            observations: (H, W), 0 where nothing was observed; 1 everywhere unless given.
+    def add(self, window: PredictedWindow) -> None:
+        """Add a window; one observation everywhere unless it says otherwise.
 
         Raises:
-            ValueError: If it lies on another grid than the windows before.
+            MapError: If it lies on another lattice than the windows before.
         """
-        self.grids.setdefault(grid.epsg, grid).check(grid)
-        count = np.ones(probabilities.shape[1:]) if observations is None else observations
+        place = self.lattices.place(window.epsg, window.grid)
+        probabilities = window.probabilities.float().cpu().numpy()
+        seen = window.observations
+        count = np.ones(probabilities.shape[1:]) if seen is None else seen.cpu().numpy()
         known = (count > 0) & np.isfinite(probabilities).all(0)
         weight = np.where(known, blend_weights(place.height, place.width), np.float32(0))
-        sums = np.concatenate([np.nan_to_num(probabilities) * weight, weight[None]])
+        sums = np.concatenate([np.where(known, probabilities, 0) * weight, weight[None]])
         for key, inside, outside in pieces(place):
             if key not in self.blocks:
                 self.blocks[key] = np.zeros((len(sums) + 1, BLOCK, BLOCK), np.float32)
             block = self.blocks[key]
             block[:-1, *inside] += sums[:, *outside]
             np.maximum(block[-1, *inside], (count * known)[outside], out=block[-1, *inside])
+        if not self.places:
+            self.probe = probabilities.astype(np.float16)
         self.places.append(place)
 
-    def save(self, path: Path) -> None:
-        """Write the sums as one ``.npz`` file, whole or not at all, and begin empty.
+    def save(self, path: Path, origin: Mapping[str, str]) -> None:
+        """Write the sums and what they were made of as ``.npz``, and begin empty.
 
-        Args:
-            path: File to write.
+        Raises:
+            MapError: If the file cannot be written.
         """
         arrays: dict[str, Any] = {'_'.join(map(str, k)): b for k, b in self.blocks.items()}
-        with whole(path) as temporary:
-            np.savez(
-                temporary, places=np.array(self.places), grids=[*self.grids.values()], **arrays
-            )
+        lattices = [(epsg, *grid.transform[:6]) for epsg, grid in self.lattices.items()]
+        arrays |= {'places': self.places, 'lattices': lattices, 'probe': self.probe}
+        try:
+            with whole(path) as temporary:
+                np.savez(temporary, origin=json.dumps(origin), **arrays)
+        except OSError as error:
+            raise MapError(
+                f'{path} cannot be written: {error}. Free space on its disk, and continue with '
+                'resume: true'
+            ) from error
         self.blocks.clear()
         self.places.clear()
 
@@ -215,27 +204,77 @@ class BlendBuffer:
 class Parts:
     """Saved sums of a scene, read block by block."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, paths: Iterable[Path]) -> None:
         """List what is in the parts of all ranks.
 
-        Args:
-            folder: Folder of the parts.
-
         Raises:
-            ValueError: If they do not lie on one grid.
+            MapError: If one is damaged, or they do not lie on one lattice.
         """
         self.places: set[Place] = set()
-        self.grids: dict[int, Grid] = {}
+        self.probes: dict[Place, NDArray[np.float16]] = {}
+        self.lattices = Lattices()
+        self.origins: list[dict[str, str]] = []
         self._files: dict[Block, list[Path]] = defaultdict(list)
-        for path in sorted(folder.glob('part-*.npz')):
-            with np.load(path) as part:
-                self.places |= {Place(*map(int, p)) for p in part['places']}
-                for epsg, *rest in part['grids']:
-                    grid = Grid(int(epsg), *rest)
-                    self.grids.setdefault(grid.epsg, grid).check(grid)
-                for name in set(part.files) - {'places', 'grids'}:
-                    epsg, row, col = map(int, name.split('_'))
-                    self._files[epsg, row, col].append(path)
+        for path in paths:
+            with _opened(path) as part:
+                self._list(path, part)
+
+    def _list(self, path: Path, part: Mapping[str, NDArray[Any]]) -> None:
+        places = [Place(*map(int, place)) for place in part['places']]
+        self.places.update(places)
+        self.probes = self.probes or {places[0]: part['probe']}
+        self.origins.append(json.loads(str(part['origin'])))
+        for epsg, *transform in part['lattices']:
+            self.lattices.place(int(epsg), Grid(crs_of(int(epsg)), Affine(*transform), 0, 0))
+        for name in set(part) - {'places', 'lattices', 'probe', 'origin'}:
+            epsg, row, col = map(int, name.split('_'))
+            self._files[epsg, row, col].append(path)
+
+    def check_origin(self, origin: Mapping[str, str]) -> None:
+        """Check that the parts were made of the same model, settings and data.
+
+        Raises:
+            MapError: If not; the message names what differs.
+        """
+        for other in self.origins:
+            differing = [
+                f'{key}, then {other.get(key)}, now {origin.get(key)}'
+                for key in {**other, **origin}
+                if other.get(key) != origin.get(key)
+            ]
+            if differing:
+                raise _other_run('; '.join(differing))
+
+    def check_probe(self, place: Place, probabilities: NDArray[np.float32]) -> None:
+        """Check that the window that the parts keep is predicted as it was.
+
+        Raises:
+            MapError: If not.
+        """
+        if place in self.probes:
+            change = np.abs(np.nan_to_num(probabilities) - np.nan_to_num(self.probes[place]))
+            if change.mean() > _PROBE_CHANGE:
+                raise _other_run(f'the predictions, by {change.mean():.3f} on average')
+
+    def remaining(self, windows: Sequence[Any], dataset: Any, least: int) -> list[Any]:
+        """Leave out what is done of a sampler's windows; one is kept to compare with.
+
+        Args:
+            windows: Slices of x and y, and of t if the sampler gives them.
+            dataset: Data set of the sampler, with ``crs`` and ``res``.
+            least: Number of windows to keep, so that each rank has one.
+        """
+        epsg, (xres, yres) = dataset.crs.to_epsg(), dataset.res
+        groups: dict[str, list[Any]] = {'probe': [], 'todo': [], 'done': []}
+        for window in windows:
+            x, y = window[:2]
+            height, width = round((y.stop - y.start) / yres), round((x.stop - x.start) / xres)
+            corner = Affine(xres, 0, x.start, 0, -yres, y.stop)
+            place = self.lattices.place(epsg, Grid(crs_of(epsg), corner, width, height))
+            done = 'done' if place in self.places else 'todo'
+            groups['probe' if place in self.probes else done].append(window)
+        some = groups['probe'] + groups['todo']
+        return some + groups['done'][: max(0, least - len(some))]
 
     def extent(self, epsg: int) -> Place:
         """Smallest window that holds all windows of a CRS."""
@@ -245,30 +284,44 @@ class Parts:
         return Place(epsg, int(row), int(col), int(height), int(width))
 
     def pixels(self, extent: Place, ids: Sequence[int]) -> Pixels:
-        """Read a map block by block.
-
-        Args:
-            extent: Pixels of the map.
-            ids: Number of each class in the map.
-
-        Yields:
-            A window of the extent, and its class, confidence and number of observations.
-        """
-        for key, inside, outside in pieces(extent):
+        """Read a map block by block: class with these numbers, confidence, observations."""
+        for key, inside, (rows, cols) in pieces(extent):
             if key in self._files:
-                block = self._sum(key)[:, *inside]
-                rows, cols = outside
-                yield Window.from_slices(rows, cols), _finish(block, ids)
+                yield Window.from_slices(rows, cols), _finish(self._sum(key)[:, *inside], ids)
 
     def _sum(self, key: Block) -> NDArray[np.float32]:
         total: Any = 0
         for path in self._files[key]:
-            with np.load(path) as part:
+            with _opened(path) as part:
                 block = part['_'.join(map(str, key))]
             most = np.maximum(block[-1], total[-1]) if np.ndim(total) else block[-1]
             total = total + block
             total[-1] = most
         return total
+
+
+_PROBE_CHANGE = 0.01  # another batch size or device changes probabilities by less than 0.001
+
+
+def _other_run(differing: str) -> MapError:
+    return MapError(
+        f'the parts of the interrupted run were made otherwise; what differs: {differing}. Give '
+        'the model, settings and data of that run to continue it, or resume: false to begin anew'
+    )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with np.load(path) as part:
+            yield part
+    except MapError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise MapError(
+            f'{path} cannot be read: {error}. Delete it, and resume: true predicts its windows '
+            'again'
+        ) from error
 
 
 def _finish(block: NDArray[np.float32], ids: Sequence[int]) -> tuple[NDArray[Any], ...]:
@@ -279,83 +332,72 @@ def _finish(block: NDArray[np.float32], ids: Sequence[int]) -> tuple[NDArray[Any
     return classes, confidence, block[-1].astype(np.uint16)
 
 
-def write_cogs(
-    folder: Path, name: str, scheme: ClassScheme, grid: Grid, extent: Place, pixels: Pixels
-) -> None:
+def write_cogs(folder: Path, name: str, scheme: ClassScheme, grid: Grid, pixels: Pixels) -> None:
     """Write class, confidence and number of observations as Cloud-Optimized GeoTIFFs.
 
     Args:
         folder: Folder to write to.
         name: Name of the map: ``NAME.tif``, ``NAME_confidence.tif``, ``NAME_observations.tif``.
         scheme: The classes.
-        grid: Pixel grid.
-        extent: Pixels of the map on the grid.
-        pixels: Windows of the extent and the values of the three layers there.
+        grid: Where the pixels of the map lie.
+        pixels: Windows of the grid and the values of the three layers there.
 
     Raises:
-        OSError: If a file cannot be written.
+        MapError: If a file cannot be written.
     """
-    layers = class_layer(scheme), CONFIDENCE, OBSERVATIONS
-    shape = extent.height, extent.width
-    place = extent.epsg, grid.transform(extent.row, extent.col)
-    with tempfile.TemporaryDirectory(prefix='.', dir=folder) as temporary:
-        plain = [layer.path(Path(temporary), name) for layer in layers]
-        with rasterio.Env(**_GDAL_OPTIONS), ExitStack() as stack:
-            files = [
-                stack.enter_context(layer.create(path, shape, *place, bigtiff='if_safer'))
-                for layer, path in zip(layers, plain, strict=True)
-            ]
-            for window, values in pixels:
-                for dst, value in zip(files, values, strict=True):
-                    dst.write(value, 1, window=window)
-        for layer, path in zip(layers, plain, strict=True):
-            _write_cog(layer, path, layer.path(folder, name), shape)
+    write_layers(folder, name, (class_layer(scheme), CONFIDENCE, OBSERVATIONS), grid, pixels)
 
 
-def _write_cog(layer: Layer, plain: Path, path: Path, shape: tuple[int, int]) -> None:
-    """Copy an uncompressed raster, and write its sidecar."""
-    expected = shape[0] * shape[1] * np.dtype(layer.dtype).itemsize
-    if plain.stat().st_size < expected:  # GDAL does not report a disk that fills up on closing
-        raise OSError(f'{plain} has less than its {expected} bytes; is the disk full?')
-    with whole(path) as temporary, rasterio.Env(**_GDAL_OPTIONS):
-        rasterio.shutil.copy(plain, temporary, overview_resampling=layer.resampling, **_COG_OPTIONS)
-        layer.write_category_names(temporary)
-
-
-def write_mosaic(folder: Path, epsg: int, grids: Mapping[int, Grid], scheme: ClassScheme) -> None:
+def write_mosaic(folder: Path, crs: CRS, zones: Mapping[int, Grid], scheme: ClassScheme) -> None:
     """Warp the maps of all zones to one CRS: ``mosaic.tif`` and its two companions.
 
     Every pixel is the nearest one of a zone's map; where zones overlap, the more confident.
 
     Args:
         folder: Folder of the zones' maps.
-        epsg: EPSG code of the mosaic, a CRS in the unit of the zones.
-        grids: Pixel grid of each zone.
+        crs: CRS of the mosaic.
+        zones: Where the map of each zone lies.
         scheme: The classes.
+
+    Raises:
+        MapError: If the zones have no place in the CRS.
     """
-    first = next(iter(grids.values()))
-    grid = Grid(epsg, first.xres, first.yres, 0, 0)
-    bounds = np.array([_bounds(folder / f'{zone}.tif', epsg) for zone in grids])
+    grid = mosaic_grid(crs, [*zones.values()])
+    write_cogs(folder, 'mosaic', scheme, grid, _warped(folder, grid, [*zones]))
+
+
+def mosaic_grid(crs: CRS, zones: Sequence[Grid]) -> Grid:
+    """Grid that holds zones in another CRS, its corner on a multiple of the resolution.
+
+    The resolution is that of the first zone; in another unit, the one that keeps the number of
+    pixels on the diagonal as it is.
+
+    Args:
+        crs: The CRS.
+        zones: Where the map of each zone lies.
+
+    Raises:
+        MapError: If a zone has no place in the CRS.
+    """
+    first = zones[0]
+    res = first.transform
+    if crs.units_factor != first.crs.units_factor:
+        size = first.width, first.height
+        res = calculate_default_transform(first.crs, crs, *size, *first.bounds)[0]
+    bounds = np.array([transform_bounds(zone.crs, crs, *zone.bounds) for zone in zones])
     (xmin, ymin), (xmax, ymax) = bounds[:, :2].min(0), bounds[:, 2:].max(0)
-    row, col = math.floor(ymax / grid.yres), math.floor(xmin / grid.xres)
-    height, width = math.ceil(ymin / grid.yres) - row, math.ceil(xmax / grid.xres) - col
-    extent = Place(epsg, row, col, height, width)
-    write_cogs(folder, 'mosaic', scheme, grid, extent, _warped(folder, grid, extent, [*grids]))
+    if not (np.isfinite(bounds).all() and (bounds[:, :2] < bounds[:, 2:]).all()):
+        raise MapError(
+            f'the scenes have no connected place in {crs}; give mosaic another EPSG code'
+        )
+    col, row = math.floor(xmin / res.a), math.floor(ymax / res.e)
+    width, height = math.ceil(xmax / res.a) - col, math.ceil(ymin / res.e) - row
+    corner = Affine(res.a, 0, col * res.a, 0, res.e, row * res.e)
+    return replace(first, crs=crs, transform=corner, width=width, height=height)
 
 
-def _bounds(path: Path, epsg: int) -> tuple[float, float, float, float]:
-    with rasterio.open(path) as src:
-        xmin, ymin, xmax, ymax = transform_bounds(src.crs, CRS.from_epsg(epsg), *src.bounds)
-    return xmin, ymin, xmax, ymax
-
-
-def _warped(folder: Path, grid: Grid, extent: Place, zones: Sequence[int]) -> Pixels:
-    options = {
-        'crs': CRS.from_epsg(grid.epsg),
-        'transform': grid.transform(extent.row, extent.col),
-        'height': extent.height,
-        'width': extent.width,
-    }
+def _warped(folder: Path, grid: Grid, zones: Sequence[int]) -> Pixels:
+    options = {k: getattr(grid, k) for k in ('crs', 'transform', 'height', 'width')}
     suffixes = '', CONFIDENCE.suffix, OBSERVATIONS.suffix
     with ExitStack() as stack:
         sources = [
@@ -363,50 +405,11 @@ def _warped(folder: Path, grid: Grid, extent: Place, zones: Sequence[int]) -> Pi
             for zone in zones
         ]
         maps = [[stack.enter_context(WarpedVRT(src, **options)) for src in s] for s in sources]
-        for _, _, (rows, cols) in pieces(extent):
+        for _, _, (rows, cols) in pieces(Place(0, 0, 0, grid.height, grid.width)):
             window = Window.from_slices(rows, cols)
             values = np.array([[src.read(1, window=window) for src in m] for m in maps])
             best = np.where(values[:, 0] == 0, -1, values[:, 1].astype(int)).argmax(0)
-            chosen = np.take_along_axis(values, best[None, None], 0)[0]
-            yield window, [v.astype(s.dtypes[0]) for v, s in zip(chosen, sources[0], strict=True)]
-
-
-class Remaining(Sampler[Any]):
-    """The windows of a sampler that are not done yet.
-
-    Attributes:
-        windows: Slices of x and y, and of t if the sampler gives them.
-    """
-
-    def __init__(
-        self, windows: Iterable[Any], done: set[Place], grid: tuple[int, float, float], least: int
-    ) -> None:
-        """Leave out what is done.
-
-        Args:
-            windows: A sampler's windows.
-            done: Windows that are in the parts.
-            grid: EPSG code, width and height of a pixel.
-            least: Number of windows to keep, so that each rank has one.
-        """
-        epsg, xres, yres = grid
-        todo: list[Any] = []
-        finished: list[Any] = []
-        for window in windows:
-            x, y = window[:2]
-            height, width = round((y.stop - y.start) / yres), round((x.stop - x.start) / xres)
-            corner = Affine(xres, 0, x.start, 0, -yres, y.stop)
-            place = locate(epsg, corner, height, width)[1]
-            (finished if place in done else todo).append(window)
-        self.windows = todo + finished[: max(0, least - len(todo))]
-
-    def __iter__(self) -> Iterator[Any]:
-        """Iterate over the windows."""
-        return iter(self.windows)
-
-    def __len__(self) -> int:
-        """Number of windows."""
-        return len(self.windows)
+            yield window, np.take_along_axis(values, best[None, None], 0)[0]
 
 
 class SceneWriter(MapWriter):
@@ -415,17 +418,20 @@ class SceneWriter(MapWriter):
     The map has the extent of the data, or of the windows if these do not tell it.
     ``EPSG.tif`` holds the class numbers with colours and names, ``EPSG_confidence.tif`` the
     probability in percent and ``EPSG_observations.tif`` the number of valid observations (1 if
-    the predictions do not say), all as Cloud-Optimized GeoTIFFs. Probabilities are weighted with a
-    Hann window, so overlap the windows by half or so: a
+    the predictions do not say), all as Cloud-Optimized GeoTIFFs that are read back before all
+    of them take their names. Probabilities are weighted with a Hann window, so overlap the
+    windows by a quarter or so: a
     :class:`~torchgeo.samplers.GriddedPatchSampler` with a ``stride`` in whole pixels. Each window
     counts once.
 
-    Sums beyond ``buffer_size`` go to files in ``output_dir/parts``: 4 * (K + 2) bytes a pixel, and
-    two or three times that if the buffer holds only a few rows of blocks. So
-    memory depends neither on the scene nor on the order of the windows. Every rank writes its own
-    parts and the first one merges them, so ranks must share the folder. An interrupted run leaves
-    its parts; with ``resume`` the next run, of the same model, continues from them. A sampler in
-    ``datamodule.predict_sampler``, or each in a list of them, then gives only what remains.
+    Sums beyond ``buffer_size`` go to files in a hidden folder of the run in ``output_dir``:
+    4 * (K + 2) bytes a pixel, and two or three times that if the buffer holds only a few rows of
+    blocks. So memory depends neither on the scene nor on the order of the windows. Every rank
+    writes its own parts and the first one merges them, so ranks must share the folder; other runs
+    in it are left alone. An interrupted run leaves its parts. With ``resume`` the next run
+    continues from them if model, settings, windows and data are the same, which digests and one
+    window that is predicted again tell. A sampler in ``datamodule.predict_sampler``, or each in a
+    list of them, then gives only what remains.
     """
 
     def __init__(
@@ -440,38 +446,59 @@ class SceneWriter(MapWriter):
 
         Args:
             output_dir: Folder of the maps, ``maps`` in the trainer's root folder unless given.
-            mosaic: EPSG code, in the unit of the scenes, of an additional map of all of them.
+            mosaic: EPSG code of an additional map of all scenes.
             resume: Continue an interrupted run; its parts are deleted otherwise.
             buffer_size: Memory of a rank's sums, in MiB; a row of windows should fit.
             classes: Class scheme, or number of classes; that of the data set unless given.
 
         Raises:
-            ValueError: If buffer_size is not positive.
+            MapError: If buffer_size is not positive, or mosaic is no EPSG code.
         """
         super().__init__(output_dir, classes)
         if buffer_size <= 0:
-            raise ValueError(f'buffer_size is {buffer_size}, expected a number of MiB above 0')
-        self.mosaic = mosaic
+            raise MapError(f'buffer_size is {buffer_size}, expected a number of MiB above 0')
+        try:
+            self.mosaic = None if mosaic is None else CRS.from_epsg(mosaic)
+        except CRSError as error:
+            raise MapError(f'mosaic is {mosaic}, expected an EPSG code: {error}') from error
         self.resume = resume
         self.buffer_size = buffer_size
         self._buffer = BlendBuffer()
-        self._done: set[Place] = set()
+        self._parts = Parts([])
+        self._dropped: list[Workplace] = []
+        self._origin: dict[str, str] = {}
+        self._windows = ''
         self._rank = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find or delete the parts of an earlier run."""
+        """Find the parts of an interrupted run."""
         super().setup(trainer, pl_module, stage)
         if stage != 'predict':
             return
         self._rank = trainer.global_rank
-        self._buffer = BlendBuffer()
-        if trainer.is_global_zero and not self.resume:
-            shutil.rmtree(self._parts, ignore_errors=True)
-        trainer.strategy.barrier('old parts')
-        self._parts.mkdir(exist_ok=True)
-        self._done = Parts(self._parts).places
-        if self._done:
-            self._skip_done(trainer)
+        self._parts = Parts(self._part_files())
+        self._buffer = BlendBuffer(self._parts.lattices)
+        self._windows = self._plan(getattr(trainer, 'datamodule', None), trainer.world_size)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the parts are of this model and these data, or delete them.
+
+        Raises:
+            MapError: If they are of others.
+        """
+        super().on_predict_start(trainer, pl_module)
+        origin = _origin(trainer, pl_module, self._scheme_of(trainer))
+        self._origin = trainer.strategy.broadcast(origin | {'windows': self._windows})
+        self._parts.check_origin(self._origin)
+        for workplace in self._dropped:
+            warnings.warn(
+                f'{len(workplace.parts)} parts of an interrupted run in {workplace.path} are '
+                'deleted; resume: true would have continued it',
+                S1S2Warning,
+                stacklevel=2,
+            )
+            workplace.remove()
+        self._dropped = []
 
     def write(self, window: PredictedWindow, scheme: ClassScheme, dataset: Any) -> None:
         """Add a window to the sums.
@@ -482,15 +509,15 @@ class SceneWriter(MapWriter):
             dataset: Not used.
 
         Raises:
-            ValueError: If the window lies on another pixel grid than the others.
+            MapError: If the window lies on another pixel grid than the others, or is predicted
+                otherwise than in the run that is continued.
         """
-        probabilities = window.probabilities.float().cpu().numpy()
-        grid, place = locate(window.epsg, window.transform, *probabilities.shape[1:])
-        if place in self._done:
+        place = self._buffer.lattices.place(window.epsg, window.grid)
+        if place in self._parts.places:
+            self._parts.check_probe(place, window.probabilities.float().cpu().numpy())
             return
-        seen = window.observations
-        self._buffer.add(grid, place, probabilities, None if seen is None else seen.cpu().numpy())
-        self._done.add(place)
+        self._buffer.add(window)
+        self._parts.places.add(place)
         if self._buffer.nbytes > self.buffer_size * 2**20:
             self._save()
 
@@ -504,46 +531,105 @@ class SceneWriter(MapWriter):
         trainer.strategy.barrier('scenes')
 
     def _merge(self, trainer: Trainer) -> None:
-        folder, parts, scheme = self._folder, Parts(self._parts), self._scheme_of(trainer)
-        for epsg, grid in parts.grids.items():
-            extent = parts.extent(epsg)
-            for bounds in _bounds_of_data(trainer, epsg):  # one, that of the zone
-                extent = clip(extent, grid, bounds)
-            pixels = parts.pixels(extent, scheme.ids)
-            write_cogs(folder, str(epsg), scheme, grid, extent, pixels)
-            print(f'map of EPSG:{epsg} written to {folder / f"{epsg}.tif"}')
-        if self.mosaic is not None and parts.grids:
-            write_mosaic(folder, self.mosaic, parts.grids, scheme)
-            print(f'mosaic written to {folder / "mosaic.tif"}')
-        shutil.rmtree(self._parts)
+        folder, files, scheme = self._folder, self._part_files(), self._scheme_of(trainer)
+        parts = Parts(files)
+        if not parts.places:
+            raise MapError('no window was predicted, so there is no map')
+        zones: dict[int, Grid] = {}
+        with whole(folder / f'{min(parts.lattices)}.tif', self._unfinished) as temporary:
+            for epsg, lattice in parts.lattices.items():
+                extent = parts.extent(epsg)
+                for bounds in _bounds_of_data(trainer, epsg):  # one, that of the zone
+                    extent = clip(extent, lattice, bounds)
+                zones[epsg] = extent.on(lattice)
+                pixels = parts.pixels(extent, scheme.ids)
+                write_cogs(temporary.parent, str(epsg), scheme, zones[epsg], pixels)
+            if self.mosaic is not None:
+                write_mosaic(temporary.parent, self.mosaic, zones, scheme)
+        for file in files:
+            file.unlink()
+        for name in (*zones, *(['mosaic'] if self.mosaic else [])):
+            print(f'map {name} written to {folder / f"{name}.tif"}')
+
+    def _choose(self, folder: Path, left: list[Workplace]) -> Workplace:
+        if not self.resume:
+            self._dropped = left
+            return Workplace.new(folder)
+        *others, last = left or [Workplace.new(folder)]
+        for workplace in others:
+            workplace.leave()
+        return last
+
+    def _leave(self) -> None:
+        super()._leave()
+        for workplace in self._dropped:
+            workplace.leave()
+
+    def _part_files(self) -> list[Path]:
+        return Workplace(self._unfinished).parts if self._unfinished else []
 
     def _save(self) -> None:
-        number = len(list(self._parts.glob(f'part-{self._rank:05}-*.npz')))
-        self._buffer.save(self._parts / f'part-{self._rank:05}-{number:05}.npz')
+        taken = {path.name for path in self._part_files()}
+        names = (f'part-{self._rank:05}-{number:05}.npz' for number in itertools.count())
+        name = next(name for name in names if name not in taken)
+        self._buffer.save((self._unfinished or self._folder) / name, self._origin)
 
-    def _skip_done(self, trainer: Trainer) -> None:
-        datamodule: Any = getattr(trainer, 'datamodule', None)
+    def _plan(self, datamodule: Any, least: int) -> str:
+        """Leave out what is done of the data module's windows; return a digest of them all."""
         sampler = getattr(datamodule, 'predict_sampler', None)
         dataset = getattr(datamodule, 'predict_dataset', None)
         if sampler is None or dataset is None:
-            return
-        if isinstance(dataset, list):
-            pairs = zip(dataset, sampler, strict=True)
-            datamodule.predict_sampler = [self._remaining(trainer, *pair) for pair in pairs]
-        else:
-            datamodule.predict_sampler = self._remaining(trainer, dataset, sampler)
-
-    def _remaining(self, trainer: Trainer, dataset: Any, sampler: Iterable[Any]) -> 'Remaining':
-        grid = dataset.crs.to_epsg(), *dataset.res
-        return Remaining(sampler, self._done, grid, trainer.world_size)
+            return ''
+        several = isinstance(dataset, list)
+        datasets, samplers = (dataset, sampler) if several else ([dataset], [sampler])
+        windows = [list(sampler) for sampler in samplers]
+        if self._parts.places:
+            pairs = zip(windows, datasets, strict=True)
+            remaining = [self._parts.remaining(w, d, least) for w, d in pairs]
+            datamodule.predict_sampler = remaining if several else remaining[0]
+        return _digest(windows)
 
     @property
     def _folder(self) -> Path:
         return self.output_dir or Path()
 
-    @property
-    def _parts(self) -> Path:
-        return self._folder / 'parts'
+
+def _origin(trainer: Trainer, module: LightningModule, scheme: ClassScheme) -> dict[str, str]:
+    """What makes the predictions what they are, by name, as far as it can be told."""
+    datasets = predict_datasets(trainer)
+    datamodule: Any = getattr(trainer, 'datamodule', None)
+    statistics = [getattr(datamodule, name, None) for name in ('mean', 'std')]
+    settings = {
+        name: re.sub(' at 0x[0-9a-f]+', '', repr(getattr(datasets[0], name, None)))
+        for name in ('root', 'split', 'bands', 'series')
+    }
+    return settings | {
+        'data': _digest(part for dataset in datasets for part in _content(dataset)),
+        'statistics': _digest(statistics),
+        'weights': _digest(part for pair in module.state_dict().items() for part in pair),
+        'classes': _digest([scheme]),
+    }
+
+
+def _digest(values: Iterable[Any]) -> str:
+    digest = sha256()
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()[:16]
+
+
+def _content(dataset: Any) -> Iterator[Any]:
+    """Type, size, places and times of a data set, and its files where it tells them."""
+    yield type(dataset).__name__
+    yield len(dataset) if hasattr(dataset, '__len__') else None
+    if isinstance(dataset, GeoDataset):
+        yield dataset.index.to_wkb().to_csv()
+    for file in getattr(dataset, 'files', ()):
+        stat = Path(file).stat()
+        yield str(file), stat.st_size, stat.st_mtime_ns
 
 
 def _bounds_of_data(trainer: Trainer, epsg: int) -> list[tuple[float, float, float, float]]:

@@ -64,8 +64,9 @@ class MultiSenGEDataModule(SeriesDataModule):
             predict_patch_size: Height and width of the windows that ``torchgeo predict`` reads
                 scenes in, zone by zone, for :class:`~torchgeo_s1s2.callbacks.SceneWriter`; whole
                 patches unless given.
-            predict_stride: Rows and columns from one of these windows to the next; half of
-                ``predict_patch_size`` unless given.
+            predict_stride: Rows and columns from one of these windows to the next. Unless given,
+                windows overlap by about a quarter, and small scenes have smaller windows, so that
+                at most 1.8 times the pixels are read.
             augment: Mirror and turn the training patches.
             dropout: Drop dates and sensors of the training patches at random.
             day_of_year: Append the day of the year to each sensor's bands, as two planes; see

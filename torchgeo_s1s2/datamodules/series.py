@@ -1,5 +1,6 @@
 """What the data modules of time series share: loaders, statistics and transforms."""
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -335,11 +336,18 @@ class SeriesDataModule(NonGeoDataModule):
         self.predict_dataset = dataset
         if self.predict_patch_size is None:
             return
-        size = self.predict_patch_size
-        stride = self.predict_stride or (size[0] // 2, size[1] // 2)
         zones = dataset.zones()
         self.predict_dataset = zones  # type: ignore[assignment]
-        self.predict_sampler = [GriddedPatchSampler(z, size=size, stride=stride) for z in zones]
+        self.predict_sampler = [self._gridded(zone, self.predict_patch_size) for zone in zones]
+
+    def _gridded(self, zone: SeriesDataset, size: tuple[int, int]) -> GriddedPatchSampler:
+        if self.predict_stride:
+            return GriddedPatchSampler(zone, size=size, stride=self.predict_stride)
+        xmin, ymin, xmax, ymax = zone.index.total_bounds
+        rows = spread(round((ymax - ymin) / zone.res[1]), size[0])
+        cols = spread(round((xmax - xmin) / zone.res[0]), size[1])
+        sizes, strides = zip(rows, cols, strict=True)
+        return GriddedPatchSampler(zone, size=sizes, stride=strides)
 
     @property
     def _any_dataset(self) -> SeriesDataset:
@@ -414,6 +422,32 @@ class SeriesDataModule(NonGeoDataModule):
                 'give a checkpoint, or the file statistics_*.json of the training as statistics'
             )
         return self.statistics
+
+
+def spread(length: int, size: int) -> tuple[int, int]:
+    """Spread windows over a scene so that they read at most 1.8**0.5 times its pixels.
+
+    They overlap as far as that allows, by a quarter where the scene is large and by an eighth at
+    least, and are smaller by multiples of 32, the stride of the encoders, if that helps. They
+    begin a multiple of 16 apart: the pooling of an encoder sees other shifts differently.
+
+    Args:
+        length: Pixels of the scene, along one side.
+        size: Pixels of a window at most.
+
+    Returns:
+        Pixels of a window, and from one to the next.
+    """
+    step = min(16, math.ceil(size / 8))
+    best = size // 8 - 1, size, size * 3 // 4  # overlap, window, stride
+    for window in range(size, 0, -32) if size % 32 == 0 else (size,):
+        count = int(1.8**0.5 * length / window)
+        if window >= length:
+            best = window, window, window
+        elif count > 1:
+            stride = step * math.ceil((length - window) / (step * (count - 1)))
+            best = max(best, (window - stride, window, stride))
+    return best[1:]
 
 
 def _check_labels(title: str, scheme: ClassScheme, counts: Mapping[int, int]) -> None:
