@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchgeo.datasets import stack_samples
 
 from torchgeo_s1s2.callbacks import GeoTIFFWriter
-from torchgeo_s1s2.callbacks.geotiff import predicted_windows, zone_grid
+from torchgeo_s1s2.callbacks.geotiff import predicted_windows
 from torchgeo_s1s2.callbacks.layers import OBSERVATIONS, classify, write_layers
 from torchgeo_s1s2.datasets.classes import ClassScheme, LandCoverClass
+from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.errors import MapError, S1S2Warning
 from torchgeo_s1s2.files import Workplace, whole
 
@@ -255,7 +256,7 @@ def test_predictions_that_are_not_finite_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(('height', 'width'), [(1, 1), (64, 64), (250, 300), (513, 1030)])
 def test_any_size_is_written_whole(tmp_path: Path, height: int, width: int) -> None:
     value = np.arange(height * width).reshape(height, width).astype(np.uint16)
-    grid = zone_grid(32631, from_origin(0, 0, 10, 10), height, width)
+    grid = Grid(crs_of(32631), from_origin(0, 0, 10, 10), width, height)
     write_layers(tmp_path, 'a b.c', [OBSERVATIONS], grid, [(Window(0, 0, width, height), [value])])
     with rasterio.open(tmp_path / 'a b.c_observations.tif') as src:
         np.testing.assert_array_equal(src.read(1), value)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchgeo.datasets import stack_samples
 
 from torchgeo_s1s2.callbacks import SceneWriter
-from torchgeo_s1s2.callbacks.geotiff import PredictedWindow, zone_grid
+from torchgeo_s1s2.callbacks.geotiff import PredictedWindow
 from torchgeo_s1s2.callbacks.scene import (
     BLOCK,
     BlendBuffer,
@@ -34,6 +34,7 @@ from torchgeo_s1s2.callbacks.scene import (
 )
 from torchgeo_s1s2.datamodules.series import spread
 from torchgeo_s1s2.datasets.classes import ClassScheme, LandCoverClass
+from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.errors import MapError, S1S2Warning
 
 SCHEME = ClassScheme(
@@ -185,7 +186,7 @@ def test_default_windows_cover_the_scene_and_cost_at_most_1_8_times_its_pixels()
 @pytest.mark.parametrize('shift', [0.0, 5.0, 0.004, -0.004, 4.996])
 def test_lattice_does_not_jump_at_whole_and_half_pixels(shift: float) -> None:
     origin = Affine(10, 0, 600000 + shift, 0, -10, 5400000 + shift)
-    grid = zone_grid(32631, origin, 3, 4)
+    grid = Grid(crs_of(32631), origin, 4, 3)
     place = Lattices().place(32631, grid)
     assert place == (32631, -540000 - (shift > 1), 60000, 3, 4)
     assert place.on(lattice_of(grid)).transform.almost_equals(origin, 1e-6)
@@ -197,9 +198,9 @@ def test_lattice_does_not_jump_at_whole_and_half_pixels(shift: float) -> None:
 )
 def test_other_grid_is_refused(transform: Affine, message: str) -> None:
     lattices = Lattices()
-    lattices.place(32631, zone_grid(32631, from_origin(0, 0, 10, 10), 2, 2))
+    lattices.place(32631, Grid(crs_of(32631), from_origin(0, 0, 10, 10), 2, 2))
     with pytest.raises(MapError, match=message):
-        lattices.place(32631, zone_grid(32631, transform, 2, 2))
+        lattices.place(32631, Grid(crs_of(32631), transform, 2, 2))
 
 
 def test_pieces_cover_each_pixel_once() -> None:
@@ -467,13 +468,13 @@ def test_mosaic_joins_two_zones(tmp_path: Path) -> None:
 def test_mosaic_without_a_place_is_refused() -> None:
     with pytest.raises(MapError, match='mosaic is 999999, expected an EPSG code'):
         SceneWriter(mosaic=999999)
-    antimeridian = zone_grid(32601, from_origin(100000, 10000, 10, 10), 10, 14000)
+    antimeridian = Grid(crs_of(32601), from_origin(100000, 10000, 10, 10), 14000, 10)
     with pytest.raises(MapError, match='no connected place'):
         mosaic_grid(CRS.from_epsg(4326), [antimeridian])
 
 
 def test_an_extent_is_clipped_to_whole_pixels_of_the_data() -> None:
-    lattice = lattice_of(zone_grid(32631, from_origin(LEFT, TOP, 10, 10), 1, 1))
+    lattice = lattice_of(Grid(crs_of(32631), from_origin(LEFT, TOP, 10, 10), 1, 1))
     extent = Place(32631, -550010, 49990, 120, 120)  # ten pixels more on each side
     exact = (LEFT, TOP - 1000, LEFT + 1000, TOP)
     assert clip(extent, lattice, exact) == Place(32631, -550000, 50000, 100, 100)

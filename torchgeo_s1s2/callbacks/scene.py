@@ -393,7 +393,7 @@ def mosaic_grid(crs: CRS, zones: Sequence[Grid]) -> Grid:
     col, row = math.floor(xmin / res.a), math.floor(ymax / res.e)
     width, height = math.ceil(xmax / res.a) - col, math.ceil(ymin / res.e) - row
     corner = Affine(res.a, 0, col * res.a, 0, res.e, row * res.e)
-    return replace(first, crs=crs, transform=corner, width=width, height=height)
+    return Grid(crs, corner, width, height)
 
 
 def _warped(folder: Path, grid: Grid, zones: Sequence[int]) -> Pixels:
