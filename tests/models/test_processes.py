@@ -41,10 +41,16 @@ def work(rank: int, port: int, synchronised: bool, folder: Path) -> None:
     dist.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
     layer, x = make_layer(synchronised)
     mine = slice(2 * rank, 2 * rank + 2)
-    model = DistributedDataParallel(layer, broadcast_buffers=False)
+    # DDP itself takes the converted layer on GPUs only.
+    model = layer if synchronised else DistributedDataParallel(layer, broadcast_buffers=False)
     for _ in range(2):  # DDP finds what took no part at the next step
         model.zero_grad()
         learn(model, x[mine], VALID[mine])
+    if synchronised:
+        for parameter in layer.parameters():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= 2
     torch.save(results(layer), folder / f'{rank}.pt')
     dist.destroy_process_group()
 

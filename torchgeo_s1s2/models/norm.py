@@ -13,7 +13,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: Tensor
+    number: Tensor
 
 
 class MaskedBatchNorm2d(nn.BatchNorm2d):
@@ -96,11 +96,11 @@ def track(norm: Any, moments: Moments) -> None:
     """
     if norm.running_mean is None or not norm.training:
         return
-    seen = moments.count > 0
+    seen = moments.number > 0
     batches = norm.num_batches_tracked.add_(seen)
     # None stands for the plain average, as for SWA.
     momentum = 1 / batches.clamp(min=1) if norm.momentum is None else norm.momentum
     momentum = momentum * seen.to(moments.mean.dtype)
-    unbiased = moments.var * moments.count / (moments.count - 1).clamp(min=1)
+    unbiased = moments.var * moments.number / (moments.number - 1).clamp(min=1)
     for running, value in ((norm.running_mean, moments.mean), (norm.running_var, unbiased)):
         running.copy_(running.to(value.dtype).lerp(value, momentum))

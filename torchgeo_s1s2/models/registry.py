@@ -69,20 +69,10 @@ def backbone_name(
     hidden_channels: int = 32,
     tower_channels: int = 32,
 ) -> str:
-    """Name of a combination; smp silently drops options that it does not know.
+    """Name of a combination of options of :func:`register_encoder`.
 
-    Args:
-        spatial_encoder: Name of the smp (or 'tu-' timm) encoder.
-        sensors: Number of bands of each sensor.
-        inception: Whether the features of the first date are added.
-        day_of_year: Whether the day of the year follows the bands of each sensor.
-        hidden_channels: Number of channels of the states of each recurrent layer.
-        tower_channels: Number of channels of each tower of the Inception module.
-
-    Returns:
-        For instance 'vgg16_convlstm_inception', 'vgg16_convlstm_s1',
-        'vgg16_convlstm_inception_doy', 'vgg16_convlstm_inception_s2x4_s1' or
-        'resnet18_convlstm_inception_h64_t16'.
+    For instance 'vgg16_convlstm_inception', 'vgg16_convlstm_s1', 'vgg16_convlstm_inception_doy',
+    'vgg16_convlstm_inception_s2x4_s1' or 'resnet18_convlstm_inception_h64_t16'.
     """
     # smp looks at the start of a name: 'tu-' goes to timm, 'vgg' gets a centre block in the U-Net.
     parts = [spatial_encoder.replace('tu-', 'timm_', 1), 'convlstm']
@@ -101,14 +91,7 @@ def backbone_name(
 
 @cache
 def parse_name(name: object) -> dict[str, Any] | None:
-    """Options of the encoder of a name.
-
-    Args:
-        name: Name as from :func:`backbone_name`.
-
-    Returns:
-        Arguments of :class:`ConvLSTMInceptionEncoder`, None for any other name.
-    """
+    """Arguments of :class:`ConvLSTMInceptionEncoder` that a name says, None for other names."""
     if not isinstance(name, str) or '_convlstm' not in name:
         return None
     spatial, _, rest = name.partition('_convlstm')
@@ -148,9 +131,10 @@ def register_encoder(
     hidden_channels: int = 32,
     tower_channels: int = 32,
 ) -> str:
-    """List a backbone in segmentation_models_pytorch and TorchGeo, and return its name.
+    """Check options, list the backbone in smp and TorchGeo, and return its name.
 
-    Both libraries know every such name, listed or not; this checks the options.
+    Both libraries know every such name, listed or not. smp silently drops options that it does not
+    know, so they are in the name.
 
     With *day_of_year*, two channels follow the bands of each sensor: the sine and the cosine of
     the day of the year of its acquisition, as an angle, constant in a slot and 0 where the slot is

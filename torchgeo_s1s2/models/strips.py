@@ -100,29 +100,25 @@ def _zeros(x: Tensor, batch: int, channels: int) -> Tensor:
 
 def _step(layer: Any, x: Tensor, h: Tensor | None, c: Tensor) -> Tensor:
     """Next normalised hidden state; the cell state is changed in place."""
-    norm, images = layer.batchnorm, [x]
-    weight = layer.conv.weight
-    if h is None:  # still zero
-        weight = weight[:, : x.shape[1]]
-    else:
-        images.append(h)
+    norm, weight = layer.batchnorm, layer.conv.weight
+    # The hidden state is still zero before the first image.
+    images, weight = ([x], weight[:, : x.shape[1]]) if h is None else ([x, h], weight)
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
-    result = torch.empty_like(c)
-    for strip in _strips(x, weight.shape[-1] // 2):
-        padding = 0, weight.shape[-1] // 2
-        gates = F.conv2d(strip.read(images), weight, layer.conv.bias, padding=padding).to(c.dtype)
+    shift = (norm.bias - norm.running_mean * scale)[:, None, None]
+    result, radius = torch.empty_like(c), weight.shape[-1] // 2
+    for strip in _strips(x, radius):
+        joined = strip.read(images)
+        gates = F.conv2d(joined, weight, layer.conv.bias, padding=(0, radius)).to(c.dtype)
         i, f, g, o = gates.chunk(4, dim=1)
-        _tanh_(g), i.sigmoid_(), f.sigmoid_(), o.sigmoid_()
-        cell = c[strip.rows].mul_(f).addcmul_(i, g)
-        hidden = _tanh_(cell.clone()).mul_(o)
-        result[strip.rows] = hidden.mul_(scale[:, None, None]).add_(shift[:, None, None])
+        # tanh(x) = 2 sigmoid(2 x) - 1, which takes a fraction of the time of tanh on a CPU.
+        g.mul_(2)
+        gates.sigmoid_()
+        g.mul_(2).sub_(1)
+        cell, hidden = c[strip.rows], result[strip.rows]
+        cell.mul_(f).addcmul_(i, g)
+        torch.mul(o, (2 * cell).sigmoid_().mul_(2).sub_(1), out=hidden)
+        torch.addcmul(shift, hidden, scale[:, None, None], out=hidden)
     return result
-
-
-def _tanh_(x: Tensor) -> Tensor:
-    """2 sigmoid(2 x) - 1, which takes a fraction of the time of tanh on a CPU."""
-    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
 
 
 class _Strip(NamedTuple):
@@ -135,10 +131,16 @@ class _Strip(NamedTuple):
 
     def read(self, images: list[Tensor]) -> Tensor:
         """Concatenate the windows of images, with zeros for what lies above and below them."""
-        windows = [
-            image[self.window].contiguous(memory_format=torch.channels_last) for image in images
-        ]
-        return F.pad(torch.cat(windows, dim=1), (0, 0, self.above, self.below))
+        windows = [image[self.window] for image in images]
+        channels, (height, width) = [w.shape[1] for w in windows], windows[0].shape[2:]
+        shape = 1, sum(channels), self.above + height + self.below, width
+        joined = torch.empty(shape, dtype=images[0].dtype, memory_format=torch.channels_last)
+        inside = slice(self.above, self.above + height)
+        for part, window in zip(joined.split(channels, dim=1), windows, strict=True):
+            part[:, :, inside] = window
+        joined[:, :, : self.above] = 0
+        joined[:, :, self.above + height :] = 0
+        return joined
 
 
 def _strips(x: Tensor, radius: int) -> Iterator[_Strip]:
