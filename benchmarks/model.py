@@ -170,12 +170,12 @@ def measure(names: Sequence[str], slots: int, size: int, rounds: int, device: st
     for name, job in jobs.items():
         found[name]['held (MiB)'] = held(job.logits, [job.image, *job.model.parameters()])
     return [
-        {'T': slots, 'pixels': size, 'model': name, **_beside(values, found[PLAIN])}
+        {'T': slots, 'pixels': size, 'model': name, **beside(values, found[PLAIN])}
         for name, values in found.items()
     ]
 
 
-def _beside(values: Mapping[str, float], plain: Mapping[str, float]) -> dict[str, float]:
+def beside(values: Mapping[str, float], plain: Mapping[str, float]) -> dict[str, float]:
     """Each value and its ratio to that of the plain model: times as fast, share of the memory."""
     row = {}
     for name, value in values.items():
