@@ -41,21 +41,13 @@ from torchgeo_s1s2.files import whole
 
 CONF = Path(__file__).parent / 'conf'
 BASE = CONF / 'base.yaml'
-SETTINGS = 'settings.json'
 TARGET_F1 = 0.7
 """Validation F1 to which the training time is measured."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One contestant with one seed.
-
-    Attributes:
-        config: Its configuration, laid over ``base.yaml``.
-        seed: Seed of weights, order and augmentation.
-        folder: Where everything of the run is kept.
-        options: Options of ``torchgeo fit`` that are laid over its configuration.
-    """
+    """A contestant with a seed: configuration and options over ``base.yaml``, and its folder."""
 
     config: Path
     seed: int
@@ -103,7 +95,7 @@ class Run:
         }
 
     def _claim(self, made_of: Mapping[str, str], again: bool) -> None:
-        path = self.folder / SETTINGS
+        path = self.folder / 'settings.json'
         before = json.loads(path.read_text()).get('made_of', {}) if path.exists() else made_of
         changed = [name for name, value in made_of.items() if before.get(name) != value]
         if changed and not again:
@@ -121,7 +113,7 @@ class Run:
 
     def settings(self) -> dict[str, dict[str, str]]:
         """What the run was ``made_of``, and when and where it was ``made``."""
-        content: dict[str, dict[str, str]] = json.loads((self.folder / SETTINGS).read_text())
+        content: dict[str, dict[str, str]] = json.loads((self.folder / 'settings.json').read_text())
         return content
 
     def predictions(self) -> dict[str, NDArray[np.uint8]]:
@@ -189,14 +181,16 @@ def compare_contestants(args: argparse.Namespace) -> None:
 
 
 def write_comparison(runs: Sequence[Run], output: Path, data: str, epochs: int) -> None:
-    """Write ``table.md``, ``results.json`` and ``maps.png``.
-
-    Raises:
-        ValueError: If the runs were not tested on the same patches.
-    """
+    """Write ``table.md``, ``results.json`` and ``maps.png`` of runs with the same test patches."""
     with np.load(runs[0].folder / PREDICTIONS) as content:
         scheme = class_scheme(int(content['classes']))
-    _check_same_test(runs)
+    expected = runs[0].predictions()['mask']
+    for run in runs:
+        if not np.array_equal(run.predictions()['mask'], expected):
+            raise ValueError(
+                f'{run.folder} was tested on other patches than {runs[0].folder}; give all '
+                'contestants the same data, split and series'
+            )
     results = [run.result(scheme) for run in runs]
     about = {'data': data, 'epochs': epochs, **made(runs)}
     title = f'{data}: accuracy on the test tile'
@@ -280,16 +274,6 @@ def _mean(values: 'pd.Series[float]', digits: int) -> str:
     return f'{numbers.mean():,.{digits}f}{spread}'
 
 
-def _check_same_test(runs: Sequence[Run]) -> None:
-    expected = runs[0].predictions()['mask']
-    for run in runs:
-        if not np.array_equal(run.predictions()['mask'], expected):
-            raise ValueError(
-                f'{run.folder} was tested on other patches than {runs[0].folder}; give all '
-                'contestants the same data, split and series'
-            )
-
-
 def _maps(runs: Sequence[Run], scheme: ClassScheme, data: str, patches: int = 4) -> Figure:
     """Truth and the map of each contestant, one column a patch."""
     truth = runs[0].predictions()['mask']
@@ -312,11 +296,7 @@ def _maps(runs: Sequence[Run], scheme: ClassScheme, data: str, patches: int = 4)
 
 
 def prepare(root: Path, **options: Any) -> str:
-    """Write the synthetic data set, or what is missing of it, where no real one is.
-
-    Returns:
-        What to call the data: synthetic, or their folder.
-    """
+    """Write the synthetic data set where no real one is; what to call the data."""
     if (root / MARKER).exists():
         write_synthetic(root, **json.loads((root / MARKER).read_text()))
     elif not (root / LABELS).is_dir():
@@ -324,15 +304,8 @@ def prepare(root: Path, **options: Any) -> str:
     return 'Synthetic data' if (root / MARKER).exists() else str(root)
 
 
-# Robustness
-
-
 def compare_conditions(args: argparse.Namespace) -> None:
-    """Train without and with dropout, and map under every condition.
-
-    Raises:
-        ValueError: If root holds a data set that is not synthetic.
-    """
+    """Train without and with dropout, and map under every condition."""
     data = prepare(args.root, incomplete=0)
     if not (args.root / MARKER).exists():
         raise ValueError(f'{args.root} is not synthetic, so its seasons cannot be shifted')
@@ -373,9 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--output', type=Path, default=Path('outputs/accuracy'))
     parser.add_argument('--seeds', type=int, default=3, help='number of seeds')
     parser.add_argument('--epochs', type=int, default=14)
-    parser.add_argument(
-        '--configs', type=Path, nargs='+', help='configurations; all of benchmarks/conf otherwise'
-    )
+    parser.add_argument('--configs', type=Path, nargs='+', help='all of benchmarks/conf otherwise')
     parser.add_argument('--again', action='store_true', help='repeat what was made otherwise')
     parser.add_argument('--robustness', action='store_true', help='changed conditions instead')
     return parser

@@ -105,18 +105,14 @@ def report(
 
 def provenance() -> dict[str, str]:
     """Date, hardware, commit and version of PyTorch of a measurement."""
-
-    def git(*arguments: str) -> str:
-        command = ['git', *arguments]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip()
-
+    git = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    threads = torch.get_num_threads()
+    cores = f'{torch.get_num_threads()} of {os.cpu_count()} cores'
     return {
         'date': date.today().isoformat(),
-        'hardware': f'{device}, {threads} of {os.cpu_count()} cores, {platform.system()}',
-        'commit': git('describe', '--always', '--dirty', '--exclude=*') or 'unknown',
+        'hardware': f'{device}, {cores}, {platform.system()}',
+        'commit': commit.strip() or 'unknown',
         'torch': torch.__version__,
     }
 

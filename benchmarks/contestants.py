@@ -17,10 +17,7 @@ from torchgeo_s1s2.datasets.time_series import Slot, Span, Times
 
 
 class PixelLTAE(nn.Module):
-    """TorchGeo's lightweight temporal attention encoder (Garnot and Landrieu 2020) at each pixel.
-
-    https://arxiv.org/abs/2007.00586
-    """
+    """TorchGeo's temporal attention encoder (https://arxiv.org/abs/2007.00586) at each pixel."""
 
     def __init__(self, in_channels: int, num_classes: int, length: int, width: int = 64) -> None:
         super().__init__()
@@ -45,10 +42,7 @@ class LTAESegmentation(SpatioTemporalSegmentation):
 
 
 class TreesSegmentation(SpatioTemporalSegmentation):
-    """Gradient-boosted trees on the series of a pixel, fitted to the first epoch's pixels.
-
-    ``pixels`` is how many of each training patch are drawn.
-    """
+    """Gradient-boosted trees on series, fitted to ``pixels`` of each patch in the first epoch."""
 
     def configure_models(self) -> None:
         # Lightning keeps no checkpoint before an optimizer has made a step.

@@ -27,14 +27,9 @@ from benchmarks.common import Row, alone, alternate, measured, provenance, repor
 from torchgeo_s1s2.callbacks import SceneWriter
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
 from torchgeo_s1s2.datamodules.statistics import Statistics
-from torchgeo_s1s2.datasets import (
-    SENSOR_BANDS,
-    Catalog,
-    MultiSenGE,
-    copy_series,
-    write_label_files,
-)
+from torchgeo_s1s2.datasets import SENSOR_BANDS, Catalog, MultiSenGE, copy_series
 from torchgeo_s1s2.datasets.catalog import CACHE, GROUND_REFERENCE, KEYS, LABELS, reference_name
+from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
@@ -91,8 +86,7 @@ def _write_reference(path: Path, patch: Any) -> None:
     place = from_origin(400000 + 10 * patch.x, 5500000 - 10 * patch.y, 10, 10)
     where: Any = {'crs': f'EPSG:{patch.epsg}', 'transform': place}
     size: Any = {'width': 256, 'height': 256, 'count': 1, 'dtype': 'uint8', 'sparse_ok': True}
-    with rasterio.open(path, 'w', driver='GTiff', **where, **size):
-        pass
+    rasterio.open(path, 'w', driver='GTiff', **where, **size).close()
 
 
 def reading(options: argparse.Namespace) -> Iterator[Row]:
@@ -102,7 +96,7 @@ def reading(options: argparse.Namespace) -> Iterator[Row]:
     dataset = MultiSenGE(root, 'all', classes=10)
     copied = MultiSenGE(copy_series(dataset, options.root / 'copy'), 'all', classes=10)
     calls = {
-        name: partial(_read_all, read, len(dataset))
+        name: partial(lambda read: [read(index) for index in range(len(dataset))], read)
         for name, read in readers(dataset, copied).items()
     }
     times = alternate(calls, options.rounds)
@@ -112,11 +106,6 @@ def reading(options: argparse.Namespace) -> Iterator[Row]:
             'ms a patch': 1000 * found.median / len(dataset),
             'time, rasterio with the option = 1': found.median / times[BASELINE].median,
         }
-
-
-def _read_all(read: Read, number: int) -> None:
-    for index in range(number):
-        read(index)
 
 
 def readers(dataset: MultiSenGE, copied: MultiSenGE) -> dict[str, Read]:

@@ -4,8 +4,8 @@
 
 On a GPU if there is one. Random numbers for images. Times are medians of turns: a forward pass in
 evaluation mode, and a training step (cross-entropy, backward pass, Adam). Memory is that of
-tensors, without weights and inputs: what autograd holds for the backward pass, and the most that
-a forward pass and a step have at once.
+tensors, without weights and inputs (but with weights cast to bfloat16): what autograd holds for
+the backward pass, and the most that a forward pass and a step have at once.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def ours(slots: int, recompute: bool = False) -> nn.Module:
     return nn.Sequential(model)
 
 
-def stacked(slots: int) -> nn.Module:
+def unet_stacked(slots: int) -> nn.Module:
     """smp's U-Net with a ResNet-50 on the dates as channels of one image."""
     unet = smp.Unet('resnet50', encoder_weights=None, in_channels=slots * CHANNELS, classes=CLASSES)
     return nn.Sequential(nn.Flatten(1, 2), unet)
@@ -84,7 +84,7 @@ MODES: Mapping[str, Mode] = {
 OTHERS: Mapping[str, Mode] = {
     'plain-bf16': Mode(lambda slots: Plain(CLASSES), bf16=True),
     'torchgeo-convlstm': Mode(torchgeo_convlstm),
-    'unet-stacked': Mode(stacked),
+    'unet-stacked': Mode(unet_stacked),
     'pixel-ltae': Mode(lambda slots: PixelLTAE(CHANNELS, CLASSES, length=slots)),
 }
 
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, prog='python -m benchmarks.model')
+    parser = argparse.ArgumentParser('python -m benchmarks.model', description=__doc__)
     parser.add_argument('--output', type=Path, default=Path('outputs/model'))
     parser.add_argument('--slots', type=int, nargs='+', default=[4], help='numbers of slots T')
     parser.add_argument('--sizes', type=int, nargs='+', default=[256], help='pixels')

@@ -43,6 +43,7 @@ SERIES = MonthlySeries()
 """Date rule of the training."""
 DATES = 'number of dates'
 GAPS = 'share of dates dropped at random'
+LATE = 'days that the season is late'
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,7 @@ class FromJuly(AllDates):
 class Condition:
     """What happens to the series of the test tile.
 
-    Attributes:
-        what: What is other than in the training.
-        label: How much of that.
-        change: What is done to a batch as the data set gives it.
-        series: Date rule; that of the training unless given.
-        delay: Days by which the season comes later.
+    Batches are changed as the data set gives them, the season comes some days later.
     """
 
     what: str
@@ -74,11 +70,7 @@ class Condition:
     delay: int = 0
 
     def batch(self, root: Path) -> Sample:
-        """All test patches under this condition.
-
-        Raises:
-            ValueError: If its patches are not those of the other conditions.
-        """
+        """All test patches under this condition, which must be those of the other ones."""
         tile = read_tile(delayed(root, self.delay), self.series)
         if not torch.equal(tile['mask'], read_tile(root, SERIES)['mask']):
             raise ValueError(
@@ -100,10 +92,7 @@ def conditions() -> list[Condition]:
         Condition('sensors', 'S2 only', partial(keep_sensor, sensor='s2')),
         Condition('sensors', 'S1 only', partial(keep_sensor, sensor='s1')),
         *(Condition(GAPS, f'{share:g}', partial(drop_dates, share=share)) for share in shares),
-        *(
-            Condition('days that the season is late', f'{days}', delay=days)
-            for days in range(-30, 31, 10)
-        ),
+        *(Condition(LATE, f'{days}', delay=days) for days in range(-30, 31, 10)),
     ]
 
 

@@ -88,12 +88,7 @@ class Recorder(Callback):
 
 
 def run(folder: str, *options: str) -> None:
-    """Go on from the last checkpoint if there is one, and test the best one.
-
-    Args:
-        folder: Folder of the run.
-        options: Options of ``torchgeo fit`` and ``torchgeo test``.
-    """
+    """Go on from the last checkpoint in a folder if there is one, and test the best one."""
     options = (*options, f'--trainer.default_root_dir={folder}')
     main(['fit', *options, '--ckpt_path=last'])
     main(['test', *options, f'--ckpt_path={Path(folder, "checkpoints", "best.ckpt")}'])
