@@ -1,42 +1,43 @@
 """Trains and tests contestants on the same data and tabulates what they achieve.
 
     python -m benchmarks.accuracy --root data/benchmark --output outputs/accuracy
+    python -m benchmarks.accuracy --robustness --root data/robustness --output outputs/robustness
 
-A finished run is not repeated, an interrupted one goes on from its last checkpoint.
+A finished run is not repeated, an interrupted one goes on from its last checkpoint. One that was
+made by other configurations, code or data than there are now is refused, or repeated with --again.
+
+With --robustness, ConvLSTM+Inception is trained twice on synthetic data, without and with dropout
+of dates and sensors, and both checkpoints map the test tile under changed conditions.
 """
 
 import argparse
 import json
-import os
-import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassCohenKappa,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-)
+from sklearn.metrics import cohen_kappa_score, precision_recall_fscore_support
 
-from benchmarks.recorder import FIT, PREDICTIONS
-from torchgeo_s1s2.callbacks.report import confusion_figure, save_figure
-from torchgeo_s1s2.datasets.catalog import LABELS
+import torchgeo_s1s2
+from benchmarks import contestants, robustness
+from benchmarks import run as training
+from benchmarks.common import Row, provenance, report, table
+from benchmarks.run import FIT, PREDICTIONS
+from torchgeo_s1s2.datasets.catalog import FOLDERS, LABELS
 from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.synthetic import MARKER, write_synthetic
+from torchgeo_s1s2.files import whole
 
 CONF = Path(__file__).parent / 'conf'
 BASE = CONF / 'base.yaml'
@@ -46,14 +47,7 @@ TARGET_F1 = 0.7
 
 @dataclass(frozen=True)
 class Run:
-    """One contestant with one seed.
-
-    Attributes:
-        config: Its configuration, laid over ``base.yaml``.
-        seed: Seed of weights, order and augmentation.
-        folder: Where everything of the run is kept.
-        options: Options of ``torchgeo fit`` that are laid over its configuration.
-    """
+    """A contestant with a seed: configuration and options over ``base.yaml``, and its folder."""
 
     config: Path
     seed: int
@@ -65,45 +59,69 @@ class Run:
         """First line of the configuration, a comment."""
         return self.config.read_text().splitlines()[0].removeprefix('# ')
 
-    def start(self, root: Path, epochs: int) -> None:
+    def start(self, root: Path, epochs: int, again: bool = False) -> None:
         """Run it, or what is left of it, in a process of its own.
 
+        A run that was made by something else is deleted and made again if that is wanted.
+
         Raises:
-            ValueError: If the folder holds a run with other settings.
+            ValueError: If the folder holds a run that was made by something else.
             RuntimeError: If the process fails.
         """
         # A later option wins, so that a contestant may limit its epochs and no more.
         options = [f'--config={BASE}', f'--trainer.max_epochs={epochs}', f'--config={self.config}']
-        options += [
-            f'--seed_everything={self.seed}',
-            f'--data.init_args.root={root}',
-            *self.options,
-        ]
-        self._claim({'options': options, 'config': self.config.read_text()})
+        options += [f'--seed_everything={self.seed}', *self.options]
+        self._claim(self.made_of(root, epochs), again)
         if (self.folder / PREDICTIONS).exists():
             return
         command = [sys.executable, '-m', 'benchmarks.run', str(self.folder), *options]
+        command.append(f'--data.init_args.root={root}')
         log = self.folder / 'run.log'
         with log.open('ab') as output:
             code = subprocess.run(command, cwd=CONF.parents[1], stdout=output, stderr=output)
         if code.returncode:
             raise RuntimeError(f'{self.config.name} with seed {self.seed} failed; see {log}')
 
-    def _claim(self, settings: dict[str, Any]) -> None:
+    def made_of(self, root: Path, epochs: int) -> dict[str, str]:
+        """What the result follows from; configurations, code and data by their digests."""
+        package = Path(torchgeo_s1s2.__file__).parent
+        code = [*package.rglob('*.py'), Path(contestants.__file__), Path(training.__file__)]
+        return {
+            'base configuration': _digest([BASE]),
+            'configuration': _digest([self.config]),
+            'options': ' '.join([f'{epochs} epochs, seed {self.seed}', *self.options]),
+            'code': _digest(code),
+            'data': data_digest(root),
+        }
+
+    def _claim(self, made_of: Mapping[str, str], again: bool) -> None:
         path = self.folder / 'settings.json'
-        if path.exists() and json.loads(path.read_text()) != settings:
+        before = json.loads(path.read_text()).get('made_of', {}) if path.exists() else made_of
+        changed = [name for name, value in made_of.items() if before.get(name) != value]
+        if changed and not again:
             raise ValueError(
-                f'{self.folder} holds a run with other settings; delete it or choose another output'
+                f'{self.folder} holds a run that was made by other settings than there are now '
+                f'({", ".join(changed)}); repeat it with --again, or choose another output'
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1))
+        if changed:
+            shutil.rmtree(self.folder)
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with whole(path) as temporary:
+                content = {'made_of': made_of, 'made': provenance()}
+                temporary.write_text(json.dumps(content, indent=1))
+
+    def settings(self) -> dict[str, dict[str, str]]:
+        """What the run was ``made_of``, and when and where it was ``made``."""
+        content: dict[str, dict[str, str]] = json.loads((self.folder / 'settings.json').read_text())
+        return content
 
     def predictions(self) -> dict[str, NDArray[np.uint8]]:
         """``prediction`` and ``mask`` (N, H, W) of the test split."""
         with np.load(self.folder / PREDICTIONS) as content:
             return {name: content[name] for name in ('prediction', 'mask')}
 
-    def result(self, scheme: ClassScheme) -> dict[str, Any]:
+    def result(self, scheme: ClassScheme) -> Row:
         """Scores of the test split and costs of the training."""
         fit = json.loads((self.folder / FIT).read_text())
         return {
@@ -117,72 +135,96 @@ class Run:
             'parameters': fit['parameters'],
             'seconds_to_target': seconds_to(fit['history'], TARGET_F1),
             'history': fit['history'],
+            **self.settings(),
         }
+
+
+def _digest(paths: Iterable[Path], content: Callable[[Path], bytes] = Path.read_bytes) -> str:
+    """Of the names and contents of files."""
+    digest = sha256()
+    for path in sorted(paths):
+        digest.update(repr((path.name, content(path))).encode())
+    return digest.hexdigest()[:16]
+
+
+def data_digest(root: Path) -> str:
+    """Of the names, sizes and times of change of label files and rasters."""
+
+    def stamp(path: Path) -> bytes:
+        status = path.stat()
+        return f'{status.st_size} {status.st_mtime_ns}'.encode()
+
+    folders = [root / folder for folder in (LABELS, *FOLDERS)]
+    return _digest((p for f in folders for p in f.rglob('*') if p.is_file()), stamp)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything and write tables and figures."""
     args = _parser().parse_args(arguments)
-    root, output = args.root.resolve(), args.output.resolve()
-    data = prepare(root)
+    args.root, args.output = args.root.resolve(), args.output.resolve()
+    (compare_conditions if args.robustness else compare_contestants)(args)
+
+
+def compare_contestants(args: argparse.Namespace) -> None:
+    """Train and test every contestant."""
+    data = prepare(args.root)
     configs = args.configs or sorted(p for p in CONF.glob('*.yaml') if p != BASE)
     runs = [
-        Run(c.resolve(), s, output / 'runs' / c.stem / f'seed_{s}')
+        Run(c.resolve(), s, args.output / 'runs' / c.stem / f'seed_{s}')
         for s in range(args.seeds)
         for c in configs
     ]
     for number, run in enumerate(runs, 1):
         print(f'{number}/{len(runs)} {run.title}, seed {run.seed}', flush=True)
-        run.start(root, args.epochs)
-    report(runs, output, data, args.epochs)
+        run.start(args.root, args.epochs, args.again)
+    write_comparison(runs, args.output, data, args.epochs)
 
 
-def report(runs: Sequence[Run], output: Path, data: str, epochs: int) -> None:
-    """Write ``results.json``, ``table.md``, ``maps.png`` and a confusion matrix a contestant.
-
-    Raises:
-        ValueError: If the runs were not tested on the same patches.
-    """
+def write_comparison(runs: Sequence[Run], output: Path, data: str, epochs: int) -> None:
+    """Write ``table.md``, ``results.json`` and ``maps.png`` of runs with the same test patches."""
     with np.load(runs[0].folder / PREDICTIONS) as content:
         scheme = class_scheme(int(content['classes']))
-    _check_same_test(runs)
+    expected = runs[0].predictions()['mask']
+    for run in runs:
+        if not np.array_equal(run.predictions()['mask'], expected):
+            raise ValueError(
+                f'{run.folder} was tested on other patches than {runs[0].folder}; give all '
+                'contestants the same data, split and series'
+            )
     results = [run.result(scheme) for run in runs]
-    about = {'data': data, 'epochs': epochs, **provenance()}
-    content = json.dumps({'about': about, 'runs': results}, indent=1)
-    (output / 'results.json').write_text(content)
-    (output / 'table.md').write_text(table(results, about, scheme))
-    print(table(results, about, scheme))
-    first = [run for run in runs if run.seed == 0]
-    save_figure(_maps(first, scheme, data), output / 'maps.png')
-    for run in first:
-        same = [r for r in runs if r.config == run.config]
-        figure = _confusion(same, scheme, f'{data}: {run.title}')
-        save_figure(figure, output / f'confusion_{run.config.stem}.png')
+    about = {'data': data, 'epochs': epochs, **made(runs)}
+    title = f'{data}: accuracy on the test tile'
+    report(output, title, about, results, tables(results, scheme))
+    figure = _maps([run for run in runs if run.seed == 0], scheme, data)
+    with whole(output / 'maps.png') as path:
+        figure.savefig(path)
+    plt.close(figure)
 
 
-def scores(
-    prediction: NDArray[np.uint8], mask: NDArray[np.uint8], scheme: ClassScheme
-) -> dict[str, Any]:
-    """Scores of predictions over the labelled pixels.
+def made(runs: Iterable[Run]) -> dict[str, str]:
+    """When, where and of what runs were made, each value that occurs."""
+    shared = 'base configuration', 'code', 'data'
+    settings = [run.settings() for run in runs]
+    found = [s['made'] | {f'{key} (digest)': s['made_of'][key] for key in shared} for s in settings]
+    return {key: ', '.join(sorted({f[key] for f in found})) for key in found[0]}
 
-    Args:
-        prediction: Class of each pixel.
-        mask: True class, 255 where there is none; of the same shape.
-        scheme: Class scheme.
-    """
-    options: Any = {'num_classes': len(scheme), 'ignore_index': NO_LABEL}
-    metrics = MetricCollection(
-        {
-            'precision': MulticlassPrecision(average='weighted', **options),
-            'recall': MulticlassRecall(average='weighted', **options),
-            'f1': MulticlassF1Score(average='weighted', **options),
-            'kappa': MulticlassCohenKappa(**options),
-            'class_f1': MulticlassF1Score(average='none', **options),
-        }
+
+def scores(prediction: NDArray[np.uint8], mask: NDArray[np.uint8], scheme: ClassScheme) -> Row:
+    """Scores of predicted classes over the pixels with a true one, not 255."""
+    labelled, labels = mask != NO_LABEL, range(len(scheme))
+    true, found = mask[labelled], prediction[labelled]
+    options: Any = {'labels': labels, 'zero_division': 0}
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        true, found, average='weighted', **options
     )
-    values = metrics(*(torch.from_numpy(a.astype(np.int64)) for a in (prediction, mask)))
-    scalars = {name: value.tolist() for name, value in values.items()}
-    return {**scalars, 'class_f1': dict(zip(scheme.names, scalars['class_f1'], strict=True))}
+    class_f1 = precision_recall_fscore_support(true, found, **options)[2].tolist()
+    return {
+        'precision': float(precision),
+        'recall': float(recall),
+        'f1': float(f1),
+        'kappa': float(cohen_kappa_score(true, found, labels=[*labels])),
+        'class_f1': dict(zip(scheme.names, class_f1, strict=True)),
+    }
 
 
 def seconds_to(history: Sequence[dict[str, float]], target: float) -> float | None:
@@ -190,7 +232,7 @@ def seconds_to(history: Sequence[dict[str, float]], target: float) -> float | No
     return next((epoch['seconds'] for epoch in history if epoch['f1'] >= target), None)
 
 
-def table(results: Sequence[dict[str, Any]], about: dict[str, Any], scheme: ClassScheme) -> str:
+def tables(results: Sequence[Row], scheme: ClassScheme) -> str:
     """Markdown with mean and standard deviation over the seeds."""
     columns = {
         'F1': ('f1', 3),
@@ -203,35 +245,27 @@ def table(results: Sequence[dict[str, Any]], about: dict[str, Any], scheme: Clas
         'peak memory (MB)': ('peak_memory_mb', 0),
         'parameters': ('parameters', 0),
     }
-    whole = _contestants(results, columns)
     flat = [{**r, **r['class_f1']} for r in results]
-    classes = _contestants(flat, {name: (name, 2) for name in scheme.names})
+    classes = _over_seeds(flat, {name: (name, 2) for name in scheme.names})
     return (
-        f'# {about["data"]}: accuracy on the test tile\n\n{listed(about)}\n\n'
         'Precision, recall and F1 are weighted by the pixels of each class.\n\n'
-        f'{whole}\n\n## F1 of each class\n\n{classes}\n'
+        f'{_over_seeds(results, columns)}\n\n## F1 of each class\n\n{classes}'
     )
 
 
-def markdown(rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
-    """Markdown of a table; its first row is the head, all columns but *texts* hold numbers."""
-    head, *body = rows
-    rule = ['---' if i in texts else '--:' for i in range(len(head))]
-    return '\n'.join(f'| {" | ".join(row)} |' for row in (head, rule, *body))
-
-
-def _contestants(results: Sequence[dict[str, Any]], columns: dict[str, tuple[str, int]]) -> str:
+def _over_seeds(results: Sequence[Row], columns: dict[str, tuple[str, int]]) -> str:
+    """A row a contestant, the best first."""
     frame = pd.DataFrame(results)
-    rows = [['contestant', *columns]]
     groups = frame.groupby('title', sort=False)
+    rows = []
     for title in groups['f1'].mean().sort_values(ascending=False).index:
         group = groups.get_group(title)
-        cells = [_cell(group[key], digits) for key, digits in columns.values()]
-        rows.append([str(title), *cells])
-    return markdown(rows)
+        means = {name: _mean(group[key], digits) for name, (key, digits) in columns.items()}
+        rows.append({'contestant': str(title), **means})
+    return table(rows)
 
 
-def _cell(values: 'pd.Series[float]', digits: int) -> str:
+def _mean(values: 'pd.Series[float]', digits: int) -> str:
     """Mean and standard deviation, a dash where a seed has no value."""
     numbers = values.astype(float)
     if numbers.isna().any():
@@ -240,27 +274,14 @@ def _cell(values: 'pd.Series[float]', digits: int) -> str:
     return f'{numbers.mean():,.{digits}f}{spread}'
 
 
-def _check_same_test(runs: Sequence[Run]) -> None:
-    expected = runs[0].predictions()['mask']
-    for run in runs:
-        if not np.array_equal(run.predictions()['mask'], expected):
-            raise ValueError(
-                f'{run.folder} was tested on other patches than {runs[0].folder}; give all '
-                'contestants the same data, split and series'
-            )
-
-
-def _maps(runs: Sequence[Run], scheme: ClassScheme, data: str, patches: int = 4) -> plt.Figure:
+def _maps(runs: Sequence[Run], scheme: ClassScheme, data: str, patches: int = 4) -> Figure:
     """Truth and the map of each contestant, one column a patch."""
     truth = runs[0].predictions()['mask']
     rows = {'Truth': truth, **{run.title: run.predictions()['prediction'] for run in runs}}
     chosen = np.linspace(0, len(truth) - 1, min(patches, len(truth))).astype(int)
+    size = 2 * len(chosen) + 2, 2 * len(rows) + 1
     figure, axes = plt.subplots(
-        len(rows),
-        len(chosen),
-        figsize=(2 * len(chosen) + 2, 2 * len(rows) + 1),
-        squeeze=False,
-        layout='constrained',
+        len(rows), len(chosen), figsize=size, squeeze=False, layout='constrained'
     )
     for (title, maps), line in zip(rows.items(), axes, strict=True):
         line[0].set_ylabel(title, rotation=0, ha='right', va='center', wrap=True, fontsize=8)
@@ -274,26 +295,8 @@ def _maps(runs: Sequence[Run], scheme: ClassScheme, data: str, patches: int = 4)
     return figure
 
 
-def _confusion(runs: Sequence[Run], scheme: ClassScheme, title: str) -> plt.Figure:
-    metric = MulticlassConfusionMatrix(len(scheme), ignore_index=NO_LABEL)
-    for run in runs:
-        pair = run.predictions()
-        metric.update(*(torch.from_numpy(pair[k].astype(np.int64)) for k in ('prediction', 'mask')))
-    figure = confusion_figure(metric.compute(), scheme.names)
-    figure.suptitle(title)
-    return figure
-
-
 def prepare(root: Path, **options: Any) -> str:
-    """Write the synthetic data set, or what is missing of it, where no real one is.
-
-    Args:
-        root: Folder of the data set.
-        **options: Arguments of ``write_synthetic`` where there is none yet.
-
-    Returns:
-        What to call the data: synthetic, or their folder.
-    """
+    """Write the synthetic data set where no real one is; what to call the data."""
     if (root / MARKER).exists():
         write_synthetic(root, **json.loads((root / MARKER).read_text()))
     elif not (root / LABELS).is_dir():
@@ -301,31 +304,40 @@ def prepare(root: Path, **options: Any) -> str:
     return 'Synthetic data' if (root / MARKER).exists() else str(root)
 
 
-def listed(about: Mapping[str, Any]) -> str:
-    """Markdown list of facts."""
-    return '\n'.join(f'- {name}: {value}' for name, value in about.items())
-
-
-def provenance() -> dict[str, str]:
-    """Date, hardware, commit and version of PyTorch of a measurement."""
-    git = ['git', 'rev-parse', '--short', 'HEAD']
-    commit = subprocess.run(git, cwd=CONF, capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run(['git', 'status', '--porcelain'], cwd=CONF, capture_output=True).stdout
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    threads = torch.get_num_threads()
-    return {
-        'date': date.today().isoformat(),
-        'hardware': f'{device}, {threads} of {os.cpu_count()} cores, {platform.system()}',
-        'commit': (commit or 'unknown') + ' and changes' * bool(dirty),
-        'torch': torch.__version__,
+def compare_conditions(args: argparse.Namespace) -> None:
+    """Train without and with dropout, and map under every condition."""
+    data = prepare(args.root, incomplete=0)
+    if not (args.root / MARKER).exists():
+        raise ValueError(f'{args.root} is not synthetic, so its seasons cannot be shifted')
+    runs = {
+        name: Run(CONF / 'inception.yaml', 0, args.output / 'runs' / name, options)
+        for name, options in robustness.TRAININGS.items()
     }
+    for name, run in runs.items():
+        print(f'Training: {name}', flush=True)
+        run.start(args.root, args.epochs, args.again)
+    mappers = {
+        name: robustness.Mapper(run.folder / 'checkpoints' / 'best.ckpt')
+        for name, run in runs.items()
+    }
+    rows = [_row(condition, args.root, mappers) for condition in robustness.conditions()]
+    about = {'epochs': args.epochs, 'dropout': robustness.DROPOUT, **made(runs.values())}
+    title = f'{data}: robustness on the test tile'
+    report(args.output, title, about, rows)
 
 
-def _processor() -> str:
-    path = Path('/proc/cpuinfo')
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
-    return next(names, platform.processor() or platform.machine())
+def _row(
+    condition: robustness.Condition, root: Path, mappers: Mapping[str, robustness.Mapper]
+) -> Row:
+    """Weighted F1 and kappa of each checkpoint under a condition."""
+    batch, scheme = condition.batch(root), class_scheme(robustness.CLASSES)
+    found = {
+        name: scores(mapper(batch).numpy(), batch['mask'].numpy(), scheme)
+        for name, mapper in mappers.items()
+    }
+    titles = {'F1': 'f1', 'kappa': 'kappa'}
+    columns = {f'{t}, {name}': found[name][key] for t, key in titles.items() for name in found}
+    return {'what': condition.what, 'condition': condition.label, **columns}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -334,9 +346,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--output', type=Path, default=Path('outputs/accuracy'))
     parser.add_argument('--seeds', type=int, default=3, help='number of seeds')
     parser.add_argument('--epochs', type=int, default=14)
-    parser.add_argument(
-        '--configs', type=Path, nargs='+', help='configurations; all of benchmarks/conf otherwise'
-    )
+    parser.add_argument('--configs', type=Path, nargs='+', help='all of benchmarks/conf otherwise')
+    parser.add_argument('--again', action='store_true', help='repeat what was made otherwise')
+    parser.add_argument('--robustness', action='store_true', help='changed conditions instead')
     return parser
 
 

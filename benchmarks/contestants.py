@@ -17,21 +17,12 @@ from torchgeo_s1s2.datasets.time_series import Slot, Span, Times
 
 
 class PixelLTAE(nn.Module):
-    """TorchGeo's lightweight temporal attention encoder (Garnot and Landrieu 2020) at each pixel.
-
-    https://arxiv.org/abs/2007.00586
-    """
+    """TorchGeo's temporal attention encoder (https://arxiv.org/abs/2007.00586) at each pixel."""
 
     def __init__(self, in_channels: int, num_classes: int, length: int, width: int = 64) -> None:
         super().__init__()
-        self.encoder = LTAE(
-            in_channels,
-            n_head=4,
-            n_neurons=(width, width),
-            d_model=width,
-            len_max_seq=length,
-            dropout=0.1,
-        )
+        heads: Any = {'n_head': 4, 'n_neurons': (width, width), 'd_model': width, 'dropout': 0.1}
+        self.encoder = LTAE(in_channels, len_max_seq=length, **heads)
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,10 +42,7 @@ class LTAESegmentation(SpatioTemporalSegmentation):
 
 
 class TreesSegmentation(SpatioTemporalSegmentation):
-    """Gradient-boosted trees on the series of a pixel, fitted to the first epoch's pixels.
-
-    ``pixels`` is how many of each training patch are drawn.
-    """
+    """Gradient-boosted trees on series, fitted to ``pixels`` of each patch in the first epoch."""
 
     def configure_models(self) -> None:
         # Lightning keeps no checkpoint before an optimizer has made a step.
@@ -110,13 +98,9 @@ class PixelPresto(nn.Module):
         place: Sequence[float],
         weights: str | None = None,
     ) -> None:
-        """Build it with random weights, or load them.
+        """Build it for the months 1..12 of the slots and a place (latitude, longitude).
 
-        Args:
-            num_classes: Number of classes.
-            months: Month 1..12 of each slot.
-            place: Latitude and longitude of the region, in degrees.
-            weights: ``PRESTO``, which TorchGeo downloads, or a file of them; random if None.
+        Weights are ``PRESTO``, which TorchGeo downloads, or a file of them; random if None.
         """
         super().__init__()
         download = Presto_Weights.__members__.get(weights or '')
@@ -193,11 +177,7 @@ class PrestoSegmentation(SpatioTemporalSegmentation):
 
 @dataclass(frozen=True)
 class OneMonth(MonthlySeries):
-    """One slot of a monthly series, of the patches that have the whole of it.
-
-    Attributes:
-        slot: Position of the slot in the series.
-    """
+    """One slot of a monthly series, of the patches that have the whole of it."""
 
     slot: int = 2
 

