@@ -162,11 +162,10 @@ def tree(root: Path) -> dict[str, bytes]:
 def season_of(root: Path, dataset: MultiSenGE) -> dict[str, bytes]:
     """Files that a data set reads, with all labels and label rasters, from a complete root."""
     names = {
-        f'{s}/{dataset.catalog.path(int(dataset._patches[i]), s, p).name}'
+        str(path.relative_to(root))
         for i in range(len(dataset))
-        for s, slots in dataset.slots(i).items()
-        for slot in slots
-        for p in slot
+        for paths in dataset.files_of(i).values()
+        for path in paths
     }
     whole = tree(root)
     return {k: v for k, v in whole.items() if k in names or k.split('/')[0] in FOLDERS[:2]}

@@ -17,10 +17,11 @@ import time
 import warnings
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Set
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -71,8 +72,7 @@ class Version(NamedTuple):
         return any(a != b for a, b in pairs if a is not None and b is not None)
 
 
-@dataclass(frozen=True)
-class RestartPoint:
+class RestartPoint(NamedTuple):
     """Where reading can begin.
 
     Attributes:
@@ -109,27 +109,16 @@ class Journal:
             DownloadError: If it is damaged otherwise.
         """
         self.path = path
-        self.version: Version | None
-        self.starts: list[RestartPoint]
-        self.names: list[frozenset[str]]
         self._forget()
-        if not path.exists():
-            return
-        *lines, rest = path.read_bytes().split(b'\n')
-        self._size = path.stat().st_size - len(rest)
+        *lines, _ = (path.read_bytes() if path.exists() else b'').split(b'\n')
+        self._size = sum(len(line) + 1 for line in lines)
         try:
-            self._load([json.loads(line) for line in lines])
+            for line in lines:
+                self._remember(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
             raise DownloadError(
                 f'{path} is damaged ({error}); delete it, and the archive is read from its start'
             ) from error
-
-    def _load(self, contents: list[dict[str, Any]]) -> None:
-        if contents:
-            self.version = Version(*contents[0]['version'])
-            self.replaced = contents[0]['replaced']
-        for content in contents[1:]:
-            self._remember(content)
 
     @property
     def complete(self) -> bool:
@@ -158,15 +147,12 @@ class Journal:
     def begin(self, version: Version | None) -> None:
         """Record the version, before anything of it is written."""
         if self.version is None and version is not None:
-            self.version = version
             self._append({'version': version, 'replaced': self.replaced})
 
     def add(self, names: Collection[str], end: RestartPoint | None) -> None:
         """Record the stretch that follows the last one; None ends it with the archive."""
-        point = end and {**vars(end), 'window': b64encode(end.window).decode()}
-        content = {'names': sorted(names), 'end': point}
-        self._append(content)
-        self._remember(content)
+        point = end and {**end._asdict(), 'window': b64encode(end.window).decode()}
+        self._append({'names': sorted(names), 'end': point})
 
     def start_anew(self) -> None:
         """Forget everything, but not that another version was there."""
@@ -174,70 +160,63 @@ class Journal:
         self.replaced = True
 
     def _forget(self) -> None:
-        self._size, self.version, self.replaced = 0, None, False
-        self.starts, self.names = [RestartPoint()], []
+        self.version: Version | None = None
+        self.replaced, self._size = False, 0
+        self.starts = [RestartPoint()]
+        self.names: list[frozenset[str]] = []
 
     def _remember(self, content: dict[str, Any]) -> None:
+        if self.version is None:  # the first line
+            self.version, self.replaced = Version(*content['version']), content['replaced']
+            return
         self.names.append(frozenset(content['names']))
         if end := content['end']:
             self.starts.append(RestartPoint(**{**end, 'window': b64decode(end['window'])}))
 
-    def _append(self, content: object) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open('r+b' if self.path.exists() else 'wb') as file:
+    def _append(self, content: dict[str, Any]) -> None:
+        with self.path.open('ab') as file:
             file.truncate(self._size)
-            file.seek(self._size)
-            file.write(json.dumps(content).encode() + b'\n')
-            self._size = file.tell()
+            self._size += file.write(json.dumps(content).encode() + b'\n')
             file.flush()
             os.fsync(file.fileno())
+        self._remember(content)
 
 
+@dataclass
 class RemoteFile:
     """Bytes of a file on a server, read forwards; a broken connection goes on at the same byte.
 
     A server without ranges sends the bytes before it once more, and they are dropped.
 
     Attributes:
+        url: Where the file is.
+        version: Version that it must have, that of the first response if None.
         position: Bytes before the one that is read next.
-        version: Version of the file.
+        hosts: Other hosts to which the server may redirect.
         retries: How often in a row a connection may fail.
         backoff: Seconds before the first retry; they double with each.
         timeout: Seconds to wait for a connection, and for bytes.
         patience: Seconds that a busy server may ask to wait.
     """
 
-    retries = 6
-    backoff = 1.0
-    timeout = (10, 60)
-    patience = 600.0
+    url: str
+    version: Version | None = None
+    position: int = 0
+    hosts: Collection[str] = ()
 
-    def __init__(
-        self,
-        url: str,
-        version: Version | None = None,
-        position: int = 0,
-        hosts: Collection[str] = (),
-    ) -> None:
-        """Connect at the first read.
+    retries: ClassVar[int] = 6
+    backoff: ClassVar[float] = 1.0
+    timeout: ClassVar[tuple[int, int]] = 10, 60
+    patience: ClassVar[float] = 600.0
 
-        Args:
-            url: Where the file is.
-            version: Version that it must have, that of the first response if None.
-            position: First byte to read.
-            hosts: Other hosts to which the server may redirect.
-        """
-        self.url, self.version, self.position, self.hosts = url, version, position, hosts
+    def __post_init__(self) -> None:
+        """Connect at the first read only."""
         self._session = requests.Session()
         self._session.hooks['response'].append(self._check_redirect)
         self._response: requests.Response | None = None
         self._failures, self._pause = 0, 0.0
 
-    def __enter__(self) -> 'RemoteFile':
-        """Return the file."""
-        return self
-
-    def __exit__(self, *args: object) -> None:
+    def close(self) -> None:
         """Close the connection."""
         self._disconnect()
         self._session.close()
@@ -249,24 +228,16 @@ class RemoteFile:
             ArchiveChangedError: If the file has another version than before.
             DownloadError: If the server does not give it.
         """
-        while True:
+        while self.version is None or self.position != self.version.length:
             try:
-                data = self._read(size)
+                data = _receive(self._response or self._connect(), size)
             except (OSError, HTTPError) as error:  # those of requests are OSErrors
                 self._wait(error)
                 continue
             self._failures = 0
+            self.position += len(data)
             return data
-
-    def _read(self, size: int) -> bytes:
-        if self.version is not None and self.position == self.version.length:
-            return b''
-        response = self._response or self._connect()
-        data: bytes = response.raw.read(size, decode_content=False)
-        if not data and response.headers.get('Content-Length'):
-            raise ConnectionError('the connection ended early')
-        self.position += len(data)
-        return data
+        return b''
 
     def _connect(self) -> requests.Response:
         headers = {'Accept-Encoding': 'identity'}
@@ -289,10 +260,7 @@ class RemoteFile:
             return response
         skipped = 0
         while skipped < self.position:
-            data = response.raw.read(min(_CHUNK, self.position - skipped), decode_content=False)
-            if not data:
-                raise ConnectionError('the connection ended early')
-            skipped += len(data)
+            skipped += len(_receive(response, min(_CHUNK, self.position - skipped)))
         return response
 
     def _check_redirect(self, response: requests.Response, **_: object) -> None:
@@ -352,28 +320,35 @@ class RemoteFile:
             self._response = None
 
 
+def _receive(response: requests.Response, size: int) -> bytes:
+    data: bytes = response.raw.read(size, decode_content=False)
+    if not data and response.headers.get('Content-Length'):
+        raise ConnectionError('the connection ended early')
+    return data
+
+
+@dataclass
 class GzipReader:
     """Output of a gzip stream, read forwards from a restart point.
 
     Attributes:
+        source: The gzip stream, at ``start.compressed``.
+        start: Where reading begins.
+        spacing: Bytes of the gzip stream after which the next restart point is looked for.
+        limit: Bytes that the output may have.
         point: The last restart point that reading came by, None unless there is a new one.
     """
 
-    def __init__(
-        self, source: RemoteFile, start: RestartPoint, spacing: int, limit: int = 2**63
-    ) -> None:
-        """Begin at a restart point.
+    source: RemoteFile
+    start: RestartPoint
+    spacing: int
+    limit: int = 2**63
+    point: RestartPoint | None = None
 
-        Args:
-            source: The gzip stream, at ``start.compressed``.
-            start: Where it begins.
-            spacing: Bytes of the gzip stream after which the next restart point is looked for.
-            limit: Bytes that the output may have.
-        """
-        self.point: RestartPoint | None = None
-        self._source, self._spacing, self._limit = source, spacing, limit
-        self._search_from = start.compressed + spacing
-        self._position = self._end = start.position
+    def __post_init__(self) -> None:
+        """Begin at the restart point."""
+        start = self.start
+        self._search_from, self._end = start.compressed + self.spacing, start.position
         self._crc, self._size, self._window = start.crc, start.size, start.window
         self._raw = bool(start.window)
         self._inflate: Any = None
@@ -383,11 +358,11 @@ class GzipReader:
 
     def tell(self) -> int:
         """Bytes of the output before the one that is read next."""
-        return self._position
+        return self._end - len(self._output)
 
     def seek(self, position: int) -> None:
         """Read on to a position, which must not lie before this one."""
-        while self._position < position and self.read(min(_CHUNK, position - self._position)):
+        while (left := position - self.tell()) > 0 and self.read(min(_CHUNK, left)):
             pass
 
     def read(self, size: int) -> bytes:
@@ -406,9 +381,7 @@ class GzipReader:
             parts.append(self._output[:size])
             self._output = self._output[size:]
             size -= len(parts[-1])
-        data = b''.join(parts)
-        self._position += len(data)
-        return data
+        return b''.join(parts)
 
     def _fill(self) -> bool:
         """Give more output; False at the end of the stream."""
@@ -417,10 +390,13 @@ class GzipReader:
                 return False
             if not self._input:
                 self._input = self._next_chunk()
-            searching = self._source.position - len(self._input) >= self._search_from
+            compressed = self.source.position - len(self._input)
+            searching = compressed >= self._search_from
             if searching and self._window and self._at_restart_point():
-                self._note_restart_point()
-                searching = False
+                self._search_from, searching = compressed + self.spacing, False
+                self.point = RestartPoint(
+                    compressed, self._end, self._end, self._crc, self._size, self._window
+                )
             size = 1 if searching else len(self._input)
             data = self._inflate.decompress(self._input[:size])
             self._input = self._input[size:]
@@ -436,26 +412,24 @@ class GzipReader:
             self._size += len(data)
             self._crc = zlib.crc32(data, self._crc)
             self._window = (self._window + data)[-_WINDOW:]
-        if self._end > self._limit:
+        if self._end > self.limit:
             raise DownloadError(
-                f'{self._source.url} unpacks to more than the {self._limit:,} bytes that such an '
+                f'{self.source.url} unpacks to more than the {self.limit:,} bytes that such an '
                 'archive can have; take another url'
             )
 
     def _next_chunk(self) -> memoryview:
-        chunk = self._source.read(_CHUNK)
+        chunk = self.source.read(_CHUNK)
         if not chunk:
-            raise EOFError(f'the gzip stream breaks off at its byte {self._source.position}')
+            raise EOFError(f'the gzip stream breaks off at its byte {self.source.position}')
         return memoryview(chunk)
 
     def _begin_member(self) -> bool:
         """Begin the next gzip member, which zeros may precede; False if there is none."""
-        rest = bytes(self._input).lstrip(b'\0')
-        while not rest:
-            chunk = self._source.read(_CHUNK)
-            if not chunk:
+        while not (rest := bytes(self._input).lstrip(b'\0')):
+            self._input = memoryview(self.source.read(_CHUNK))
+            if not self._input:
                 return False
-            rest = chunk.lstrip(b'\0')
         self._input = memoryview(rest)
         self._inflate, self._raw = zlib.decompressobj(16 + zlib.MAX_WBITS), False
         self._crc, self._size, self._window = 0, 0, b''
@@ -484,47 +458,30 @@ class GzipReader:
             return False
         return bool(probe.eof) and probe.unused_data == (trailer if self._raw else b'')
 
-    def _note_restart_point(self) -> None:
-        compressed = self._source.position - len(self._input)
-        self._search_from = compressed + self._spacing
-        self.point = RestartPoint(
-            compressed, self._end, self._end, self._crc, self._size, self._window
-        )
+
+_Members = Iterator[tuple[str, tarfile.TarInfo, GzipReader]]
 
 
+@dataclass
 class RemoteArchive:
     """Files of a gzipped tar archive on a server.
 
     Attributes:
         url: Where it is.
         journal: What earlier runs saw of it.
+        kind: What it can hold.
+        hosts: Other hosts to which the server may redirect.
+        progress: Show a progress bar of the bytes read.
         spacing: Bytes between restart points, and so how many are fetched again at most.
     """
 
-    spacing = 2**30
+    url: str
+    journal: Journal
+    kind: Kind
+    hosts: Collection[str] = ()
+    progress: bool = True
 
-    def __init__(
-        self,
-        url: str,
-        journal: Path,
-        progress: bool = True,
-        kind: Kind | None = None,
-        hosts: Collection[str] = (),
-    ) -> None:
-        """Read the journal; nothing is fetched.
-
-        Args:
-            url: Where the archive is.
-            journal: Where to keep what is seen of it.
-            progress: Show a progress bar of the bytes read.
-            kind: What it can hold.
-            hosts: Other hosts to which the server may redirect.
-        """
-        self.url = url
-        self.journal = Journal(journal)
-        self.kind = kind or Kind()
-        self.hosts = hosts
-        self.progress = progress
+    spacing: ClassVar[int] = 2**30
 
     def read(self, names: Collection[str] | None = None) -> Iterator[tuple[str, bytes]]:
         """Files by name, in the archive's order; reading ends with the last of them.
@@ -545,7 +502,7 @@ class RemoteArchive:
                 its kind can, or a file in it has a wrong length.
         """
         try:
-            yield from self._read(None if names is None else set(names))
+            yield from self._read(None if names is None else frozenset(names))
         except (zlib.error, EOFError, tarfile.TarError) as error:
             raise DownloadError(
                 f'{self.url} is damaged or cut off ({error}). What was written is whole; run the '
@@ -553,48 +510,42 @@ class RemoteArchive:
                 'another url'
             ) from error
 
-    def _read(self, todo: set[str] | None) -> Iterator[tuple[str, bytes]]:
-        for start, names in list(zip(self.journal.starts, self.journal.names, strict=False)):
-            there = set(names) if todo is None else todo & names
-            if there:
-                yield from self._wanted(self._members(start), there)
-            if todo is not None:
-                todo -= names
-        if not self.journal.complete and (todo is None or todo):
-            yield from self._wanted(self._new_members(), todo)
+    def _read(self, names: Set[str] | None) -> Iterator[tuple[str, bytes]]:
+        """Go through the stretches that hold some of the files, and through what is not known."""
+        for start, there in list(zip(self.journal.starts, self.journal.names, strict=False)):
+            yield from self._wanted(self._members(start), there if names is None else there & names)
+        rest = None if names is None else names - self.journal.all_names
+        if not self.journal.complete:
+            yield from self._wanted(self._new_members(), rest)
 
-    def _wanted(
-        self, members: Iterator[tuple[GzipReader, tarfile.TarInfo]], todo: set[str] | None
-    ) -> Iterator[tuple[str, bytes]]:
-        """The files to do, up to the last of them."""
-        for reader, member in members:
-            name = self._name(member)
-            if name is not None and (todo is None or name in todo):
-                yield name, self._content(reader, member)
-                if todo is not None:
+    def _wanted(self, members: _Members, names: Set[str] | None) -> Iterator[tuple[str, bytes]]:
+        """Contents of these files, up to the last of them; nothing is opened for none."""
+        todo = None if names is None else set(names)
+        while (todo is None or todo) and (found := next(members, None)):
+            name, member, reader = found
+            if todo is None or name in todo:
+                yield name, self._content(member, reader)
+                if todo:
                     todo.remove(name)
-                    if not todo:
-                        return
 
-    def _new_members(self) -> Iterator[tuple[GzipReader, tarfile.TarInfo]]:
+    def _new_members(self) -> _Members:
         """Files after the last restart point, noting new ones; none of a name that was there."""
         earlier, names, again = self.journal.all_names, set[str](), list[str]()
-        for reader, member in self._members(self.journal.starts[-1]):
+        for name, member, reader in self._members(self.journal.starts[-1]):
             if reader.point and member.offset >= reader.point.position:
-                self.journal.add(names, replace(reader.point, header=member.offset))
+                self.journal.add(names, reader.point._replace(header=member.offset))
                 earlier |= names
                 reader.point, names = None, set()
-            name = self._name(member)
             if name in names or name in earlier:
                 again.append(member.name)
-            elif name is not None:
-                names.add(name)
-                if len(earlier) + len(names) > self.kind.files:
-                    raise DownloadError(
-                        f'{self.url} holds more than the {self.kind.files:,} files that such an '
-                        'archive can have; take another url'
-                    )
-                yield reader, member
+                continue
+            names.add(name)
+            if len(earlier) + len(names) > self.kind.files:
+                raise DownloadError(
+                    f'{self.url} holds more than the {self.kind.files:,} files that such an '
+                    'archive can have; take another url'
+                )
+            yield name, member, reader
         self.journal.add(names, None)
         if again:
             warnings.warn(
@@ -604,35 +555,32 @@ class RemoteArchive:
                 stacklevel=2,
             )
 
-    def _members(self, start: RestartPoint) -> Iterator[tuple[GzipReader, tarfile.TarInfo]]:
-        """Entries from a restart point to the end, each with the reader at its content."""
-        version, first = self.journal.version, start.compressed
-        with RemoteFile(self.url, version, first, self.hosts) as remote:
+    def _members(self, start: RestartPoint) -> _Members:
+        """Files from a restart point to the end, each with the reader at its content."""
+        remote = RemoteFile(self.url, self.journal.version, start.compressed, self.hosts)
+        with closing(remote):
             reader = GzipReader(remote, start, self.spacing, self.kind.total_size)
             reader.seek(start.header)
-            as_file: Any = reader
-            tar: Any = tarfile.TarFile(fileobj=as_file)
+            tar: Any = tarfile.TarFile(fileobj=reader)  # type: ignore[arg-type]
             self.journal.begin(remote.version)
-            with self._bar(remote) as bar:
+            with tqdm(
+                desc=PurePosixPath(self.url).name,
+                total=remote.version.length if remote.version else None,
+                initial=remote.position,
+                unit='B',
+                unit_scale=True,
+                disable=not self.progress,
+            ) as bar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # or a million of them would be kept
-                    yield reader, member
+                    if name := self._name(member):
+                        yield name, member, reader
                     bar.update(remote.position - bar.n)
             while rest := reader.read(_CHUNK):
                 if rest.strip(b'\0'):
                     raise tarfile.ReadError(f'no header before byte {reader.tell()} of the tar')
 
-    def _bar(self, remote: RemoteFile) -> Any:
-        return tqdm(
-            desc=PurePosixPath(self.url).name,
-            total=remote.version.length if remote.version else None,
-            initial=remote.position,
-            unit='B',
-            unit_scale=True,
-            disable=not self.progress,
-        )
-
-    def _content(self, reader: GzipReader, member: tarfile.TarInfo) -> bytes:
+    def _content(self, member: tarfile.TarInfo, reader: GzipReader) -> bytes:
         if member.size > self.kind.file_size:
             raise DownloadError(
                 f'{member.name} in {self.url} has {member.size} bytes, more than the '

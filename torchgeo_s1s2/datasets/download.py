@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +14,11 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from torchgeo_s1s2.datasets.archive import Kind, RemoteArchive
-from torchgeo_s1s2.datasets.catalog import (
-    GROUND_REFERENCE,
-    LABELS,
-    Catalog,
-    reference_name,
-)
+from torchgeo_s1s2.datasets.archive import Journal, Kind, RemoteArchive
+from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog, reference_name
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
-from torchgeo_s1s2.errors import (
-    ArchiveChangedError,
-    DownloadError,
-    NoSeriesError,
-    S1S2Warning,
-)
+from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError, NoSeriesError, S1S2Warning
 from torchgeo_s1s2.files import whole
 
 FILE_SIZE = {GROUND_REFERENCE: 256 * 256, 's2': 256 * 256 * 10 * 2, 's1': 256 * 256 * 2 * 4}
@@ -39,8 +29,7 @@ _LABEL = re.compile(r'\w+_\d+_\d+\.json')
 KINDS = {
     LABELS: Kind(_LABEL.pattern, files=2**17, file_size=2**18, total_size=2**30),
     GROUND_REFERENCE: Kind(files=2**17, file_size=2**22, total_size=2**34),
-    's2': Kind(),
-    's1': Kind(),
+    **dict.fromkeys(SENSORS, Kind()),
 }
 """What each archive can hold. MultiSenGE's 8,157 label files have 40 MB, the largest 7 kB."""
 _HALF_WRITTEN = re.compile(r'\.(\w+_\d+_\d+\.(?:tif|json))\.[a-z0-9_]{8}')
@@ -97,7 +86,10 @@ class DownloadPlan:
         for folder, held in self.held.items():
             needed, size = len(self.needed.get(folder, ())), self.sizes[folder]
             counts = needed, self._files_to_write(folder), self.in_all[folder], held
-            cells = [f'{"not known yet":>19}' if n is None else _cell(n, n * size) for n in counts]
+            cells = [
+                f'{"not known yet":>19}' if n is None else f'{n:9,} {_gigabytes(n * size):>6} GB'
+                for n in counts
+            ]
             rows.append(' '.join([f'{folder:16}', *cells]))
         rows.append('GB are estimates: number of files times the bytes that one has')
         if None in self.held.values():
@@ -187,9 +179,7 @@ class SeasonDownload:
             ValueError: If a label file is malformed.
         """
         with self._locked():
-            self._prepare_folders()
-            self._fetch_labels()
-            return self._plan()
+            return self._first_plan()
 
     def run(self) -> None:
         """Download what is missing, with the plan printed first.
@@ -200,16 +190,9 @@ class SeasonDownload:
             ValueError: If a label file is malformed.
         """
         with self._locked():
-            self._prepare_folders()
-            self._fetch_labels()
-            self._changed: set[str] = set()
-            done = False
-            while not done:
+            plan = self._first_plan()
+            while not self._carry_out(plan):
                 plan = self._plan()
-                if self.progress:
-                    print(plan)
-                plan.check_disk()
-                done = self._fetch_missing(plan)
 
     def verify(self) -> None:
         """Compare the label files and the files needed with their recorded checksums.
@@ -245,21 +228,21 @@ class SeasonDownload:
         """One process at a time; what others have done in the meantime is read anew."""
         (self.root / _HIDDEN).mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / _HIDDEN / 'lock'):
-            self._checksums = _Checksums(self.root / CHECKSUMS)
+            self._checksums, self._changed = _Checksums(self.root / CHECKSUMS), set[str]()
             self._archives = {
                 folder: RemoteArchive(
                     f'{self.url}/{folder}.tgz',
-                    self.root / _HIDDEN / f'{folder}.jsonl',
-                    self.progress,
+                    Journal(self.root / _HIDDEN / f'{folder}.jsonl'),
                     kind,
                     self.hosts,
+                    self.progress,
                 )
                 for folder, kind in KINDS.items()
             }
             yield
 
-    def _prepare_folders(self) -> None:
-        """Make the folders, and clear them of files that an interruption left half written."""
+    def _first_plan(self) -> DownloadPlan:
+        """The plan, in folders that are clear of what an interruption left half written."""
         for folder in self._archives:
             (self.root / folder).mkdir(exist_ok=True)
             for path in (self.root / folder).glob('.*.*'):
@@ -268,56 +251,59 @@ class SeasonDownload:
                     (path / name[1]).unlink(missing_ok=True)
                     with suppress(OSError):  # something else is in it
                         path.rmdir()
+        self._fetch_labels()
+        return self._plan()
 
     def _fetch_labels(self) -> None:
         journal, there = self._archives[LABELS].journal, self._finished(LABELS)
         if journal.version is None and any(map(_LABEL.fullmatch, there)):
             return  # they came in another way
         names = journal.all_names if journal.complete else None
-        if names is None or names - there:
-            try:
-                self._extract(LABELS, names)
-            except ArchiveChangedError as change:
-                self._start_anew(LABELS, change)
-                self._extract(LABELS)
+        if (names is None or names - there) and not self._extract(LABELS, names):
+            self._extract(LABELS)
 
-    def _fetch_missing(self, plan: DownloadPlan) -> bool:
+    def _carry_out(self, plan: DownloadPlan) -> bool:
         """Write what is missing; False if an archive is not what the plan took it to be."""
+        if self.progress:
+            print(plan)
+        plan.check_disk()
         for folder, names in plan.missing.items():
             if not names:
                 continue
-            try:
-                self._extract(folder, names)
-            except ArchiveChangedError as change:
-                if folder in self._changed:
-                    raise
-                self._changed.add(folder)
-                self._start_anew(folder, change)
+            if not self._extract(folder, names):
                 return False
-            lacking = sorted(names - self._archives[folder].journal.all_names)
-            if lacking and self._archives[folder].journal.complete:
+            archive = self._archives[folder]
+            lacking = sorted(names - archive.journal.all_names)
+            if lacking and archive.journal.complete:
                 warnings.warn(
-                    f'{self._archives[folder].url} lacks {len(lacking)} of the {len(names)} files '
-                    f'that the series needs after the label files ({lacking[0]} ...); the series '
-                    'are made of what there is',
+                    f'{archive.url} lacks {len(lacking)} of the {len(names)} files that the series '
+                    f'needs after the label files ({lacking[0]} ...); the series are made of what '
+                    'there is',
                     S1S2Warning,
                     stacklevel=3,
                 )
                 return False
         return True
 
-    def _start_anew(self, folder: str, change: ArchiveChangedError) -> None:
-        warnings.warn(
-            f'{change}. It is read from its start, and what came from the old one is replaced',
-            S1S2Warning,
-            stacklevel=4,
-        )
-        self._archives[folder].journal.start_anew()
-        self._checksums.forget(folder)
-
-    def _extract(self, folder: str, names: Collection[str] | None = None) -> None:
-        for name, content in self._archives[folder].read(names):
-            self._write(folder, name, content)
+    def _extract(self, folder: str, names: Collection[str] | None = None) -> bool:
+        """Write files of an archive; False if it is another now, all of which is missing then."""
+        archive = self._archives[folder]
+        try:
+            for name, content in archive.read(names):
+                self._write(folder, name, content)
+        except ArchiveChangedError as change:
+            if folder in self._changed:
+                raise
+            self._changed.add(folder)
+            warnings.warn(
+                f'{change}. It is read from its start, and what came from the old one is replaced',
+                S1S2Warning,
+                stacklevel=4,
+            )
+            archive.journal.start_anew()
+            self._checksums.forget(folder)
+            return False
+        return True
 
     def _write(self, folder: str, name: str, content: bytes) -> None:
         """Write a file so that it is complete or absent, even after a power cut."""
@@ -339,26 +325,17 @@ class SeasonDownload:
             return there
         return {name for name in there if f'{folder}/{name}' in self._checksums}
 
-    def _held(self, folder: str) -> Collection[str] | None:
-        """Names of the files that there are to choose from, None while all may be."""
-        journal = self._archives[folder].journal
-        return journal.all_names | self._finished(folder) if journal.complete else None
-
     def _plan(self) -> DownloadPlan:
         catalog = Catalog(self.root, files=False, progress=self.progress)
-        patches = catalog.patches
-        sensors = self.series.reads(self.sensors)
+        patches, sensors = catalog.patches, self.series.reads(self.sensors)
         held = {folder: self._held(folder) for folder in (GROUND_REFERENCE, *sensors)}
         needed: dict[str, set[str]] = {folder: set() for folder in held}
-        needed[GROUND_REFERENCE] = {
-            name
-            for name in map(reference_name, patches['name'])
-            if _is_in(name, held[GROUND_REFERENCE])
-        }
+        references, known = {*map(reference_name, patches['name'])}, held.pop(GROUND_REFERENCE)
+        needed[GROUND_REFERENCE] = references if known is None else references & known
         tiles = set(patches['tile']) if self.tiles is None else self.tiles
         chosen = 0
         for row in np.flatnonzero(patches['tile'].isin(tiles)):
-            images = self._images(catalog, int(row), {s: held[s] for s in sensors})
+            images = self._images(catalog, int(row), held)
             chosen += bool(images)
             for sensor, names in images.items():
                 needed[sensor] |= names
@@ -375,19 +352,24 @@ class SeasonDownload:
             {folder: journals[folder].file_size or size for folder, size in FILE_SIZE.items()},
         )
 
+    def _held(self, folder: str) -> Set[str] | None:
+        """Names of the files that there are to choose from, None while all may be."""
+        journal = self._archives[folder].journal
+        return journal.all_names | self._finished(folder) if journal.complete else None
+
     def _images(
-        self, catalog: Catalog, row: int, held: Mapping[str, Collection[str] | None]
+        self, catalog: Catalog, row: int, held: Mapping[str, Set[str] | None]
     ) -> dict[str, set[str]]:
         """Names of the images that the series of a patch needs by sensor, none without a series."""
-        paths, times = {}, {}
+        there, times = {}, {}
         for sensor, names in held.items():
             t = catalog.times(row, sensor)
-            at = [
+            there[sensor] = [
                 i
                 for i in range(len(t))
                 if names is None or catalog.path(row, sensor, i).name in names
             ]
-            times[sensor], paths[sensor] = t[at], at
+            times[sensor] = t[there[sensor]]
         try:
             chosen = self.series.candidates(times)
         except NoSeriesError:
@@ -395,57 +377,46 @@ class SeasonDownload:
         if not any(chosen[sensor] for sensor in self.sensors):
             return {}
         return {
-            sensor: {catalog.path(row, sensor, paths[sensor][p]).name for p in positions}
+            sensor: {catalog.path(row, sensor, there[sensor][p]).name for p in positions}
             for sensor, positions in chosen.items()
         }
 
 
-class _Checksums:
+class _Checksums(dict[str, str]):
     """SHA-256 of files by their path under root, in a file as ``sha256sum`` writes it."""
 
     def __init__(self, path: Path) -> None:
         """Read the file if there is one, without a last line that was cut off."""
         self.path = path
         text = path.read_text() if path.exists() else ''
-        self._known = {name: digest for digest, name in _RECORD.findall(text)}
-        if text and text != self._text():
+        super().__init__((name, digest) for digest, name in _RECORD.findall(text))
+        if text != self._text():
             self._rewrite()
-
-    def __contains__(self, name: str) -> bool:
-        """Whether a file is recorded."""
-        return name in self._known
 
     def agrees(self, name: str, digest: str) -> bool:
         """Whether a file has the recorded checksum, or none is recorded."""
-        return self._known.get(name, digest) == digest
+        return self.get(name, digest) == digest
 
     def add(self, name: str, digest: str) -> None:
         """Record a file."""
-        if name not in self._known:
-            self._known[name] = digest
+        if name not in self:
+            self[name] = digest
             with self.path.open('a') as file:
                 file.write(f'{digest}  {name}\n')
 
     def forget(self, folder: str) -> None:
         """Forget the files of a folder."""
-        self._known = {n: d for n, d in self._known.items() if not n.startswith(f'{folder}/')}
+        for name in [name for name in self if name.startswith(f'{folder}/')]:
+            del self[name]
         self._rewrite()
 
     def _text(self) -> str:
-        return ''.join(f'{digest}  {name}\n' for name, digest in self._known.items())
+        return ''.join(f'{digest}  {name}\n' for name, digest in self.items())
 
     def _rewrite(self) -> None:
         with whole(self.path) as temporary:
             temporary.write_text(self._text())
 
 
-def _is_in(name: str, names: Collection[str] | None) -> bool:
-    return names is None or name in names
-
-
 def _gigabytes(size: float) -> str:
     return f'{size / 1e9:.1f}'
-
-
-def _cell(count: int, size: float) -> str:
-    return f'{count:9,} {_gigabytes(size):>6} GB'

@@ -3,9 +3,9 @@
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,13 @@ averaged. Times may be equal (two orbits on one day); positions tell them apart.
 """
 
 Missing = Literal['drop', 'keep', 'nearest']
+Match = Literal['nearest', 'first']
 BOUNDS = (3, 6, 12, 20, 30, 45, 60)
 """Days whose cost a report tells."""
 _DAY = np.timedelta64(1, 'D')
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One time slot of the leading sensor.
 
     Attributes:
@@ -44,6 +44,12 @@ class Slot:
     start: np.datetime64
     end: np.datetime64
     time: np.datetime64
+
+
+def _number(default: int, least: int) -> int:
+    """A number of a date rule, which must not be below the least one."""
+    number: int = field(default=default, metadata={'least': least})
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +101,20 @@ class DateRule(ABC):
     draws: ClassVar[bool] = False
 
     missing: Missing = 'drop'
-    max_days: int = 15
+    max_days: int = _number(15, least=0)
     leader: str = 's2'
-    s1: Literal['nearest', 'first'] = 'nearest'
-    s1_per_slot: int = 1
-    s1_max_days: int = 45
+    s1: Match = 'nearest'
+    s1_per_slot: int = _number(1, least=1)
+    s1_max_days: int = _number(45, least=0)
 
     def __post_init__(self) -> None:
         """Check what a configuration can get wrong."""
-        _check_choice('missing', self.missing, ('drop', 'keep', 'nearest'))
-        _check_choice('s1', self.s1, ('nearest', 'first'))
-        check_at_least('s1_per_slot', self.s1_per_slot, 1)
-        check_at_least('max_days', self.max_days, 0)
-        check_at_least('s1_max_days', self.s1_max_days, 0)
+        for name, choices in (('missing', get_args(Missing)), ('s1', get_args(Match))):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f'{name} is {value!r}; choose one of {", ".join(choices)}')
+        for number in fields(self):
+            if 'least' in number.metadata:
+                check_at_least(number.name, getattr(self, number.name), number.metadata['least'])
 
     @property
     @abstractmethod
@@ -156,17 +163,16 @@ class DateRule(ABC):
         except NoSeriesError:  # what the slots of all of them lack is the reason
             usable = np.arange(len(leader))
             slots = self.slots(leader, span, draw)
-        unused = ((),) * (self.length - len(slots))
-        return {
-            sensor: tuple(
-                _alone(slot.position, usable)
-                if sensor == self.leader
-                else self._match(sensor, t, slot)
-                for slot in slots
-            )
-            + unused
+        chosen = {
+            sensor: tuple(self._match(sensor, t, slot) for slot in slots)
             for sensor, t in times.items()
+            if sensor != self.leader
         }
+        chosen[self.leader] = tuple(
+            () if slot.position is None else (int(usable[slot.position]),) for slot in slots
+        )
+        unused = ((),) * (self.length - len(slots))
+        return {sensor: chosen[sensor] + unused for sensor in times}
 
     def reads(self, sensors: Sequence[str]) -> tuple[str, ...]:
         """Sensors whose times the rule needs to choose slots of some: the leading one before them.
@@ -243,14 +249,13 @@ class MonthlySeries(DateRule):
     """
 
     months: Sequence[int] = (7, 8, 9, 11)
-    min_gap_days: int = 17
+    min_gap_days: int = _number(17, least=0)
     year: int | None = None
 
     def __post_init__(self) -> None:
         """Check what a configuration can get wrong."""
         super().__post_init__()
         object.__setattr__(self, 'months', tuple(self.months))
-        check_at_least('min_gap_days', self.min_gap_days, 0)
         if not self.months or not all(1 <= month <= 12 for month in self.months):
             raise ValueError(f'months is {self.months}; expected one or more numbers 1..12')
 
@@ -261,21 +266,16 @@ class MonthlySeries(DateRule):
 
     def slots(self, times: Times, span: Span, draw: int) -> list[Slot]:
         """Slots of the first year that fits; see DateRule."""
-        best: list[Slot] = []
-        failed: NoSeriesError | None = None
+        found: list[list[Slot]] = []
+        failed: list[NoSeriesError] = []
         for year in self._years(span):
             try:
-                slots = self._slots_of_year(times, year)
+                found.append(self._slots_of_year(times, year))
             except NoSeriesError as error:
-                failed = failed or error
-                continue
-            if _filled(slots) > _filled(best) or not best:
-                best = slots
-            if _filled(best) == self.length:
-                break
-        if failed and not best:
-            raise failed
-        return best
+                failed.append(error)
+        if not found:
+            raise failed[0]
+        return max(found, key=lambda slots: sum(slot.position is not None for slot in slots))
 
     def _years(self, span: Span) -> Sequence[int]:
         if self.year is not None:
@@ -285,8 +285,8 @@ class MonthlySeries(DateRule):
         return range(first - into_next_year, last + 1)
 
     def _slots_of_year(self, times: Times, year: int) -> list[Slot]:
-        slots: list[Slot] = []
-        days, first = times.astype('datetime64[D]'), 0
+        slots, first = list[Slot](), 0
+        days = times.astype('datetime64[D]')
         reach = self.max_days if self.missing == 'nearest' else 0
         for month in _months_from(year, self.months):
             start, end = month.astype('datetime64[D]'), (month + 1).astype('datetime64[D]')
@@ -320,12 +320,7 @@ class EvenlySpaced(DateRule):
         s1: The days of a slot reach half way to the targets of its neighbours.
     """
 
-    n: int = 4
-
-    def __post_init__(self) -> None:
-        """Check what a configuration can get wrong."""
-        super().__post_init__()
-        check_at_least('n', self.n, 1)
+    n: int = _number(4, least=1)
 
     @property
     def length(self) -> int:
@@ -378,14 +373,12 @@ class RandomDates(DateRule):
 
     draws: ClassVar[bool] = True
 
-    n: int = 4
-    seed: int = 0
+    n: int = _number(4, least=1)
+    seed: int = _number(0, least=0)
 
     def __post_init__(self) -> None:
         """Check what a configuration can get wrong."""
         super().__post_init__()
-        check_at_least('n', self.n, 1)
-        check_at_least('seed', self.seed, 0)
         if self.s1 != 'nearest':
             raise ValueError(
                 f's1 is {self.s1!r}, but the slots of random dates have no days of their own; '
@@ -403,16 +396,14 @@ class RandomDates(DateRule):
             raise self._too_few(times, self.n)
         rng = np.random.default_rng((self.seed, draw))
         chosen = rng.choice(len(times), min(self.n, len(times)), replace=False)
-        if self.missing == 'nearest':
-            again = rng.choice(len(times), self.n - len(chosen))
-            chosen = np.concatenate([chosen, again])
-        positions = sorted(chosen.tolist())
+        again = rng.choice(len(times), self.n - len(chosen)) if self.missing == 'nearest' else ()
+        positions = sorted([*chosen.tolist(), *again])
         return _slots_around(times[positions], positions, times, span)
 
     def candidates(self, times: Mapping[str, Times]) -> dict[str, set[int]]:
         """Every acquisition of the leading sensor and what goes with it; see DateRule."""
         self.select(times)
-        shared = {field.name: getattr(self, field.name) for field in fields(DateRule)}
+        shared = {setting.name: getattr(self, setting.name) for setting in fields(DateRule)}
         every = AllDates(max_length=max(len(times[self.leader]), 1), **shared)
         return every.candidates(times)
 
@@ -431,12 +422,7 @@ class AllDates(DateRule):
         s1: The days of a slot reach half way to the dates of its neighbours.
     """
 
-    max_length: int = 24
-
-    def __post_init__(self) -> None:
-        """Check what a configuration can get wrong."""
-        super().__post_init__()
-        check_at_least('max_length', self.max_length, 1)
+    max_length: int = _number(24, least=1)
 
     @property
     def length(self) -> int:
@@ -523,14 +509,6 @@ def _days_apart(times: Times, others: Times | np.datetime64) -> NDArray[np.int64
     return np.abs(days).astype(np.int64)
 
 
-def _filled(slots: Sequence[Slot]) -> int:
-    return sum(slot.position is not None for slot in slots)
-
-
-def _alone(position: int | None, usable: NDArray[np.intp]) -> tuple[int, ...]:
-    return () if position is None else (int(usable[position]),)
-
-
 @dataclass(frozen=True)
 class SeriesReport:
     """What a date rule makes of patches, and how far apart the dates of its slots lie.
@@ -612,14 +590,13 @@ def _days_or_reason(
         return str(error)
     if not any(any(slots[sensor]) for sensor in sensors):
         return 'no acquisition at all'
-    day = {sensor: t.astype('datetime64[D]').astype(int) for sensor, t in times.items()}
-    lead = [day[rule.leader][list(slot)] for slot in slots[rule.leader]]
+    lead = times[rule.leader]
     return {
         sensor: [
-            float(np.abs(day[sensor][list(slot)] - at).max()) if slot and len(at) else np.nan
-            for slot, at in zip(slots[sensor], lead, strict=True)
+            max(map(float, _days_apart(t[[*slot], None], lead[[*at]]).flat), default=np.nan)
+            for slot, at in zip(slots[sensor], slots[rule.leader], strict=True)
         ]
-        for sensor in times
+        for sensor, t in times.items()
         if sensor != rule.leader
     }
 
@@ -628,8 +605,3 @@ def check_at_least(name: str, value: int, least: int) -> None:
     """Raise a ValueError that names a value below the least one."""
     if value < least:
         raise ValueError(f'{name} is {value}; it must be {least} or more')
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f'{name} is {value!r}; choose one of {", ".join(choices)}')
