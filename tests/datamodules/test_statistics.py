@@ -195,7 +195,7 @@ def test_what_has_no_label_is_not_counted(tmp_path: Path) -> None:
     (tmp_path / 'ground_reference' / '31UEQ_GR_700_0.tif').unlink()
     with pytest.warns(S1S2Warning, match='1 of ground_reference'):
         dataset = MultiSenGE(tmp_path, 'test', MonthlySeries(months=(7,)))
-    assert count_labels(dataset, progress=False) == {6: 16 * 300}
+    assert count_labels(dataset, progress=False) == [[6, 16 * 300]]
 
 
 def test_statistics_are_made_window_by_window(

@@ -60,11 +60,12 @@ def _reflectance(reading: Reading, mean: Sequence[float], lowest: float, highest
     seen = f'Sentinel-2 has mean reflectances of {low:.3g} to {high:.3g}'
     if low < 0 and reading.offsets:
         return f'{seen}: the offset takes away too much; leave offset out, or give it by day'
-    if high > _DARK and (lowest < _LEAST or (high < _BRIGHT and highest > _MOST)):
+    if lowest < _LEAST or (high < _BRIGHT and highest > _MOST):
         odd = lowest if lowest < _LEAST else highest
+        stored = odd if reading.unit == 'reflectance' else round(odd * 1e4)
         return (
             f'{seen}, and a value of {odd:.5g}, which seems to stand for none: give it as it is in '
-            f'the files, as in nodata={{"s2": {odd * 1e4:.0f}}}, or tag it in them'
+            f"the files, as in nodata={{'s2': {stored:g}}}, or tag it in them"
         )
     if high < _DARK:
         return (

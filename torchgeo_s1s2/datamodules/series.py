@@ -370,7 +370,7 @@ class SeriesDataModule(NonGeoDataModule):
     def _check_labels(self) -> None:
         """Look for labels without a class, and classes without a label, in the training patches."""
         statistics = self._known_statistics()
-        if statistics.labels:
+        if statistics.labels or self.statistics_path is None:
             _check_labels(self._dataset('train').title, self.classes, dict(statistics.labels))
 
     def _find_statistics(self) -> Statistics | None:

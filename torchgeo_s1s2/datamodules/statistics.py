@@ -120,7 +120,7 @@ class Statistics:
         """
         try:
             return cls._of(json.loads(Path(path).read_text()), classes)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f'{path} is not a file of statistics ({error!r}); delete it and it is computed anew'
             ) from error
@@ -260,7 +260,7 @@ def _kept(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text())
         Statistics._of(content)
         return content
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

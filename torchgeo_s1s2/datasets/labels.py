@@ -111,15 +111,16 @@ def _content(root: Path, name: str, rasters: Mapping[str, Sequence[Image]]) -> d
             f'{paths[first][0]} has no CRS with an EPSG code ({grid.crs}); warp it to one'
         )
     names = {sensor: [path.name for path in paths[sensor]] for sensor in SENSORS}
-    return label_content(names, rasterio.CRS.from_epsg(grid.epsg), _labels(paths[GROUND_REFERENCE]))
+    labels = zip(paths[GROUND_REFERENCE], rasters[GROUND_REFERENCE], strict=True)
+    present = next((_labels(path, image.layout.sidecars) for path, image in labels), [])
+    return label_content(names, rasterio.CRS.from_epsg(grid.epsg), present)
 
 
-def _labels(paths: Sequence[Path]) -> list[int]:
-    """Labels in the first of these rasters but 0, which stands for none."""
+def _labels(path: Path, sidecars: bool) -> list[int]:
+    """Labels in a raster but 0, which stands for none."""
     present: set[int] = set()
-    for path in paths[:1]:
-        with open_raster(path) as src:
-            for _, window in src.block_windows(1):
-                block = src.read(1, window=window, masked=True).compressed()
-                present |= {int(label) for label in np.unique(block) if np.isfinite(label)}
+    with open_raster(path, sidecars) as src:
+        for _, window in src.block_windows(1):
+            block = src.read(1, window=window, masked=True).compressed()
+            present |= {int(label) for label in np.unique(block) if np.isfinite(label)}
     return sorted(present - {0})

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,15 +224,22 @@ def _check_room(folder: Path, jobs: Sequence[_Job]) -> None:
         by_kind[target.parent].append((source, sidecars))
     size = 0
     for rasters in by_kind.values():
-        with open_raster(*rasters[0]) as src:
-            pixel = sum(np.dtype(dtype).itemsize for dtype in src.dtypes)
-            size += len(rasters) * src.width * src.height * pixel
+        size += len(rasters) * next(filter(None, starmap(_bytes, rasters)), 0)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise OSError(
             f'the copy takes about {size / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; '
             'make room, or choose fewer dates or patches'
         )
+
+
+def _bytes(path: Path, sidecars: bool) -> int:
+    """Bytes of the pixels of a raster, 0 if it cannot be read."""
+    try:
+        with open_raster(path, sidecars) as src:
+            return src.width * src.height * sum(np.dtype(dtype).itemsize for dtype in src.dtypes)
+    except UnreadableError:
+        return 0
 
 
 def _write_label_file(dataset: MultiSenGE, index: int, folder: Path, files: _Files) -> None:
