@@ -9,7 +9,7 @@ import pytest
 import rasterio
 
 from benchmarks import data
-from tests.conftest import write_label_file, write_raster
+from conftest import write_label_file, write_raster
 from torchgeo_s1s2.datasets import MultiSenGE, copy_series
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
