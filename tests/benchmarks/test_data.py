@@ -30,13 +30,13 @@ def results(output: Path) -> list[dict[str, Any]]:
 
 def test_starts_on_stand_ins(tmp_path: Path) -> None:
     """Two patches of eight images, one of which has none in November and so no series."""
-    write_label_file(tmp_path, '31UFQ', 0, 0)
-    write_label_file(tmp_path, '31UFQ', 257, 0, s2=('20200706', '20200805', '20200904'))
+    write_label_file(tmp_path, '31UEQ', 0, 0)
+    write_label_file(tmp_path, '31UEQ', 257, 0, s2=('20200706', '20200805', '20200904'))
     archive = tmp_path / 'labels.tar.xz'
     with tarfile.open(archive, 'w:xz') as tar:
         tar.add(tmp_path / 'labels', 'labels')
     arguments = ['startup', '--labels', str(archive), '--output', str(tmp_path), '--rounds', '1']
-    with pytest.warns(UserWarning, match='1 of 2 patches'):
+    with pytest.warns(UserWarning, match='1 of the 2 patches'):
         data.main(arguments)
     rows = results(tmp_path / 'startup')
     assert [(r['start'], r['images'], r['patches with the series']) for r in rows] == [

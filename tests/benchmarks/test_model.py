@@ -40,10 +40,10 @@ def test_modes_compute_what_the_plain_model_does(mode: str, error: float) -> Non
 
 
 def test_recomputed_gates_are_not_held() -> None:
-    jobs = [model.Job(model.MODES[name], 4, 32, 'cpu') for name in ('ours', 'recomputed')]
+    jobs = [model.Job(model.MODES[name], 4, 64, 'cpu') for name in ('ours', 'recomputed')]
     ours, recomputed = (model.held(j.logits, [j.image, *j.model.parameters()]) for j in jobs)
-    # Of four slots of two sensors the gates of 4 x 32 channels, at least, are not kept.
-    assert ours - recomputed >= 4 * 2 * 4 * 32 * 32 * 32 * 4 / 2**20
+    # The gates of four slots of two sensors, 4 x 32 channels of 64 x 64 pixels, 4 bytes each.
+    assert ours - recomputed >= 4 * 2 * 4 * 32 * 64 * 64 * 4 / 2**20
 
 
 @pytest.mark.parametrize('name', model.OTHERS)
