@@ -6,7 +6,7 @@ import pytest
 import rasterio
 from lightning.pytorch import Trainer
 
-from torchgeo_s1s2.callbacks import GeoTIFFWriter
+from torchgeo_s1s2.callbacks import GeoTIFFWriter, Report
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
 from torchgeo_s1s2.datasets import MonthlySeries
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
@@ -40,7 +40,7 @@ def test_one_real_patch_is_learnt_and_mapped(
         logger=False,
         enable_checkpointing=False,
         log_every_n_steps=1,
-        callbacks=[GeoTIFFWriter(tmp_path / 'maps', confidence=True)],
+        callbacks=[GeoTIFFWriter(tmp_path / 'maps', confidence=True), Report()],
     )
     trainer.fit(task, datamodule)
     assert trainer.callback_metrics['train_WeightedF1Score'] > 0.9

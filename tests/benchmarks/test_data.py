@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+from conftest import write_label_file, write_raster
 
 from benchmarks import data
-from conftest import write_label_file, write_raster
 from torchgeo_s1s2.datasets import MultiSenGE, copy_series
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 

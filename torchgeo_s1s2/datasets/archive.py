@@ -103,11 +103,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read a journal, or begin one; a last line that was cut off is ignored.
-
-        Raises:
-            DownloadError: If it is damaged otherwise.
-        """
+        """Read a journal, or begin one; a last line that was cut off is ignored."""
         self.path = path
         self._forget()
         *lines, _ = (path.read_bytes() if path.exists() else b'').split(b'\n')
@@ -249,15 +245,21 @@ class RemoteFile:
         response = self._session.get(self.url, headers=headers, stream=True, timeout=self.timeout)
         self._response = response
         self._check_status(response)
-        self._check_version(Version.of(response))
+        version = Version.of(response)
+        if self.version is not None and self.version.differs(version):
+            raise ArchiveChangedError(
+                f'{self.url} has changed since its download began: it was {self.version}, it is '
+                f'{version}'
+            )
+        self.version = self.version or version
         if response.status_code == requests.codes.partial_content:
             first = response.headers.get('Content-Range', '')
-            if not first.startswith(f'bytes {self.position}-'):
-                raise DownloadError(
-                    f'{self.url}: asked for the bytes from {self.position} on, the server sent '
-                    f'{first!r}; take another url'
-                )
-            return response
+            if first.startswith(f'bytes {self.position}-'):
+                return response
+            raise DownloadError(
+                f'{self.url}: asked for the bytes from {self.position} on, the server sent '
+                f'{first!r}; take another url'
+            )
         skipped = 0
         while skipped < self.position:
             skipped += len(_receive(response, min(_CHUNK, self.position - skipped)))
@@ -290,15 +292,6 @@ class RemoteFile:
             raise DownloadError(
                 f'{self.url}: the server answers {status} {response.reason}; look whether the '
                 'archive has moved, and give its folder as url'
-            )
-
-    def _check_version(self, version: Version) -> None:
-        if self.version is None:
-            self.version = version
-        elif self.version.differs(version):
-            raise ArchiveChangedError(
-                f'{self.url} has changed since its download began: it was {self.version}, it is '
-                f'{version}'
             )
 
     def _wait(self, error: Exception) -> None:

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
@@ -221,7 +221,7 @@ def _offsets(offset: Offset | None) -> tuple[tuple[str, float], ...]:
         return ()
     by_day = offset if isinstance(offset, Mapping) else {'1700-01-01': offset}
     try:
-        days = {pd.Timestamp(str(day)).strftime('%Y-%m-%d'): float(v) for day, v in by_day.items()}
+        days = {str(date.fromisoformat(str(d)[:10])): float(v) for d, v in by_day.items()}
         return tuple(sorted(days.items()))
     except (TypeError, ValueError) as error:
         raise ValueError(

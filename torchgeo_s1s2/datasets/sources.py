@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,13 +88,17 @@ class Download(Source):
     Attributes:
         checksum: Compare the files with the checksums recorded when they were downloaded, which
             reads them all.
+        hosts: Hosts other than that of the data set's archives to which it may redirect.
     """
 
     checksum: bool = False
+    hosts: Sequence[str] = ()
 
     def fill(self, root: Path, wanted: Wanted) -> None:
         """Download, and verify if that is wanted."""
-        season = SeasonDownload(root, wanted.url, wanted.tiles, wanted.series, wanted.sensors)
+        season = SeasonDownload(
+            root, wanted.url, wanted.tiles, wanted.series, wanted.sensors, hosts=self.hosts
+        )
         season.run()
         if self.checksum:
             season.verify()
@@ -152,14 +155,8 @@ def copy_series(
     folder = Path(folder)
     for name in (LABELS, *FOLDERS):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    chosen = {index: _files(dataset, index) for index in range(len(dataset))}
-    jobs = [
-        (path, target, sidecars)
-        for files in chosen.values()
-        for rasters in files.values()
-        for path, sidecars in rasters
-        if _is_outdated(path, target := folder / path.relative_to(dataset.root))
-    ]
+    rasters = [_rasters(dataset, index, folder) for index in range(len(dataset))]
+    jobs = [raster for patch in rasters for raster in patch if raster.is_outdated]
     _check_room(folder, jobs)
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         title, hidden = f'Copying to {folder}', not (progress and jobs)
@@ -171,38 +168,44 @@ def copy_series(
             S1S2Warning,
             stacklevel=2,
         )
-    for index, files in chosen.items():
-        _write_label_file(dataset, index, folder, files)
+    for index, copies in enumerate(rasters):
+        _write_label_file(dataset, index, folder, copies)
     return folder
 
 
-_Files = dict[str, list[tuple[Path, bool]]]
-_Job = tuple[Path, Path, bool]
+class _Raster(NamedTuple):
+    """A raster: its sensor, where it is, whether files beside it belong to it, and its copy."""
+
+    kind: str
+    source: Path
+    sidecars: bool
+    target: Path
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether there is no copy, or one of what the raster was before."""
+        there = self.target.exists()
+        return not there or self.target.stat().st_mtime_ns != self.source.stat().st_mtime_ns
 
 
-def _files(dataset: MultiSenGE, index: int) -> _Files:
-    """Rasters that a row may be read from by folder, each with whether it has sidecars."""
+def _rasters(dataset: MultiSenGE, index: int, folder: Path) -> list[_Raster]:
+    """Rasters that a row may be read from."""
     patch, catalog = int(dataset.index['patch'].iat[index]), dataset.catalog
     times = {s: catalog.times(patch, s) for s in dataset.series.reads(dataset.sensors)}
     positions: dict[str, Any] = dict(dataset.series.candidates(times))
     if catalog.patch(patch).ground_reference:
         positions[GROUND_REFERENCE] = [0]
-    return {
-        folder: [
-            (catalog.path(patch, folder, p), catalog.has_sidecars(patch, folder, p))
-            for p in sorted(chosen)
-        ]
-        for folder, chosen in positions.items()
-    }
+    rasters = []
+    for kind, chosen in positions.items():
+        for p in sorted(chosen):
+            path, sidecars = catalog.path(patch, kind, p), catalog.has_sidecars(patch, kind, p)
+            rasters.append(_Raster(kind, path, sidecars, folder / path.relative_to(dataset.root)))
+    return rasters
 
 
-def _is_outdated(source: Path, target: Path) -> bool:
-    return not target.exists() or target.stat().st_mtime_ns != source.stat().st_mtime_ns
-
-
-def _copy(job: _Job) -> str:
+def _copy(raster: _Raster) -> str:
     """Copy a raster with its time of change; why not, if it cannot be read."""
-    source, target, sidecars = job
+    _, source, sidecars, target = raster
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole(target) as temporary, open_raster(source, sidecars) as src:
@@ -217,14 +220,14 @@ def _copy(job: _Job) -> str:
     return ''
 
 
-def _check_room(folder: Path, jobs: Sequence[_Job]) -> None:
+def _check_room(folder: Path, rasters: Sequence[_Raster]) -> None:
     """Compare the free disk with the pixels of the rasters to copy."""
-    by_kind = defaultdict(list)
-    for source, target, sidecars in jobs:
-        by_kind[target.parent].append((source, sidecars))
+    alike = defaultdict(list)
+    for raster in rasters:
+        alike[raster.target.parent].append(raster)
     size = 0
-    for rasters in by_kind.values():
-        size += len(rasters) * next(filter(None, starmap(_bytes, rasters)), 0)
+    for of_kind in alike.values():
+        size += len(of_kind) * next(filter(None, map(_bytes, of_kind)), 0)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise OSError(
@@ -233,32 +236,28 @@ def _check_room(folder: Path, jobs: Sequence[_Job]) -> None:
         )
 
 
-def _bytes(path: Path, sidecars: bool) -> int:
+def _bytes(raster: _Raster) -> int:
     """Bytes of the pixels of a raster, 0 if it cannot be read."""
     try:
-        with open_raster(path, sidecars) as src:
+        with open_raster(raster.source, raster.sidecars) as src:
             return src.width * src.height * sum(np.dtype(dtype).itemsize for dtype in src.dtypes)
     except UnreadableError:
         return 0
 
 
-def _write_label_file(dataset: MultiSenGE, index: int, folder: Path, files: _Files) -> None:
+def _write_label_file(
+    dataset: MultiSenGE, index: int, folder: Path, rasters: Sequence[_Raster]
+) -> None:
     """Name what the copy holds of a patch, what it held before included."""
     patch = dataset.catalog.patches.iloc[int(dataset.index['patch'].iat[index])]
     path = folder / LABELS / f'{patch["name"]}.json'
     before = listed_images(path) if path.exists() else {}
-    names = {
-        sensor: sorted(
-            {source.name for source, _ in files.get(sensor, []) if _copied(dataset, folder, source)}
-            | set(before.get(sensor, ()))
-        )
-        for sensor in SENSORS
-    }
-    if names != before:
+    names = {sensor: {*before.get(sensor, ())} for sensor in SENSORS}
+    for raster in rasters:
+        if raster.kind in names and raster.target.exists():
+            names[raster.kind].add(raster.source.name)
+    listed = {sensor: sorted(images) for sensor, images in names.items()}
+    if listed != before:
         with whole(path) as temporary:
-            content = label_content(names, crs_of(patch['epsg']), patch['classes'])
+            content = label_content(listed, crs_of(patch['epsg']), patch['classes'])
             temporary.write_text(json.dumps(content))
-
-
-def _copied(dataset: MultiSenGE, folder: Path, source: Path) -> bool:
-    return (folder / source.relative_to(dataset.root)).exists()

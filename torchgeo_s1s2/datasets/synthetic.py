@@ -22,7 +22,7 @@ The difficulty is meant, and of the kinds that real images have:
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,16 +34,12 @@ import rasterio
 import torch
 from kornia.filters import gaussian_blur2d
 from numpy.typing import NDArray
+from rasterio import Affine
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
 from tqdm import tqdm
 
-from torchgeo_s1s2.datasets.catalog import (
-    GROUND_REFERENCE,
-    LABELS,
-    image_name,
-    reference_name,
-)
+from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, image_name, reference_name
 from torchgeo_s1s2.datasets.labels import label_content
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.files import whole
@@ -204,18 +200,20 @@ def write_synthetic(
         'patches': patches,
         'year': year,
         'incomplete': incomplete,
-        'haze': haze,
-        'seed': seed,
-        'delay': delay,
     }
+    settings |= {'haze': haze, 'seed': seed, 'delay': delay}
     unknown = set(patches) - set(TILES)
     if unknown:
         raise ValueError(f'no origin is known of tiles {sorted(unknown)}; choose from {[*TILES]}')
     _claim(root, settings)
-    todo = [name for name in _names(patches, size) if not _label_path(root, name).exists()]
-    bar = tqdm(todo, 'Writing synthetic patches', unit='patch', disable=not (progress and todo))
-    for name in bar:
-        _write_patch(root, name, settings)
+    todo = {
+        name: place
+        for name, place in _places(patches, size).items()
+        if not (root / LABELS / f'{name}.json').exists()
+    }
+    hidden = not (progress and todo)
+    for name in tqdm(todo, 'Writing synthetic patches', unit='patch', disable=hidden):
+        _write_patch(root, name, *todo[name], settings)
     return root
 
 
@@ -253,43 +251,44 @@ def _claim(root: Path, settings: Mapping[str, object]) -> None:
     _write_text(marker, json.dumps(settings, indent=1))
 
 
-def _names(patches: Mapping[str, int], size: int) -> Iterator[tuple[str, int, int]]:
-    for tile, count in patches.items():
-        side = int(np.ceil(np.sqrt(count)))
-        for number in range(count):
-            yield tile, number % side * (size + 1), number // side * (size + 1)
+def _places(patches: Mapping[str, int], size: int) -> dict[str, tuple[str, int, int]]:
+    """Tile and upper left pixel within it of each patch by name, with gaps of a pixel."""
+    sides = {tile: int(np.ceil(np.sqrt(count))) for tile, count in patches.items()}
+    places = [
+        (tile, n % sides[tile] * (size + 1), n // sides[tile] * (size + 1))
+        for tile, count in patches.items()
+        for n in range(count)
+    ]
+    return {'{}_{}_{}'.format(*place): place for place in places}
 
 
-def _label_path(root: Path, place: tuple[str, int, int]) -> Path:
-    return root / LABELS / f'{_name(place)}.json'
-
-
-def _name(place: tuple[str, int, int]) -> str:
-    return '{}_{}_{}'.format(*place)
-
-
-def _write_patch(root: Path, place: tuple[str, int, int], settings: Mapping[str, Any]) -> None:
+def _write_patch(
+    root: Path, name: str, tile: str, x: int, y: int, settings: Mapping[str, Any]
+) -> None:
     """Write the rasters of a patch and then its label file, which makes it part of the set."""
-    tile, x, y = place
-    rng = np.random.default_rng([settings['seed'], crc32(_name(place).encode())])
+    rng = np.random.default_rng([settings['seed'], crc32(name.encode())])
     scene = _draw_scene(rng, settings['size'], settings['delay'])
     draw: dict[str, Callable[..., NDArray[Any]]] = {
         's2': partial(_reflectance, haze=settings['haze']),
         's1': _backscatter,
     }
-    profile = _profile(tile, x, y, settings['size'])
-    days = {'s2': _s2_days(rng, settings['incomplete']), 's1': _s1_days(rng)}
+    # Sentinel-1's orbit comes back every 12 days.
+    days = {'s2': _s2_days(rng, settings['incomplete'])}
+    days['s1'] = np.arange(rng.integers(100, 112), 366, 12)
+    epsg, left, top = TILES[tile]
+    crs, transform = CRS.from_epsg(epsg), from_origin(left + 10 * x, top - 10 * y, 10, 10)
     names: dict[str, list[str]] = {sensor: [] for sensor in SENSORS}
     for sensor in SENSORS:
         for day in rng.permutation(days[sensor]):
             date = str(np.datetime64(f'{settings["year"]}-01-01') + int(day)).replace('-', '')
-            file = image_name(_name(place), date, sensor)
-            _write_raster(root / sensor / file, draw[sensor](rng, scene, int(day)), profile)
-            names[sensor].append(file)
+            names[sensor].append(image_name(name, date, sensor))
+            image = draw[sensor](rng, scene, int(day))
+            _write_raster(root / sensor / names[sensor][-1], image, crs, transform)
     labels = scene.field('label').astype(np.uint8)
-    _write_raster(root / GROUND_REFERENCE / reference_name(_name(place)), labels[None], profile)
-    content = label_content(names, profile['crs'], np.unique(labels))
-    _write_text(_label_path(root, place), json.dumps(content))
+    path = root / GROUND_REFERENCE / reference_name(name)
+    _write_raster(path, labels[None], crs, transform)
+    content = label_content(names, crs, np.unique(labels))
+    _write_text(root / LABELS / f'{name}.json', json.dumps(content))
 
 
 def _draw_scene(rng: np.random.Generator, size: int, delay: float) -> _Scene:
@@ -316,19 +315,14 @@ def _landscape(rng: np.random.Generator, size: int) -> tuple[NDArray[np.intp], N
     yx = np.indices((size, size)).reshape(2, -1).T.astype(float)
     centres = rng.uniform(0, size, (max(size * size // 130, 4), 2))
     wavy = yx + 1.5 * np.sin(yx[:, ::-1] / 5 + rng.uniform(0, 6, 2))
-    parcel = _nearest(centres, wavy).reshape(size, size)
+    squares = (centres**2).sum(1) - 2 * wavy @ centres.T  # of the distances, but for one term
+    parcel = squares.argmin(1).reshape(size, size)
     cover = _parcel_covers(rng, centres, size)[parcel]
     if rng.random() < 0.35:
         _draw_river(rng, cover)
     for _ in range(rng.integers(1, 3)):
         _draw_road(rng, cover)
     return cover, parcel
-
-
-def _nearest(centres: Array, points: Array) -> NDArray[np.intp]:
-    """Number of the centre that is nearest to each point."""
-    squares = (centres**2).sum(1) - 2 * points @ centres.T
-    return squares.argmin(1)
 
 
 def _blur(image: Array, sigma: float) -> Array:
@@ -378,11 +372,6 @@ def _s2_days(rng: np.random.Generator, incomplete: float) -> NDArray[np.int64]:
     return np.unique(np.concatenate([season, others]))
 
 
-def _s1_days(rng: np.random.Generator) -> NDArray[np.int64]:
-    """Days of the year of an orbit that comes back every 12 days."""
-    return np.arange(rng.integers(100, 112), 366, 12)
-
-
 def _reflectance(
     rng: np.random.Generator, scene: _Scene, day: int, haze: float
 ) -> NDArray[np.int16]:
@@ -396,15 +385,11 @@ def _reflectance(
     image = image * rng.normal(1, 0.03, (10, 1, 1)) + rng.normal(0, 0.004, (10, 1, 1))
     image += rng.normal(0, 0.015, image.shape) * (0.3 + image)
     if rng.random() < haze:
-        veil = _haze(rng, image.shape[-1])
+        # The share of the light that comes from a bank of haze.
+        bank = _blur(rng.normal(size=(1, *scene.cover.shape)), len(scene.cover) / 8)
+        veil = ((bank - bank.mean()) / bank.std()).clip(0, 2) * 0.15
         image = image * (1 - veil) + 0.45 * veil
     return (image.clip(0.0001, 1.5) * 1e4).astype(np.int16)
-
-
-def _haze(rng: np.random.Generator, size: int) -> Array:
-    """Share of the light that comes from a bank of haze, (1, H, W)."""
-    bank = _blur(rng.normal(size=(1, size, size)), size / 8)
-    return ((bank - bank.mean()) / bank.std()).clip(0, 2) * 0.15
 
 
 def _backscatter(rng: np.random.Generator, scene: _Scene, day: int) -> NDArray[np.float32]:
@@ -419,20 +404,11 @@ def _backscatter(rng: np.random.Generator, scene: _Scene, day: int) -> NDArray[n
     return (mixed * speckle(rng, mixed.shape)).astype(np.float32)
 
 
-def _profile(tile: str, x: int, y: int, size: int) -> dict[str, Any]:
-    epsg, left, top = TILES[tile]
-    return {
-        'driver': 'GTiff',
-        'compress': 'lzw',
-        'width': size,
-        'height': size,
-        'crs': CRS.from_epsg(epsg),
-        'transform': from_origin(left + 10 * x, top - 10 * y, 10, 10),
-    }
-
-
-def _write_raster(path: Path, image: NDArray[np.generic], profile: Mapping[str, object]) -> None:
-    with rasterio.open(path, 'w', count=len(image), dtype=image.dtype.name, **profile) as dst:
+def _write_raster(path: Path, image: NDArray[np.generic], crs: CRS, transform: Affine) -> None:
+    count, height, width = image.shape
+    profile = {'driver': 'GTiff', 'compress': 'lzw', 'crs': crs, 'transform': transform}
+    profile |= {'count': count, 'height': height, 'width': width, 'dtype': image.dtype.name}
+    with rasterio.open(path, 'w', **profile) as dst:
         dst.write(image)
 
 

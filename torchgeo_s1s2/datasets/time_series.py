@@ -25,7 +25,7 @@ Missing = Literal['drop', 'keep', 'nearest']
 Match = Literal['nearest', 'first']
 BOUNDS = (3, 6, 12, 20, 30, 45, 60)
 """Days whose cost a report tells."""
-_DAY = np.timedelta64(1, 'D')
+_DAY, _MONTH = np.timedelta64(1, 'D'), np.timedelta64(1, 'M')
 
 
 class Slot(NamedTuple):
@@ -56,20 +56,19 @@ def _number(default: int, least: int) -> int:
 class DateRule(ABC):
     """Chooses T time slots for the leading sensor and gives the other sensors' dates to each.
 
-    A rule sees the acquisitions of one patch. Of a window ``dataset[x, y, tmin:tmax]`` it sees
-    those from ``tmin`` to ``tmax`` only, and chooses among them as if there were no others. That
-    is what TorchGeo's temporal samplers mean for a series:
+    A rule sees the acquisitions of one patch, and of a window ``dataset[x, y, tmin:tmax]`` those
+    from ``tmin`` to ``tmax`` as if there were no others. So, of TorchGeo's temporal samplers:
 
-    - ``RandomPatchSampler @ RandomTimedeltaSampler`` and ``SequentialTimedeltaSampler`` lay a
-      period of fixed duration anywhere over the year. :class:`EvenlySpaced`,
-      :class:`RandomDates` and :class:`AllDates` make their T slots from whatever lies in it.
-      :class:`MonthlySeries` fills the months that it covers, of the first year that it reaches.
+    - ``RandomTimedeltaSampler`` and ``SequentialTimedeltaSampler`` lay a period of fixed duration
+      anywhere over the year. :class:`EvenlySpaced`, :class:`RandomDates` and :class:`AllDates` make
+      their T slots from whatever lies in it; :class:`MonthlySeries` fills the months that it
+      covers, of the first year that it reaches.
     - ``RandomPeriodSampler`` and ``SequentialPeriodSampler`` cut at the borders of calendar
       periods: with ``freq='Y'`` a series is of one year, with ``freq='Q'`` of one quarter.
 
-    T does not change with the period, so these samples make batches. A period may hold fewer
-    acquisitions than the rule needs, or none: ``missing='keep'`` leaves their slots empty, the
-    others end with an IndexError.
+    T does not change with the period, so these samples make batches. Where a period holds fewer
+    acquisitions than the rule needs, ``missing='keep'`` leaves their slots empty; the others end
+    with an IndexError.
 
     Attributes:
         missing: What to do where acquisitions of the leading sensor are missing: ``'drop'`` leaves
@@ -289,7 +288,7 @@ class MonthlySeries(DateRule):
         days = times.astype('datetime64[D]')
         reach = self.max_days if self.missing == 'nearest' else 0
         for month in _months_from(year, self.months):
-            start, end = month.astype('datetime64[D]'), (month + 1).astype('datetime64[D]')
+            start, end = month.astype('datetime64[D]'), (month + _MONTH).astype('datetime64[D]')
             name = month.astype(object).strftime('%B')
             position = _earliest(days, start, end, first, reach)
             if position is None:
@@ -333,13 +332,16 @@ class EvenlySpaced(DateRule):
             if self.missing == 'keep':
                 return []
             raise self._too_few(times, self.n)
-        targets = _evenly(times[0], times[-1], self.n)
+        # Equal steps from the first to the last, or half way if there is but one.
+        shares = np.linspace(0, 1, self.n) if self.n > 1 else np.array([0.5])
+        steps = ((times[-1] - times[0]).astype('timedelta64[s]') * shares).astype('timedelta64[s]')
+        targets = times[0] + steps
+        positions: list[int | None] = [None] * self.n
         if len(times) >= self.n:
-            positions: list[int | None] = [*_assign(targets, times)]
+            positions = [*_assign(targets, times)]
         elif self.missing == 'nearest':
             positions = [self._nearest(times, target) for target in targets]
         else:
-            positions = [None] * self.n
             for position, slot in enumerate(_assign(times, targets)):
                 positions[slot] = position
         return _slots_around(targets, positions, times, span)
@@ -436,12 +438,6 @@ class AllDates(DateRule):
         count = min(len(times), self.max_length)
         positions = np.linspace(0, max(len(times) - 1, 0), count).round().astype(int).tolist()
         return _slots_around(times[positions], positions, times, span)
-
-
-def _evenly(first: np.datetime64, last: np.datetime64, count: int) -> Times:
-    """Moments at equal steps from the first to the last, or half way if there is but one."""
-    shares = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
-    return first + ((last - first).astype('timedelta64[s]') * shares).astype('timedelta64[s]')
 
 
 def _assign(few: Times, many: Times) -> list[int]:
