@@ -125,7 +125,7 @@ def check_maps(folder: Path, tile: str = '31UEQ', count: int = 2) -> None:
     [
         (
             'fit',
-            ['--data.init_args.root=empty', '--data.init_args.synthetic=false'],
+            ['--data.init_args.root=empty', '--data.init_args.source=null'],
             "empty has no folder 's2'; .* Give the folder that holds them as root",
         ),
         (
@@ -172,7 +172,7 @@ def test_bad_input_is_named_before_training(
     assert not (data / 'outputs' / 'metrics.csv').exists()
 
 
-PATCHES = '--data.init_args.synthetic.patches={31UFQ: 3, 32ULU: 2, 31UFP: 3, 31UEQ: 2}'
+PATCHES = '--data.init_args.source.init_args.patches={31UFQ: 3, 32ULU: 2, 31UFP: 3, 31UEQ: 2}'
 PREDICT = '--data.init_args.predict_split=val'
 TEST_SPLIT = '--data.init_args.splits={train: [31UFQ, 32ULU], val: [31UFP], test: [31UFP]}'
 TWO = f"""
@@ -293,9 +293,9 @@ def check_scene(folder: Path) -> None:
 
 def test_demonstration_runs_and_is_carried_to_another_region(tmp_path: Path) -> None:
     tiny = (
-        '--data.init_args.synthetic.size=32',
-        '--data.init_args.synthetic.incomplete=0',
-        '--data.init_args.synthetic.patches={31UFQ: 4, 31UFP: 4, 31UEQ: 4}',
+        '--data.init_args.source.init_args.size=32',
+        '--data.init_args.source.init_args.incomplete=0',
+        '--data.init_args.source.init_args.patches={31UFQ: 4, 31UFP: 4, 31UEQ: 4}',
         '--trainer.max_epochs=1',
         '--trainer.enable_progress_bar=false',
     )

@@ -7,7 +7,7 @@ from sklearn.metrics import cohen_kappa_score, jaccard_score, precision_recall_f
 from torch import Tensor
 from torchgeo.tasks import SemanticSegmentation
 
-from torchgeo_s1s2.tasks.metrics import SegmentationScores, count
+from torchgeo_s1s2.tasks.metrics import SegmentationScores
 
 LABELS = ['Town', 'Field', 'Water', 'Wood']
 
@@ -111,8 +111,3 @@ def test_a_reset_starts_anew_and_keeps_what_was_counted() -> None:
     assert scores.counted.tolist() == [[1, 1], [0, 0]]
     scores.update(torch.tensor([[1]]), torch.tensor([[1]]))
     assert scores.compute()['OverallAccuracy'] == 1
-
-
-def test_counts_are_those_of_bincount() -> None:
-    values = torch.randint(0, 6, (7, 8))
-    assert count(values, 5).tolist() == torch.bincount(values.flatten(), minlength=6)[:5].tolist()
