@@ -112,7 +112,7 @@ class GradualUnfreezing(BaseFinetuning):
 
     def _unfreeze(self, pl_module: LightningModule, stages: Sequence[Stage]) -> None:
         """Let the parts of these stages learn, and freeze all others."""
-        model = self._model(pl_module)
+        model: Any = pl_module.model
         model.requires_grad_(False)
         _freeze_but(model, {part for stage in stages for part in self._parts(pl_module, stage)})
 
@@ -125,13 +125,8 @@ class GradualUnfreezing(BaseFinetuning):
             lr = optimizer.param_groups[0]['lr'] * lr_factor
             optimizer.add_param_group({'params': new, 'lr': lr})
 
-    @staticmethod
-    def _model(pl_module: LightningModule) -> nn.Module:
-        model: Any = pl_module.model
-        return model
-
     def _parts(self, pl_module: LightningModule, stage: Stage) -> list[nn.Module]:
-        model = self._model(pl_module)
+        model: Any = pl_module.model
         try:
             return [model.get_submodule(name) for name in stage.train]
         except AttributeError as error:

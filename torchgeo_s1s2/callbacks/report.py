@@ -4,13 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from matplotlib.artist import setp
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchgeo.datasets import unbind_samples
@@ -83,7 +80,7 @@ class Report(Callback):
             samples = unbind_samples({k: v[:missing].cpu() for k, v in tensors.items()})
             self._drawn.extend(samples)
 
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the figures to the loggers; after ``torchgeo validate``, print and write too."""
@@ -185,9 +182,7 @@ def log_figure(logger: Any, name: str, figure: Figure, step: int) -> None:
     if isinstance(logger, MLFlowLogger):
         logger.experiment.log_figure(logger.run_id, figure, f'figures/{name}_{step}.png')
     elif isinstance(logger, WandbLogger):
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        logger.log_image(name, [np.asarray(canvas.buffer_rgba())], step=step)
+        logger.log_image(name, [figure], step=step)
     else:
         logger.experiment.add_figure(name, figure, global_step=step)
 
@@ -203,8 +198,10 @@ def confusion_figure(counts: Tensor, labels: Sequence[str]) -> Figure:
     figure = Figure(figsize=(size, size), layout='constrained')
     ax = figure.subplots()
     plot_confusion_matrix(counts / counts.sum(1, keepdim=True).clamp(min=1), ax, labels=[*labels])
-    setp([*ax.texts, *ax.get_yticklabels()], fontsize=7, rotation=0)
-    setp(ax.get_xticklabels(), fontsize=7, ha='right')
+    for text in (*ax.texts, *ax.get_yticklabels()):
+        text.set(fontsize=7, rotation=0)
+    for text in ax.get_xticklabels():
+        text.set(fontsize=7, ha='right')
     ax.set_title('Share of the true class')
     return figure
 
