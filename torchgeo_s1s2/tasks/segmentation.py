@@ -24,8 +24,6 @@ from torchgeo_s1s2.models import ImageSeries, freeze, series_encoder, spatial_en
 from torchgeo_s1s2.tasks.metrics import SegmentationScores, is_labelled
 from torchgeo_s1s2.tasks.weights import load_weights, trained_classes
 
-# TorchGeo's names of smp architectures that smp spells otherwise.
-_ARCHITECTURES = {'deeplabv3+': 'deeplabv3plus'}
 _STAGES = ('train', 'val', 'test')
 _NEVER = -100.0  # a logit whose probability is 0
 
@@ -163,7 +161,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
 
     def _configure_smp(self) -> None:
         self.model = smp.create_model(
-            _ARCHITECTURES.get(self.hparams['model'], self.hparams['model']),
+            self.hparams['model'].replace('+', 'plus'),  # TorchGeo's deeplabv3+
             encoder_name=self.hparams['backbone'],
             encoder_weights='imagenet' if self.weights is True else None,
             in_channels=self.hparams['in_channels'],
