@@ -20,6 +20,7 @@ CONF = Path(__file__).parent / 'conf' / 'multisenge.yaml'
 SHIPPED = Path(torchgeo_s1s2.__file__).parent / 'conf'
 SCENE = CONF.with_name('scene.yaml')
 CHECKPOINT = '--ckpt_path=outputs/best.ckpt'
+SERIES = '--data.init_args.series=torchgeo_s1s2.datasets.MonthlySeries'
 # A CSV logger clears its folder at the start of a run.
 ELSEWHERE = '--trainer.logger.init_args.save_dir=predicted'
 
@@ -71,23 +72,21 @@ def test_validate_repeats_the_last_validation_exactly(fitted: Path) -> None:
     assert logged(fitted / 'validated' / 'metrics.csv', 'val_') == before
 
 
-def test_test_writes_metrics_and_pictures(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command(fitted, 'test', CHECKPOINT, '--trainer.logger.init_args.save_dir=tested')
+def test_test_writes_metrics_and_pictures_and_says_what_the_checkpoint_overrides(
+    fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (CHECKPOINT, '--trainer.logger.init_args.save_dir=tested')
+    with pytest.warns(S1S2Warning, match=r'not used: --model.init_args.loss=dice$'):
+        command(fitted, 'test', *options, '--model.init_args.loss=dice')
     metrics = logged(fitted / 'tested' / 'metrics.csv', 'test_')
     assert f'{float(metrics["test_WeightedF1Score"]):8.4f}' in capsys.readouterr().out
     assert (fitted / 'tested' / 'figures' / 'test_confusion_matrix.png').exists()
 
 
-def test_arguments_that_a_checkpoint_overrides_are_said(fitted: Path) -> None:
-    options = (CHECKPOINT, '--trainer.logger.init_args.save_dir=said')
-    with pytest.warns(S1S2Warning, match=r'not used: --model.init_args.loss=dice$'):
-        command(fitted, 'test', *options, '--model.init_args.loss=dice')
-
-
 def test_a_checkpoint_of_four_dates_tests_three(fitted: Path) -> None:
     three = (
         '--trainer.logger.init_args.save_dir=three',
-        '--data.init_args.series=torchgeo_s1s2.datasets.MonthlySeries',
+        SERIES,
         '--data.init_args.series.init_args.months=[7, 8, 9]',
     )
     command(fitted, 'test', CHECKPOINT, *three)
@@ -123,44 +122,12 @@ def check_maps(folder: Path, tile: str = '31UEQ', count: int = 2) -> None:
 @pytest.mark.parametrize(
     ('subcommand', 'options', 'message'),
     [
-        (
-            'fit',
-            ['--data.init_args.root=empty', '--data.init_args.synthetic=false'],
-            "empty has no folder 's2'; .* Give the folder that holds them as root",
-        ),
-        (
-            'fit',
-            ['--data.init_args.classes=7'],
-            r'no scheme of 7 classes; choose one of \(6, 10, 14\)',
-        ),
-        (
-            'predict',
-            ['--data.init_args.predict_split=tset'],
-            "no split 'tset'; choose one of train, val, test, all",
-        ),
-        (
-            'fit',
-            [
-                '--data.init_args.series=torchgeo_s1s2.datasets.MonthlySeries',
-                '--data.init_args.series.init_args.months=[1, 2]',
-            ],
-            "none of the 4 patches of split 'train' in data has the series .*Choose another series",
-        ),
-        (
-            'fit',
-            ['--model.init_args.num_classes=14'],
-            'the model has num_classes=14, the data have 10 classes; give .* the same number',
-        ),
-        (
-            'fit',
-            ['--data.init_args.batch_size=64'],
-            'batch_size is 64, but split "train" of data has only 4 patches',
-        ),
-        (
-            'fit',
-            ['--model.init_args.weights=gone.ckpt'],
-            'there is no checkpoint gone.ckpt; correct the path in weights',
-        ),
+        ('fit', ['--data.init_args.root=empty', '--data.init_args.source=null'], "folder 's2'; .*"),
+        ('fit', ['--data.init_args.classes=7'], r'no scheme of 7 classes; choose one of \(6, 10'),
+        ('predict', ['--data.init_args.predict_split=tset'], "no split 'tset'; choose one of tra"),
+        ('fit', [SERIES, '--data.init_args.series.init_args.months=[1, 2]'], 'none of the 4 patc'),
+        ('fit', ['--model.init_args.num_classes=14'], 'num_classes=14, the data have 10 classes'),
+        ('fit', ['--model.init_args.weights=gone.ckpt'], 'there is no checkpoint gone.ckpt; corr'),
     ],
 )
 def test_bad_input_is_named_before_training(
@@ -172,7 +139,7 @@ def test_bad_input_is_named_before_training(
     assert not (data / 'outputs' / 'metrics.csv').exists()
 
 
-PATCHES = '--data.init_args.synthetic.patches={31UFQ: 3, 32ULU: 2, 31UFP: 3, 31UEQ: 2}'
+PATCHES = '--data.init_args.source.init_args.patches={31UFQ: 3, 32ULU: 2, 31UFP: 3, 31UEQ: 2}'
 PREDICT = '--data.init_args.predict_split=val'
 TEST_SPLIT = '--data.init_args.splits={train: [31UFQ, 32ULU], val: [31UFP], test: [31UFP]}'
 TWO = f"""
@@ -293,9 +260,9 @@ def check_scene(folder: Path) -> None:
 
 def test_demonstration_runs_and_is_carried_to_another_region(tmp_path: Path) -> None:
     tiny = (
-        '--data.init_args.synthetic.size=32',
-        '--data.init_args.synthetic.incomplete=0',
-        '--data.init_args.synthetic.patches={31UFQ: 4, 31UFP: 4, 31UEQ: 4}',
+        '--data.init_args.source.init_args.size=32',
+        '--data.init_args.source.init_args.incomplete=0',
+        '--data.init_args.source.init_args.patches={31UFQ: 4, 31UFP: 4, 31UEQ: 4}',
         '--trainer.max_epochs=1',
         '--trainer.enable_progress_bar=false',
     )

@@ -8,7 +8,10 @@ import torchvision
 from torchgeo.models import ResNet18_Weights
 from torchgeo.tasks import SemanticSegmentation
 
+from torchgeo_s1s2.models import unet_to_fuselstm
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
+
+VGG = 'vgg16_convlstm_inception'
 
 
 def task_of(num_classes: int, **options: Any) -> S1S2SemanticSegmentation:
@@ -44,19 +47,18 @@ def test_another_number_of_classes_leaves_out_the_head_only(tmp_path: Path) -> N
     assert f'loaded {total - 2} of {total} tensors' in messages[0]
 
 
-def test_the_same_number_of_classes_loads_the_head_too(tmp_path: Path) -> None:
-    source = task_of(10, class_weights='balanced')
-    path = checkpoint_of(source, tmp_path / 'region.ckpt')
+@pytest.mark.parametrize('kind', ['task', 'model', 'fuselstm'])
+def test_the_same_number_of_classes_loads_the_head_too(tmp_path: Path, kind: str) -> None:
+    """From the checkpoint of a task, and from state dicts of its model under both names."""
+    source, path = task_of(10, backbone=VGG), tmp_path / 'weights.pt'
+    state = source.model.state_dict()
+    if kind == 'task':
+        checkpoint_of(source, path)
+    else:
+        torch.save(state if kind == 'model' else unet_to_fuselstm(state), path)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        target = task_of(10, weights=path, class_weights=[1.0] * 10)
-    assert equal_parts(source, target) == {'encoder', 'decoder', 'segmentation_head'}
-
-
-def test_state_dict_of_a_model_is_loaded_too(tmp_path: Path) -> None:
-    source = task_of(10)
-    torch.save(source.model.state_dict(), tmp_path / 'unet.pt')
-    target = task_of(10, weights=str(tmp_path / 'unet.pt'))
+        target = task_of(10, backbone=VGG, weights=str(path), class_weights=[1.0] * 10)
     assert equal_parts(source, target) == {'encoder', 'decoder', 'segmentation_head'}
 
 
@@ -101,12 +103,16 @@ def test_nothing_fitting_is_an_error(tmp_path: Path) -> None:
         task_of(2, backbone='resnet18', weights=path)
 
 
-def test_a_file_of_something_else_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ('name', 'error', 'message'),
+    [
+        ('x.pt', ValueError, r'x.pt is neither .* it holds a'),
+        ('gone.ckpt', FileNotFoundError, r'no checkpoint .*gone.ckpt; correct the path in weights'),
+    ],
+)
+def test_files_of_something_else_and_missing_ones_are_named(
+    tmp_path: Path, name: str, error: type[Exception], message: str
+) -> None:
     torch.save({'a': torch.zeros(1)}, tmp_path / 'x.pt')
-    with pytest.raises(ValueError, match=r'x.pt is neither .* it holds a'):
-        task_of(2, weights=str(tmp_path / 'x.pt'))
-
-
-def test_a_missing_checkpoint_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match=r'no checkpoint nowhere/best.ckpt'):
-        task_of(2, weights='nowhere/best.ckpt')
+    with pytest.raises(error, match=message):
+        task_of(2, weights=str(tmp_path / name))

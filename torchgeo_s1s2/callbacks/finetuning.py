@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.optim import Optimizer
 
+from torchgeo_s1s2.models import freeze
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -90,7 +92,6 @@ class GradualUnfreezing(BaseFinetuning):
                 raise ValueError(f'GradualUnfreezing decides what is frozen; leave {option} out')
         for stage in self.stages:
             self._parts(pl_module, stage)  # an unknown name shall not stop a run halfway
-        self.freeze(self._model(pl_module), train_bn=False)
         self._unfreeze(pl_module, self.stages[:1])
 
     def finetune_function(
@@ -110,12 +111,10 @@ class GradualUnfreezing(BaseFinetuning):
                 self._optimize(part, optimizer, stage.lr_factor)
 
     def _unfreeze(self, pl_module: LightningModule, stages: Sequence[Stage]) -> None:
-        """Let the parts of these stages learn; all others normalise with what they have seen."""
-        self._model(pl_module).eval()
-        for stage in stages:
-            for part in self._parts(pl_module, stage):
-                self.make_trainable(part)
-                part.train()
+        """Let the parts of these stages learn, and freeze all others."""
+        model: Any = pl_module.model
+        model.requires_grad_(False)
+        _freeze_but(model, {part for stage in stages for part in self._parts(pl_module, stage)})
 
     @staticmethod
     def _optimize(part: nn.Module, optimizer: Optimizer, lr_factor: float) -> None:
@@ -126,13 +125,8 @@ class GradualUnfreezing(BaseFinetuning):
             lr = optimizer.param_groups[0]['lr'] * lr_factor
             optimizer.add_param_group({'params': new, 'lr': lr})
 
-    @staticmethod
-    def _model(pl_module: LightningModule) -> nn.Module:
-        model: Any = pl_module.model
-        return model
-
     def _parts(self, pl_module: LightningModule, stage: Stage) -> list[nn.Module]:
-        model = self._model(pl_module)
+        model: Any = pl_module.model
         try:
             return [model.get_submodule(name) for name in stage.train]
         except AttributeError as error:
@@ -141,3 +135,12 @@ class GradualUnfreezing(BaseFinetuning):
                 f'{stage} names what the model does not have ({error}); name some of {parts}, or '
                 'parts of theirs as in encoder.convlstm'
             ) from error
+
+
+def _freeze_but(module: nn.Module, learning: set[nn.Module]) -> None:
+    """Freeze a module but for those of its parts that learn."""
+    if module in learning or learning.isdisjoint(module.modules()):
+        freeze(module, module not in learning)
+    else:
+        for part in module.children():
+            _freeze_but(part, learning)

@@ -4,13 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchgeo.datasets import unbind_samples
@@ -45,10 +42,10 @@ class Report(Callback):
             figures: Number of samples to draw of each evaluation.
         """
         self.figures = figures
+        self.history: list[dict[str, float]] = []
         self._drawn: list[Sample] = []
         self._losses: list[Tensor] = []
         self._evaluated: dict[str, float] = {}
-        self.history: list[dict[str, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far, so that a run that goes on has them whole."""
@@ -66,25 +63,24 @@ class Report(Callback):
             loss = outputs['loss'] if isinstance(outputs, Mapping) else outputs
             self._losses.append(loss.detach())
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Sample, *args: Any
-    ) -> None:
-        """Keep the first samples."""
-        self._keep(outputs, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Sample, *args: Any
-    ) -> None:
-        """Keep the first samples."""
-        self._keep(outputs, batch)
-
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the samples of the epoch before."""
         self._drawn.clear()
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the samples of the epoch before."""
-        self._drawn.clear()
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Sample, *args: Any
+    ) -> None:
+        """Keep the first samples."""
+        missing = self.figures - len(self._drawn)
+        if missing > 0 and isinstance(outputs, Mapping) and 'prediction' in outputs:
+            everything = {**batch, 'prediction': outputs['prediction']}
+            tensors = {k: v for k, v in everything.items() if isinstance(v, Tensor)}
+            samples = unbind_samples({k: v[:missing].cpu() for k, v in tensors.items()})
+            self._drawn.extend(samples)
+
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the figures to the loggers; after ``torchgeo validate``, print and write too."""
@@ -108,33 +104,22 @@ class Report(Callback):
         metrics: Any = getattr(pl_module, 'train_metrics', None)
         scores = metrics.compute() if metrics is not None else {}  # the task takes the same result
         loss = torch.stack(self._losses).mean() if self._losses else torch.tensor(torch.nan)
-        epoch = {'epoch': float(trainer.current_epoch + 1)}
         train = _points({**scores, 'train_loss': loss}, 'train')
-        self.history.append(epoch | train | self._evaluated)
-        self._losses.clear()
-        self._evaluated = {}
+        self.history.append({'epoch': trainer.current_epoch + 1.0} | train | self._evaluated)
+        self._losses, self._evaluated = [], {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last validation and the curves, and say where everything is."""
         self._log(trainer, self._curves())
         self._say(trainer, pl_module, 'val')
 
-    def _keep(self, outputs: Any, batch: Sample) -> None:
-        missing = self.figures - len(self._drawn)
-        if missing > 0 and isinstance(outputs, Mapping) and 'prediction' in outputs:
-            whole_batch = {**batch, 'prediction': outputs['prediction']}
-            tensors = {k: v for k, v in whole_batch.items() if isinstance(v, Tensor)}
-            samples = unbind_samples({k: v[:missing].cpu() for k, v in tensors.items()})
-            self._drawn.extend(samples)
-
     def _figures(
         self, trainer: Trainer, pl_module: LightningModule, stage: str
     ) -> Iterator[tuple[str, Figure]]:
         """Kept samples and the confusion matrix of the last evaluation."""
         datamodule: Any = getattr(trainer, 'datamodule', None)
-        if hasattr(datamodule, 'denormalize'):
-            for number, sample in enumerate(self._drawn):
-                yield f'{stage}_sample_{number}', datamodule.plot(datamodule.denormalize(sample))
+        for number, sample in enumerate(self._drawn if hasattr(datamodule, 'denormalize') else ()):
+            yield f'{stage}_sample_{number}', datamodule.plot(datamodule.denormalize(sample))
         scores = _scores(pl_module, stage)
         if scores is not None and scores.counted.any():
             yield f'{stage}_confusion_matrix', confusion_figure(scores.counted, scores.labels)
@@ -159,21 +144,20 @@ class Report(Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         figures = [*self._figures(trainer, pl_module, stage), *(self._curves() if fitting else ())]
         files = [save_figure(fig, folder / 'figures' / f'{name}.png') for name, fig in figures]
-        if stage == 'val' and (best := _best_checkpoint(trainer)):
-            files.insert(0, best)
-        scores = _scores(pl_module, stage)
-        labels = [] if scores is None else scores.labels
-        when = ' of the last epoch' if fitting else ''
-        print(summary(stage, trainer.callback_metrics, labels, folder, files, when))
+        best = _best_checkpoint(trainer) if stage == 'val' else ()
+        scores, when = _scores(pl_module, stage), ' of the last epoch' if fitting else ''
+        labels = scores.labels if scores else ()
+        metrics = trainer.callback_metrics
+        print(summary(stage, metrics, labels, folder, [*best, *files], when))
 
 
-def _best_checkpoint(trainer: Trainer) -> Path | None:
-    """The best checkpoint, None if what was kept had no score that is a number."""
-    callback = trainer.checkpoint_callback
-    if not isinstance(callback, ModelCheckpoint) or not callback.best_model_path:
-        return None
-    score = callback.best_model_score
-    return None if score is not None and not score.isfinite() else Path(callback.best_model_path)
+def _best_checkpoint(trainer: Trainer) -> list[Path]:
+    """The best checkpoint, none if what was kept had no score that is a number."""
+    keep = trainer.checkpoint_callback
+    score = getattr(keep, 'best_model_score', None)
+    is_number = score is None or score.isfinite()
+    path = getattr(keep, 'best_model_path', '') if is_number else ''
+    return [Path(path)] if path else []
 
 
 def _scores(pl_module: LightningModule, stage: str) -> SegmentationScores | None:
@@ -194,20 +178,11 @@ def _takes_figures(logger: Logger) -> bool:
 
 
 def log_figure(logger: Any, name: str, figure: Figure, step: int) -> None:
-    """Give a figure to TensorBoard (or what takes figures as it does), W&B or MLflow.
-
-    Args:
-        logger: Lightning's logger.
-        name: Name of the figure.
-        figure: The figure.
-        step: Training step.
-    """
+    """Give a figure to TensorBoard (or what takes figures as it does), W&B or MLflow."""
     if isinstance(logger, MLFlowLogger):
         logger.experiment.log_figure(logger.run_id, figure, f'figures/{name}_{step}.png')
     elif isinstance(logger, WandbLogger):
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        logger.log_image(name, [np.asarray(canvas.buffer_rgba())], step=step)
+        logger.log_image(name, [figure], step=step)
     else:
         logger.experiment.add_figure(name, figure, global_step=step)
 
@@ -218,9 +193,6 @@ def confusion_figure(counts: Tensor, labels: Sequence[str]) -> Figure:
     Args:
         counts: Numbers of pixels (K, K); rows are the true classes.
         labels: K names.
-
-    Returns:
-        A figure.
     """
     size = 3 + 0.55 * len(labels)
     figure = Figure(figsize=(size, size), layout='constrained')
@@ -240,9 +212,6 @@ def curves_figure(history: Sequence[Mapping[str, float]]) -> Figure:
     Args:
         history: For each epoch its number as ``epoch``, and what is known of ``train_`` and
             ``val_``: ``loss``, ``WeightedF1Score`` and ``AverageF1Score``.
-
-    Returns:
-        A figure of two axes.
     """
     figure = Figure(figsize=(9, 3.5), layout='constrained')
     for ax, (title, names) in zip(figure.subplots(1, 2), _CURVES.items(), strict=True):
@@ -273,7 +242,7 @@ def summary(
     files: Sequence[Path],
     when: str = '',
 ) -> str:
-    """Text that ends a run.
+    """Text that ends a run: the metrics, those of each class, the folder and the files.
 
     Args:
         stage: Prefix of the metrics: ``'val'`` or ``'test'``.
@@ -282,15 +251,9 @@ def summary(
         folder: Where everything is.
         files: Pictures and checkpoints.
         when: Which evaluation the metrics are of, where there was more than one.
-
-    Returns:
-        Lines with the metrics, those of each class, the folder and the files.
     """
-    values = {
-        name.removeprefix(f'{stage}_'): float(value)
-        for name, value in metrics.items()
-        if name.startswith(f'{stage}_')
-    }
+    prefix = f'{stage}_'
+    values = {k.removeprefix(prefix): float(v) for k, v in metrics.items() if k.startswith(prefix)}
     lines = [f'{stage} metrics{when}', *_table(values, labels)] if values else []
     return '\n'.join([*lines, f'results in {folder}', *(f'  {path}' for path in files)])
 
@@ -299,7 +262,7 @@ def _table(values: Mapping[str, float], labels: Sequence[str]) -> Iterator[str]:
     scores = {'precision': 'Precision', 'recall': 'Recall', 'F1': 'F1Score', 'IoU': 'JaccardIndex'}
     each = {f'{score}_{label}' for score in scores.values() for label in labels}
     for name, value in values.items():
-        if name.removeprefix('Classwise') not in each and 'Classwise' not in name:
+        if name not in each and 'Classwise' not in name:
             yield f'  {name:<24}{value:8.4f}'
     yield f'  {"class":<34}' + ''.join(f'{title:>10}' for title in scores)
     for label in labels:

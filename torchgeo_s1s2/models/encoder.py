@@ -214,13 +214,8 @@ class ConvLSTMInceptionEncoder(nn.Module):
         Returns:
             Missing and unexpected keys where known.
         """
-        prefix = 'encoder.'
-        if any(key.startswith(f'{prefix}spatial.') for key in state_dict):
-            state_dict = {
-                key.removeprefix(prefix): value
-                for key, value in state_dict.items()
-                if key.startswith(prefix)
-            }
+        if any(key.startswith('encoder.spatial.') for key in state_dict):
+            state_dict = rename(state_dict, {'encoder.': ''})
         if any(key.startswith('spatial.') for key in state_dict):
             return super().load_state_dict(state_dict, strict, assign)
         own = self.spatial.state_dict()
@@ -300,6 +295,24 @@ def first_valid(series: Tensor, valid: Tensor) -> Tensor:
     return image.where(valid.any(1)[:, None, None, None], 0)
 
 
+def rename(state_dict: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[str, Any]:
+    """Take the weights whose names start with one of some prefixes, under other names.
+
+    Args:
+        state_dict: Weights.
+        prefixes: Beginnings of their names, and what stands there afterwards.
+
+    Returns:
+        The renamed weights, without all others.
+    """
+    return {
+        new + key.removeprefix(old): value
+        for key, value in state_dict.items()
+        for old, new in prefixes.items()
+        if key.startswith(old)
+    }
+
+
 def series_encoder(model: Any) -> ConvLSTMInceptionEncoder | None:
     """Encoder of a model, if it is one that reads series.
 
@@ -338,7 +351,8 @@ def freeze(module: nn.Module, frozen: bool = True) -> None:
         frozen: Whether to freeze.
     """
     module.requires_grad_(not frozen)
-    vars(module).pop('train', None)
+    for part in module.modules():
+        vars(part).pop('train', None)
     module.train(not frozen)
     if frozen:
         module.train = partial(_stay, module)  # type: ignore[method-assign]

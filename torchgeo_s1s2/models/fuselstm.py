@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .convlstm import ConvLSTM
+from .encoder import rename
 from .inception import Inception
 from .strips import arrange
 
@@ -123,7 +124,7 @@ def fuselstm_to_unet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: If a name is not one of a FuseLSTM.
     """
-    return _rename(state_dict, PREFIXES)
+    return _rename_all(state_dict, PREFIXES)
 
 
 def unet_to_fuselstm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,16 +139,14 @@ def unet_to_fuselstm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: If a name is not one of such a U-Net.
     """
-    return _rename(state_dict, {new: old for old, new in PREFIXES.items()})
+    return _rename_all(state_dict, {new: old for old, new in PREFIXES.items()})
 
 
-def _rename(state_dict: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
-    renamed = {}
-    for key, value in state_dict.items():
-        prefix = next((p for p in prefixes if key.startswith(p)), None)
-        if prefix is None:
-            raise ValueError(
-                f"unexpected parameter '{key}', expected names starting with {', '.join(prefixes)}"
-            )
-        renamed[prefixes[prefix] + key.removeprefix(prefix)] = value
-    return renamed
+def _rename_all(state_dict: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    unknown = [key for key in state_dict if not key.startswith(tuple(prefixes))]
+    if unknown:
+        raise ValueError(
+            f"unexpected parameter '{unknown[0]}', expected names starting with "
+            f'{", ".join(prefixes)}'
+        )
+    return rename(state_dict, prefixes)

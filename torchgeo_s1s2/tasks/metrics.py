@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-_SCORES = ('Accuracy', 'Precision', 'Recall', 'F1Score', 'JaccardIndex')
-
 
 class SegmentationScores(Metric):
     """Scores of the labelled pixels, under TorchGeo's names and those of this package.
@@ -63,58 +61,44 @@ class SegmentationScores(Metric):
         classes = len(self.labels)
         labelled = is_labelled(target, classes, self.ignore_index)
         pairs = torch.add(preds, target, alpha=classes).masked_fill_(~labelled, classes**2)
-        self.confusion += count(pairs, classes**2).view(classes, classes)
+        # As torch.bincount, for which a GPU makes the host wait; what has no label comes last.
+        counts = self.confusion.new_zeros(classes**2 + 1)
+        counts.scatter_add_(0, pairs.flatten(), counts.new_ones(1).expand(pairs.numel()))
+        self.confusion += counts[:-1].view(classes, classes)
 
     def compute(self) -> dict[str, Tensor]:
         """All scores, float32 scalars in the memory of the host."""
         self.counted = self.confusion.clone().cpu()
         confusion = self.counted.double()
         hit, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+        either, total = true + predicted - hit, true.sum()
         each = {
             'Accuracy': _divide(hit, true),
             'Precision': _divide(hit, predicted),
             'Recall': _divide(hit, true),
             'F1Score': _divide(2 * hit, true + predicted),
-            'JaccardIndex': _divide(hit, true + predicted - hit),
+            'JaccardIndex': _divide(hit, either),
         }
-        total = true.sum()
         observed, chance = _divide(hit.sum(), total), _divide((true * predicted).sum(), total**2)
-        kept = self._kept()
-        overall = dict.fromkeys(_SCORES, observed)
-        overall['JaccardIndex'] = _divide(hit[kept].sum(), (true + predicted - hit)[kept].sum())
-        seen = kept & (true + predicted > 0)
-        scores = {f'Overall{name}': value for name, value in overall.items()}
-        scores |= {f'Average{k}': _divide(v[seen].sum(), seen.sum()) for k, v in each.items()}
-        for name in ('Precision', 'Recall', 'F1Score'):
-            scores[f'Weighted{name}'] = _divide((each[name] * true).sum(), total)
-            scores |= self._by_class(name, each[name])
+        kept = torch.tensor([k != self.ignore_index for k in range(len(self.labels))])
+        seen = kept & (either > 0)
+        scores = {'Kappa': _divide(observed - chance, 1 - chance)}
         for name, values in each.items():
-            scores |= self._by_class(f'Classwise{name}', values)
-        scores['Kappa'] = _divide(observed - chance, 1 - chance)
+            scores[f'Overall{name}'] = observed
+            scores[f'Average{name}'] = _divide(values[seen].sum(), seen.sum())
+            classes = dict(zip(self.labels, values, strict=True))
+            scores |= {f'Classwise{name}_{label}': value for label, value in classes.items()}
+            if name in ('Precision', 'Recall', 'F1Score'):
+                scores[f'Weighted{name}'] = _divide((values * true).sum(), total)
+                scores |= {f'{name}_{label}': value for label, value in classes.items()}
+        scores['OverallJaccardIndex'] = _divide(hit[kept].sum(), either[kept].sum())
         return {name: value.float() for name, value in scores.items()}
-
-    def _kept(self) -> Tensor:
-        """Classes that count, all but an ignored one."""
-        return torch.tensor([k != self.ignore_index for k in range(len(self.labels))])
-
-    def _by_class(self, name: str, values: Tensor) -> dict[str, Tensor]:
-        return {f'{name}_{label}': v for label, v in zip(self.labels, values, strict=True)}
 
 
 def is_labelled(mask: Tensor, classes: int, ignore_index: int | None) -> Tensor:
     """Which pixels of a mask hold one of the classes 0..K-1 that is not ignored."""
     labelled = (mask >= 0) & (mask < classes)
     return labelled if ignore_index is None else labelled & (mask != ignore_index)
-
-
-def count(values: Tensor, length: int) -> Tensor:
-    """Count how often 0..length-1 occur among values 0..length.
-
-    As ``torch.bincount``, for which a GPU makes the host wait.
-    """
-    counts = torch.zeros(length + 1, dtype=torch.long, device=values.device)
-    ones = torch.ones_like(counts[:1]).expand(values.numel())
-    return counts.scatter_add_(0, values.flatten(), ones)[:length]
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:

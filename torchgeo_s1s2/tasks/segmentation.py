@@ -2,7 +2,6 @@
 
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -22,11 +21,9 @@ from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme
 from torchgeo_s1s2.datasets.multisenge import Sample
 from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.models import ImageSeries, freeze, series_encoder, spatial_encoder
-from torchgeo_s1s2.tasks.metrics import SegmentationScores, count, is_labelled
+from torchgeo_s1s2.tasks.metrics import SegmentationScores, is_labelled
 from torchgeo_s1s2.tasks.weights import load_weights, trained_classes
 
-# TorchGeo's names of smp architectures that smp spells otherwise.
-_ARCHITECTURES = {'deeplabv3+': 'deeplabv3plus'}
 _STAGES = ('train', 'val', 'test')
 _NEVER = -100.0  # a logit whose probability is 0
 
@@ -54,14 +51,13 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
     What it adds: all of smp's architectures; ``freeze_backbone`` that freezes the spatial encoder,
     its batch norm included, and never the recurrent layers in front; class weights computed from
     the training patches; weighted metrics and Cohen's kappa; and a check of data against model
-    before the first step. :class:`~torchgeo_s1s2.callbacks.Report` prints and draws them. The
-    defaults are the protocol of Wenger et al., Remote Sensing 2023, 15(1), 151,
-    https://doi.org/10.3390/rs15010151.
+    before the first step. The defaults are the protocol of Wenger et al., Remote Sensing 2023,
+    15(1), 151, https://doi.org/10.3390/rs15010151.
 
     Logged for ``train``, ``val`` and ``test``: the loss and the scores of
     :class:`~torchgeo_s1s2.tasks.metrics.SegmentationScores`. A validation in which nothing counts
-    has the loss NaN, which is never better than a number. A checkpoint keeps the names of
-    the classes that it was trained on, and refuses data with others, or in another order.
+    has the loss NaN, which is never better than a number. A checkpoint keeps the names of the
+    classes that it was trained on, and refuses data with others, or in another order.
     """
 
     ignore = ('weights', 'figures', 'checkpoint')
@@ -97,11 +93,10 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                 TorchGeo's ``'fcn'``.
             backbone: Name of an smp encoder, such as ``'vgg16_convlstm_inception'``.
             weights: As in TorchGeo: a weight enum or its name, True for ImageNet, None or False for
-                random weights, or the path of a checkpoint: of a backbone, or of a segmentation
-                task, of which everything is loaded that fits by name and shape, so the head only
-                with the same number of classes.
-            in_channels: Time slots times channels of a slot, T*C. A backbone that reads series
-                takes any T afterwards.
+                random weights, or the path of a checkpoint, see
+                :func:`~torchgeo_s1s2.tasks.weights.load_weights`.
+            in_channels: Time slots times channels of a slot, T*C; of a backbone that reads series,
+                T is free.
             task: ``'multiclass'``, ``'binary'`` or ``'multilabel'``.
             num_classes: Number of classes K of a multiclass task.
             num_labels: Number of labels of a multilabel task.
@@ -117,11 +112,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             patience: Epochs without a lower validation loss before the rate drops to a tenth.
             freeze_backbone: Freeze the spatial encoder.
             freeze_decoder: Freeze the decoder, its batch norm included.
-            recompute_gates: Compute the gates of the recurrent layers again in the backward pass
-                instead of keeping them: less memory, more time, the same numbers. For a backbone
-                that reads series.
-            model_kwargs: More arguments of smp's architecture, such as ``decoder_channels`` of
-                ``'unet'``.
+            recompute_gates: Compute the gates of the recurrent layers of a backbone that reads
+                series again in the backward pass: less memory, more time, the same numbers.
+            model_kwargs: More arguments of smp's architecture, such as ``decoder_channels``.
             figures: Not used any more; an argument of :class:`~torchgeo_s1s2.callbacks.Report`.
             checkpoint: Former name of *recompute_gates*.
 
@@ -131,35 +124,17 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         """
         if isinstance(weights, str):  # the command line gives true and false as text
             weights = {'true': True, 'false': False}.get(weights.lower(), weights)
-        self._pretrained_classes: list[str] | None = None
-        super().__init__(
-            model=model,  # type: ignore[arg-type]
-            backbone=backbone,
-            weights=weights,
-            in_channels=in_channels,
-            task=task,
-            num_classes=num_classes,
-            num_labels=num_labels,
-            labels=labels,
-            num_filters=num_filters,
-            pos_weight=pos_weight,
-            loss=loss,
-            class_weights=class_weights,  # type: ignore[arg-type]
-            ignore_index=ignore_index,
-            lr=lr,
-            patience=patience,
-            freeze_backbone=freeze_backbone,
-            freeze_decoder=freeze_decoder,
-        )
+        recompute_gates = bool(recompute_gates or checkpoint)
         self._classes: list[str] | None = None
+        self._pretrained_classes: list[str] | None = None
         self._tally = {stage: torch.zeros(2) for stage in _STAGES}
-        self.hparams['recompute_gates'] = bool(recompute_gates or checkpoint)
-        if self.hparams['recompute_gates']:
-            self._recompute_gates()
-        if figures is not None:
-            _note('figures', 'give it to the callback torchgeo_s1s2.callbacks.Report instead')
-        if checkpoint is not None:
-            _note('checkpoint', 'its name is recompute_gates now')
+        super().__init__(weights=weights)  # TorchGeo takes all arguments from this call's frame
+        for name, value, remedy in (
+            ('figures', figures, 'give it to the callback torchgeo_s1s2.callbacks.Report instead'),
+            ('checkpoint', checkpoint, 'its name is recompute_gates now'),
+        ):
+            if value is not None:
+                _warn(f'{name} is an old argument of the task: {remedy}')
 
     def configure_models(self) -> None:
         """Build the segmentation model, load its weights and freeze what is to be frozen."""
@@ -172,9 +147,21 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             self.hparams['ignore_index'] = max(NO_LABEL, self.hparams['num_classes'] or 0)
         if self.hparams['model'] == 'fcn':
             super().configure_models()
-            return
+        else:
+            self._configure_smp()
+        if self.hparams['recompute_gates']:
+            encoder = series_encoder(self.model)
+            if encoder is None:
+                raise ValueError(
+                    f"recompute_gates=True with model='{self.hparams['model']}' and "
+                    f"backbone='{self.hparams['backbone']}', expected a backbone that reads "
+                    "series, such as 'vgg16_convlstm_inception'"
+                )
+            encoder.set_recompute_gates(True)
+
+    def _configure_smp(self) -> None:
         self.model = smp.create_model(
-            _ARCHITECTURES.get(self.hparams['model'], self.hparams['model']),
+            self.hparams['model'].replace('+', 'plus'),  # TorchGeo's deeplabv3+
             encoder_name=self.hparams['backbone'],
             encoder_weights='imagenet' if self.weights is True else None,
             in_channels=self.hparams['in_channels'],
@@ -187,16 +174,6 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             freeze(spatial_encoder(self.model))
         if self.hparams['freeze_decoder']:
             freeze(self.model.decoder)
-
-    def _recompute_gates(self) -> None:
-        encoder = series_encoder(self.model)
-        if encoder is None:
-            raise ValueError(
-                f"recompute_gates=True with model='{self.hparams['model']}' and "
-                f"backbone='{self.hparams['backbone']}', expected a backbone that reads series, "
-                "such as 'vgg16_convlstm_inception'"
-            )
-        encoder.set_recompute_gates(True)
 
     def configure_metrics(self) -> None:
         """Set up the metrics; TorchGeo's own for binary and multilabel tasks."""
@@ -275,11 +252,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         self._classes = names
         head = self._pretrained_classes
         if head and len(head) == len(names) and (differences := _differences(head, names)):
-            warnings.warn(
+            _warn(
                 f'the head that weights brought is of other classes than the data ({differences}): '
-                'it has to learn them anew',
-                S1S2Warning,
-                stacklevel=2,
+                'it has to learn them anew'
             )
 
     def _check_classes(self, names: list[str]) -> None:
@@ -294,8 +269,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the names of the classes."""
-        if self._classes:
-            checkpoint['classes'] = self._classes
+        checkpoint['classes'] = self._classes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the names of the classes, and say what the checkpoint overrides.
@@ -308,10 +282,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             self._check_classes(list(self._data.classes.names))
         given = _given_of_model()
         if given and '_class_path' in checkpoint.get('hyper_parameters', {}):
-            rank_zero_warn(
+            _warn(
                 'the arguments of the model are those of the checkpoint (--ckpt_path); not used: '
-                + ' '.join(given),
-                category=S1S2Warning,
+                + ' '.join(given)
             )
 
     def configure_losses(self) -> None:
@@ -342,14 +315,14 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         weights, loss, task = (self.hparams[k] for k in ('class_weights', 'loss', 'task'))
         if weights is None:
             return None
-        balanced = isinstance(weights, str) and weights == 'balanced'
-        if loss != 'ce' or task != 'multiclass' or (isinstance(weights, str) and not balanced):
+        named = isinstance(weights, str)
+        if loss != 'ce' or task != 'multiclass' or (named and weights != 'balanced'):
             raise ValueError(
                 f'class_weights={weights!r} with loss={loss!r} and task={task!r}: class weights, a '
                 "list of numbers or 'balanced', are for loss='ce' and task='multiclass' only"
             )
         classes = self.hparams['num_classes']
-        weight = torch.ones(classes) if balanced else torch.as_tensor(weights, dtype=torch.float32)
+        weight = torch.ones(classes) if named else torch.as_tensor(weights, dtype=torch.float32)
         if len(weight) != classes:
             raise ValueError(f'class_weights has {len(weight)} weights for num_classes={classes}')
         return weight
@@ -364,8 +337,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         Returns:
             Logits (B, K, H, W).
         """
-        if isinstance(x, Tensor) and x.ndim == 5 and series_encoder(self.model) is None:
-            x = x.flatten(1, 2)
+        if series_encoder(self.model) is None:
+            image = x.image if isinstance(x, ImageSeries) else x
+            x = image.flatten(1, -3)
         logits: Tensor = self.model(x)
         return logits
 
@@ -396,7 +370,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             ``probabilities`` (B, K, H, W), and of the batch ``bounds``, ``transform``, ``crs``,
             ``index`` and ``valid``, where they are there.
         """
-        logits = self._logits(batch)
+        logits = self(ImageSeries.from_batch(batch))
         probabilities = logits.softmax(1) if self._is_multiclass else logits.sigmoid()
         place = {k: batch.get(k) for k in ('bounds', 'transform')}
         known = {k: batch[k] for k in ('crs', 'index', 'valid') if k in batch}
@@ -421,25 +395,15 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
     def _is_multiclass(self) -> bool:
         return bool(self.hparams['task'] == 'multiclass')
 
-    def _logits(self, batch: Sample) -> Tensor:
-        """Logits of a batch, with what it says of its slots."""
-        is_series = series_encoder(self.model) is not None
-        logits: Tensor = self(ImageSeries.from_batch(batch) if is_series else batch['image'])
-        return logits
-
     def _predicted(self, logits: Tensor) -> Tensor:
         return logits.max(1).indices if self._is_multiclass else (logits > 0).long()
 
     def _step(self, stage: str, batch: Sample) -> tuple[Tensor, Tensor]:
         """Loss and logits of a batch, logged; nothing here makes the host wait for its device."""
-        mask = batch['mask']
-        logits = self._logits(batch).squeeze(1)
-        metrics = getattr(self, f'{stage}_metrics')
-        metrics.update(
-            self._predicted(logits) if self._is_multiclass else logits, self._known(mask)
-        )
+        mask, logits = self._known(batch['mask']), self(ImageSeries.from_batch(batch)).squeeze(1)
+        getattr(self, f'{stage}_metrics').update(logits, mask)
         loss, weight = self._loss(logits, mask), self._loss_weight(mask)
-        unknown = (self._known(mask) != mask) & (mask != NO_LABEL)
+        unknown = (mask != batch['mask']) & (batch['mask'] != NO_LABEL)
         tally = torch.stack([weight, unknown.sum()])
         self._tally[stage] = self._tally[stage].to(tally.device) + tally
         # The scheduler of every process has to see the same validation loss.
@@ -458,11 +422,10 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         self._tally[stage] = torch.zeros_like(tally)
         weight, unknown = tally.tolist()
         if unknown:
-            rank_zero_warn(
+            _warn(
                 f'{unknown:.0f} pixels of the {stage} masks hold values that are neither a class, '
                 f'0..{self._values - 1}, nor ignore_index={self.hparams["ignore_index"]} nor '
-                f'{NO_LABEL}; they do not count. Give model and data the same classes',
-                category=S1S2Warning,
+                f'{NO_LABEL}; they do not count. Give model and data the same classes'
             )
         if weight or self.trainer.sanity_checking:
             return
@@ -473,10 +436,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             'its check_finite is false',
             'test': 'test_loss is NaN, and all scores are 0',
         }
-        rank_zero_warn(
+        _warn(
             f'no pixel of this epoch of split {stage!r} counts, since none has a label of a class '
-            f'with a weight above 0: {outcome[stage]}. Check the labels and the class scheme',
-            category=S1S2Warning,
+            f'with a weight above 0: {outcome[stage]}. Check the labels and the class scheme'
         )
 
     def _known(self, mask: Tensor) -> Tensor:
@@ -489,43 +451,36 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
 
         So the loss does not depend on how the pixels come in batches and processes.
         """
-        labelled = is_labelled(mask, self._values, self.hparams['ignore_index'])
+        labelled = mask != self.hparams['ignore_index']
         weight = getattr(self.criterion, 'weight', None)
-        if weight is None:
-            return labelled.sum().float()
-        classes = len(weight)
-        return (count(mask.where(labelled, classes), classes) * weight).sum()
+        weights = 1.0 if weight is None else weight[mask.where(labelled, 0)]
+        return labelled.mul(weights).sum()
 
     def _loss(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Loss over the labelled pixels, 0 where nothing counts."""
-        loss, logits, mask = self.hparams['loss'], logits.float(), self._known(mask)
-        labelled = mask != self.hparams['ignore_index']
-        total = self._loss_weight(mask)
+        """Loss over the labelled pixels of a known mask, 0 where nothing counts."""
+        loss, logits, ignored = self.hparams['loss'], logits.float(), self.hparams['ignore_index']
+        labelled, total = mask != ignored, self._loss_weight(mask)
         total = total.where(total > 0, 1)
         if loss == 'ce':
             value: Tensor = self.criterion(logits, mask) / total
         elif loss == 'bce':
             value = self.criterion(logits, mask.where(labelled, 0).float())
             value = value.where(labelled, 0).sum() / total
-        elif loss == 'focal':
-            value = self.criterion(*self._without(logits, mask, labelled))
-            value = value * (labelled.numel() / total)
-        elif loss == 'jaccard' and self._is_multiclass:
-            value = self.criterion(*_with_class_more(logits, mask, labelled))
-            classes = logits.shape[1]
-            counted = classes - (self.hparams['ignore_index'] < classes)
-            value = value * ((classes + 1) / counted)
-        elif loss == 'jaccard':
-            value = self.criterion(*self._without(logits, mask, labelled))
-        else:
+        elif loss == 'dice':
             value = self.criterion(logits, mask)
+        elif loss == 'jaccard' and self._is_multiclass:
+            # Unlabelled pixels are a class of their own, of which nothing is wrong.
+            more = logits.detach().amax(1) + torch.where(labelled, _NEVER, -_NEVER)
+            logits, classes = torch.cat([logits, more[:, None]], 1), self._values
+            value = self.criterion(logits, mask.where(labelled, classes))
+            value = value * ((classes + 1) / (classes - (0 <= ignored < classes)))
+        else:
+            # Unlabelled pixels are none of the classes with certainty, which adds nothing to sums.
+            several = self._is_multiclass
+            logits = logits.where(labelled[:, None] if several else labelled, _NEVER)
+            value = self.criterion(logits, mask.where(labelled, -1 if several else 0))
+            value = value * (labelled.numel() / total) if loss == 'focal' else value
         return value
-
-    def _without(self, logits: Tensor, mask: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
-        """Make unlabelled pixels none of the classes with certainty, which adds nothing to sums."""
-        if self._is_multiclass:
-            return logits.where(labelled[:, None], _NEVER), mask.where(labelled, -1)
-        return logits.where(labelled, _NEVER), mask.where(labelled, 0)
 
     @property
     def _values(self) -> int:
@@ -533,35 +488,25 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         return int(self.hparams['num_classes']) if self._is_multiclass else 2
 
     def _check_data(self, data: SeriesData) -> None:
-        classes, channels = len(data.classes), sum(data.channels.values())
-        length, in_channels = data.series_length, self.hparams['in_channels']
+        """The numbers of both sides; an encoder of series takes any number of slots."""
+        classes, given = len(data.classes), dict(data.channels)
         if self._is_multiclass and self.hparams['num_classes'] != classes:
             raise ValueError(
                 f'the model has num_classes={self.hparams["num_classes"]}, the data have {classes} '
                 'classes; give model and data the same number'
             )
-        encoder = series_encoder(self.model)
-        if encoder is not None:
-            self._check_sensors(encoder.sensors, data.channels)
-        elif in_channels != length * channels:
+        length, channels = data.series_length, sum(given.values())
+        encoder, in_channels = series_encoder(self.model), self.hparams['in_channels']
+        if encoder is None and in_channels != length * channels:
             raise ValueError(
                 f'the model has in_channels={in_channels}, the data give {length} time slots x '
                 f'{channels} channels = {length * channels}; set in_channels to that'
             )
-
-    def _check_sensors(self, reads: dict[str, int], given: dict[str, int]) -> None:
-        """An encoder of series splits channels by sensor; the number of slots is free."""
-        if list(reads.items()) != list(given.items()):
+        if encoder is not None and list(encoder.sensors.items()) != list(given.items()):
             raise ValueError(
-                f'backbone {self.hparams["backbone"]!r} reads {reads} channels, the data give '
-                f'{given}; use the backbone for these sensors and bands'
+                f'backbone {self.hparams["backbone"]!r} reads {encoder.sensors} channels, the data '
+                f'give {given}; use the backbone for these sensors and bands'
             )
-
-
-def _with_class_more(logits: Tensor, mask: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
-    """Give unlabelled pixels a class of their own, of which nothing is wrong."""
-    more = logits.detach().amax(1) + torch.where(labelled, _NEVER, -_NEVER)
-    return torch.cat([logits, more[:, None]], 1), mask.where(labelled, logits.shape[1])
 
 
 def _differences(old: Sequence[str], new: Sequence[str]) -> str:
@@ -571,8 +516,8 @@ def _differences(old: Sequence[str], new: Sequence[str]) -> str:
     return '; '.join(found[:3]) + (f' and {len(found) - 3} more' if len(found) > 3 else '')
 
 
-def _note(name: str, remedy: str) -> None:
-    rank_zero_warn(f'{name} is an old argument of the task: {remedy}', category=S1S2Warning)
+def _warn(message: str) -> None:
+    rank_zero_warn(message, category=S1S2Warning)
 
 
 def _given_of_model() -> list[str]:

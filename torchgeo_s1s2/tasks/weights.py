@@ -6,23 +6,25 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torchgeo.models import get_weight
-from torchgeo.tasks.utils import extract_backbone
 from torchvision.models import WeightsEnum
 
 from torchgeo_s1s2.models import series_encoder
-
-_SUFFIXES = ('.ckpt', '.pt', '.pth')
+from torchgeo_s1s2.models.encoder import rename
+from torchgeo_s1s2.models.fuselstm import PREFIXES
 
 
 def load_weights(model: Any, weights: WeightsEnum | str) -> list[str] | None:
     """Load weights into a model of smp.
 
+    Everything of a checkpoint that fits by name and shape is loaded; what does not is said.
+
     Args:
         model: The model.
-        weights: A weight enum of a backbone, its name, or the path of a checkpoint; see
-            :func:`load_checkpoint`.
+        weights: A weight enum of a backbone, its name, or the path of a file: the checkpoint of a
+            segmentation task, the state dict of a model of smp or of a FuseLSTM, or the checkpoint
+            of a backbone from TorchGeo.
 
     Returns:
         Names of the classes that the checkpoint of a task was trained on, if it says so.
@@ -32,8 +34,10 @@ def load_weights(model: Any, weights: WeightsEnum | str) -> list[str] | None:
         ValueError: If nothing in the checkpoint fits.
     """
     if isinstance(weights, str) and Path(weights).exists():
-        return load_checkpoint(model, weights)
-    if isinstance(weights, str) and weights.endswith(_SUFFIXES):
+        checkpoint = torch.load(weights, map_location='cpu', weights_only=True)
+        _load_fitting(model, _named_as_in(model, checkpoint, weights), weights)
+        return trained_classes(checkpoint)
+    if isinstance(weights, str) and weights.endswith(('.ckpt', '.pt', '.pth')):
         raise FileNotFoundError(f'there is no checkpoint {weights}; correct the path in weights')
     enum = weights if isinstance(weights, WeightsEnum) else get_weight(weights)
     state = enum.get_state_dict(progress=True, check_hash=True, weights_only=True)
@@ -41,23 +45,36 @@ def load_weights(model: Any, weights: WeightsEnum | str) -> list[str] | None:
     return None
 
 
-def load_checkpoint(model: Any, path: str) -> list[str] | None:
-    """Load everything of a checkpoint that fits a model by name and shape, and say what did not.
+def trained_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
+    """Names of the classes that a checkpoint of the task was trained on, if it says so."""
+    names = checkpoint.get('classes') or checkpoint.get('hyper_parameters', {}).get('labels')
+    return list(names) if names else None
 
-    Args:
-        model: A model of smp.
-        path: Checkpoint of a segmentation task, state dict of a model of smp, or checkpoint of a
-            backbone as TorchGeo's ``extract_backbone`` reads it.
 
-    Returns:
-        Names of the classes that it was trained on, if it says so.
+def _named_as_in(model: Any, checkpoint: Mapping[str, Any], path: str) -> dict[str, Tensor]:
+    """Weights of a checkpoint, by their names in a model of smp."""
+    parts = [f'{part}.' for part, _ in model.named_children()]
+    spatial = 'encoder.spatial.' if series_encoder(model) else 'encoder.'
+    namings = (
+        {f'model.{part}': part for part in parts},
+        {part: part for part in parts},
+        PREFIXES,
+        {'model.backbone.model.': spatial},
+        {'model.': spatial},
+    )
+    for naming in namings:
+        named = rename(checkpoint.get('state_dict', checkpoint), naming)
+        if any(name.startswith('encoder.') for name in named):
+            return named
+    raise ValueError(
+        f'{path} is neither the checkpoint of a task nor the state dict of a model of smp: it '
+        f'holds {_some(checkpoint)}'
+    )
 
-    Raises:
-        ValueError: If nothing fits.
-    """
+
+def _load_fitting(model: Any, given: Mapping[str, Tensor], path: str) -> None:
+    """Load what fits a model by name and shape, and say what does not."""
     own: dict[str, Tensor] = model.state_dict()
-    checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    given = _named_as_in(model, checkpoint, path)
     fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
     if not any(v.ndim for v in fitting.values()):  # a batch norm's counter fits anywhere
         raise ValueError(
@@ -73,31 +90,6 @@ def load_checkpoint(model: Any, path: str) -> list[str] | None:
     parts = [f'{reason}: {_some(names)}' for reason, names in reasons.items() if names]
     say = rank_zero_warn if parts else rank_zero_info
     say('; '.join([f'{path}: loaded {len(fitting)} of {len(given)} tensors', *parts]))
-    return trained_classes(checkpoint)
-
-
-def trained_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
-    """Names of the classes that a checkpoint of the task was trained on, if it says so."""
-    names = checkpoint.get('classes') or checkpoint.get('hyper_parameters', {}).get('labels')
-    return list(names) if names else None
-
-
-def _named_as_in(
-    model: nn.Module, checkpoint: Mapping[str, Any], path: str
-) -> Mapping[str, Tensor]:
-    """Weights of a checkpoint, by their names in a model of smp."""
-    state = checkpoint.get('state_dict', checkpoint)
-    names = {key: key.removeprefix('model.') for key in state}
-    if any(name.startswith('encoder.') for name in names.values()):
-        parts = tuple(f'{part}.' for part, _ in model.named_children())
-        return {name: state[key] for key, name in names.items() if name.startswith(parts)}
-    if 'hyper_parameters' not in checkpoint:
-        raise ValueError(
-            f'{path} is neither the checkpoint of a task nor the state dict of a model of smp: it '
-            f'holds {_some(checkpoint)}'
-        )
-    prefix = 'encoder.spatial.' if series_encoder(model) else 'encoder.'
-    return {prefix + key: value for key, value in extract_backbone(path)[1].items()}
 
 
 def _some(names: Any, most: int = 4) -> str:
