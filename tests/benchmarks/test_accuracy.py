@@ -83,18 +83,18 @@ def test_scores_are_those_of_the_stored_predictions(output: Path) -> None:
     assert [run['contestant'] for run in runs] == list(NAMES)
     for run in runs:
         with np.load(run_folder(output, run['contestant']) / 'predictions.npz') as stored:
-            pair = [torch.from_numpy(stored[k].astype(int)) for k in ('prediction', 'mask')]
+            pair: Any = [torch.from_numpy(stored[k].astype(int)) for k in ('prediction', 'mask')]
         assert pair[1].shape == (2, 32, 32)
         weighted: Any = (*pair, 10, 'weighted')
         expected = [
             multiclass_precision(*weighted),
             multiclass_recall(*weighted),
             multiclass_f1_score(*weighted),
-            multiclass_cohen_kappa(*pair, 10),
+            multiclass_cohen_kappa(pair[0], pair[1], 10),
         ]
         got = run['precision'], run['recall'], run['f1'], run['kappa']
         np.testing.assert_allclose(got, expected, atol=1e-5)
-        each = multiclass_f1_score(*pair, 10, 'none')
+        each = multiclass_f1_score(pair[0], pair[1], 10, 'none')
         np.testing.assert_allclose(list(run['class_f1'].values()), each, atol=1e-5)
 
 
