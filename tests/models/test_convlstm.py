@@ -145,15 +145,6 @@ def test_empty_slots_change_nothing(places: tuple[int, ...], training: bool) -> 
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_gaps_of_one_sample_do_not_reach_the_others() -> None:
-    x = make_series(b=2)
-    layer = make_layer().eval()
-    valid = torch.tensor([[True, False, True, False], [True] * 4])
-    result = layer(x, valid)
-    torch.testing.assert_close(result[:1], layer(x[:1, [0, 2]]))
-    torch.testing.assert_close(result[1:], layer(x[1:]))
-
-
 @pytest.mark.parametrize('length', [0, 3])
 def test_nothing_to_read_gives_the_zero_state(length: int) -> None:
     x = make_series(t=length)
@@ -180,13 +171,6 @@ def test_compiled_equals_eager(case: str, training: bool) -> None:
             for y, layer in ((actual, traced), (expected, eager))
         )
         torch.testing.assert_close(grads, right, rtol=1e-10, atol=1e-10)
-
-
-def test_gradient_is_that_of_finite_differences() -> None:
-    layer = make_layer(1, 2)
-    x = make_series(2, 3, 1, 3).requires_grad_()
-    valid = torch.tensor([[True, False, True], [True, True, False]])
-    assert torch.autograd.gradcheck(lambda x: layer(x, valid), (x,))
 
 
 def test_even_kernel_is_refused() -> None:

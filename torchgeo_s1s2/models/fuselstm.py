@@ -78,19 +78,7 @@ class FuseLSTM(nn.Module):
         return probabilities.movedim(1, -1) if self.channels_last_output else probabilities
 
     def logits(self, x_s2: Tensor, x_s1: Tensor, x_stack: Tensor) -> Tensor:
-        """Compute the logits.
-
-        Args:
-            x_s2: Sentinel-2 series of shape (B, T2, H, W, 10).
-            x_s1: Sentinel-1 series of shape (B, T1, H, W, 2).
-            x_stack: First Sentinel-2 and first Sentinel-1 date, of shape (B, H, W, 12).
-
-        Returns:
-            Logits of shape (B, num_classes, H, W).
-
-        Raises:
-            ValueError: If an input does not have these dimensions.
-        """
+        """Compute the logits, of shape (B, num_classes, H, W), of the inputs of :meth:`forward`."""
         _check_shape('x_s2', x_s2, '(B, T2, H, W, 10)', 5, 10)
         _check_shape('x_s1', x_s1, '(B, T1, H, W, 2)', 5, 2)
         _check_shape('x_stack', x_stack, '(B, H, W, 12)', 4, 12)

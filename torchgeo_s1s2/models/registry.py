@@ -179,10 +179,9 @@ def register_encoder(
 def register_encoders() -> None:
     """List the paper's model and its ablations for the encoders in :data:`LISTED`.
 
-    The names are ``{spatial}_convlstm_inception``, ``{spatial}_convlstm_inception_doy`` (with the
-    day of the year), ``{spatial}_convlstm`` (both sensors, no Inception), ``{spatial}_convlstm_s1``
-    and ``{spatial}_convlstm_s2`` (one sensor, whose bands are then all that the image holds).
-    Every other name from :func:`backbone_name` is resolved when it is used.
+    That is ``{spatial}_convlstm_inception``, ``{spatial}_convlstm_inception_doy`` (with the day of
+    the year), ``{spatial}_convlstm`` (without Inception), ``{spatial}_convlstm_s1`` and
+    ``{spatial}_convlstm_s2`` (one sensor). Every other name is resolved when it is used.
     """
     for spatial in LISTED:
         register_encoder(spatial)
