@@ -174,10 +174,10 @@ def copy_series(
 
 
 class _Raster(NamedTuple):
-    """A raster: its sensor, where it is, whether files beside it belong to it, and its copy."""
+    """A raster: where it is, its sensor, whether files beside it belong to it, and its copy."""
 
-    kind: str
     source: Path
+    kind: str
     sidecars: bool
     target: Path
 
@@ -199,13 +199,13 @@ def _rasters(dataset: MultiSenGE, index: int, folder: Path) -> list[_Raster]:
     for kind, chosen in positions.items():
         for p in sorted(chosen):
             path, sidecars = catalog.path(patch, kind, p), catalog.has_sidecars(patch, kind, p)
-            rasters.append(_Raster(kind, path, sidecars, folder / path.relative_to(dataset.root)))
+            rasters.append(_Raster(path, kind, sidecars, folder / path.relative_to(dataset.root)))
     return rasters
 
 
 def _copy(raster: _Raster) -> str:
     """Copy a raster with its time of change; why not, if it cannot be read."""
-    _, source, sidecars, target = raster
+    source, _, sidecars, target = raster
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole(target) as temporary, open_raster(source, sidecars) as src:
