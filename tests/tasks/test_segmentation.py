@@ -305,6 +305,8 @@ def test_losses_do_not_depend_on_unlabelled_pixels(kind: Any, loss: Any) -> None
     noisy = F.pad(logits, (1, 1, 1, 1), value=3.0).requires_grad_()
     value = task._loss(noisy, wide)
     torch.testing.assert_close(value, task._loss(logits, mask))
+    negative = passing(task=kind, loss=loss, ignore_index=-1, **numbers[kind])
+    torch.testing.assert_close(negative._loss(logits, mask), task._loss(logits, mask))
     (gradient,) = torch.autograd.grad(value, noisy)
     assert gradient.isfinite().all()
     assert gradient[..., 0, :].abs().max() == 0
