@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .norm import MaskedBatchNorm2d, Moments, normalize, track
-from .strips import is_plain, read_in_strips, suits_strips, tanh
+from .strips import is_plain, read_in_strips, suits_strips
 
 
 class ConvLSTM(nn.Module):
@@ -127,8 +127,8 @@ class ConvLSTM(nn.Module):
         else:
             gates = self.conv(torch.cat([x, h], dim=1))
         i, f, g, o = gates.chunk(4, dim=1)
-        c_new = f.sigmoid() * c + i.sigmoid() * tanh(g)
-        h_new, moments = normalize(self.batchnorm, o.sigmoid() * tanh(c_new), mask)
+        c_new = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h_new, moments = normalize(self.batchnorm, o.sigmoid() * c_new.tanh(), mask)
         if mask is not None:
             h_new, c_new = torch.where(mask, h_new, h), torch.where(mask, c_new, c)
         return h_new, c_new, moments

@@ -53,14 +53,6 @@ def _in_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def tanh(x: Tensor) -> Tensor:
-    """Hyperbolic tangent; eagerly on a CPU as 2 sigmoid(2 x) - 1, in a fraction of the time."""
-    slow = x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
-    if slow and not torch.compiler.is_compiling():
-        return 2 * (2 * x).sigmoid() - 1
-    return x.tanh()
-
-
 def arrange(x: Tensor) -> Tensor:
     """Bring an image on a CPU into the layout in which convolutions are fastest there.
 
@@ -117,7 +109,8 @@ def _step(layer: Any, x: Tensor, h: Tensor | None, c: Tensor) -> Tensor:
         joined = strip.read(images)
         gates = F.conv2d(joined, weight, layer.conv.bias, padding=(0, radius)).to(c.dtype)
         i, f, g, o = gates.chunk(4, dim=1)
-        g.mul_(2)  # tanh(g) is 2 sigmoid(2 g) - 1
+        # tanh(x) = 2 sigmoid(2 x) - 1, which takes a fraction of the time of tanh on a CPU.
+        g.mul_(2)
         gates.sigmoid_()
         g.mul_(2).sub_(1)
         cell, hidden = c[strip.rows], result[strip.rows]
