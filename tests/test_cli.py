@@ -147,7 +147,7 @@ import json, os
 from pathlib import Path
 from lightning.pytorch import Callback
 from torchgeo.main import main
-from torchgeo_s1s2.datamodules import Statistics
+from torchgeo_s1s2.datamodules import statistics
 from torchgeo_s1s2.datasets import catalog
 
 def note(*line):
@@ -174,7 +174,7 @@ class Recorder(Callback):
             note('predict', 0, *batch['index'].tolist())
 
 if __name__ == '__main__':
-    Statistics.compute = noted('statistics', Statistics.compute)
+    statistics._image_statistics = noted('statistics', statistics._image_statistics)
     catalog._Builder.build = noted('catalog', catalog._Builder.build)
     common = ['--config={CONF}', '--trainer.devices=2', '--trainer.strategy=ddp',
               '--trainer.callbacks+=two.Recorder', '{PATCHES}']
