@@ -60,7 +60,7 @@ def test_gradients_and_statistics(synchronised: bool, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    mp.spawn(work, (port, synchronised, tmp_path), nprocs=2)  # type: ignore[attr-defined]
+    mp.spawn(work, (port, synchronised, tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
     expected = []
     for rows in [slice(4)] if synchronised else [slice(2), slice(2, 4)]:

@@ -154,5 +154,7 @@ def held(layer: ConvLSTM, x: Tensor, valid: Tensor, compiled: bool) -> int:
 )
 def test_recomputing_holds_less_than_half(dtype: torch.dtype, compiled: bool) -> None:
     x, valid = torch.randn(1, 4, 2, 32, 32, dtype=dtype), torch.ones(1, 4, dtype=torch.bool)
-    kept = [held(ConvLSTM(2, 8, recompute_gates=r).to(dtype), x, valid, compiled) for r in (0, 1)]
+    kept = [
+        held(ConvLSTM(2, 8, recompute_gates=r).to(dtype), x, valid, compiled) for r in (False, True)
+    ]
     assert kept[1] < 0.5 * kept[0]
