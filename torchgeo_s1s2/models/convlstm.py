@@ -82,7 +82,8 @@ class ConvLSTM(nn.Module):
             )
         if suits_strips(self, x):
             return read_in_strips(self, x, valid)
-        zero = x.new_zeros(()).expand(len(x), self.hidden_channels, *x.shape[-2:])
+        size = x.shape[0], self.hidden_channels, *x.shape[-2:]
+        zero = x.new_zeros(()).expand(size)
         if torch.compiler.is_compiling() and not self.training:
             return self._scan(x, valid, zero)
         h, c = zero, zero
