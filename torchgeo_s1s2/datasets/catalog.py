@@ -164,16 +164,16 @@ class Catalog:
         table = kept.load() if kept else None
         if table is None:
             table = _Builder(self.root, files, progress).build(kept)
-        self.missing: dict[str, int] = table.attrs['missing']
-        self._layouts = [Layout(*layout) for layout in table.attrs['layouts']]
+        attrs, table.attrs = table.attrs, {}  # which pandas would copy at each step
+        self.missing: dict[str, int] = attrs['missing']
+        self._layouts = [Layout(*layout) for layout in attrs['layouts']]
         self._set_images(table)
         table['classes'] = pd.Series(map(tuple, table['classes']), table.index, object)
         self.patches = table.drop(columns=_columns())
-        self.patches.attrs = {}
         fields = (self.patches[name].tolist() for name in Patch._fields)
         self._records = [Patch(*values) for values in zip(*fields, strict=True)]
-        if table.attrs['notes']:
-            notes = '; '.join(table.attrs['notes'])
+        if attrs['notes']:
+            notes = '; '.join(attrs['notes'])
             warnings.warn(f'{self.root}: {notes}', S1S2Warning, stacklevel=2)
 
     @cached_property
