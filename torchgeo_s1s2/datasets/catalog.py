@@ -268,7 +268,7 @@ class _Builder:
     def build(self, cache: TableCache | None) -> gpd.GeoDataFrame:
         """The table, kept in the cache if there is one."""
         folders = [self._folder(f).name for f in (FOLDERS if self.files else ())]
-        everything = [d for f in folders for d in folders_below(self.root, f)]
+        everything = [where for f in folders for where, _ in walk(self.root, f)]
         state = cache.state(LABELS, LABELS + CONTENTS, *everything) if cache else {}
         if state:
             wait_for_next_tick(state)
@@ -345,11 +345,11 @@ class _Builder:
         return [path for path, _ in found if path]
 
 
-def folders_below(root: Path, folder: str) -> Iterator[str]:
-    """A folder and all below it but hidden ones, relative to root."""
-    for where, folders, _ in os.walk(root / folder):
+def walk(root: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
+    """A folder and all below it but hidden ones, relative to root, each with its file names."""
+    for where, folders, names in os.walk(root / folder):
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        yield Path(where).relative_to(root).as_posix()
+        yield Path(where).relative_to(root).as_posix(), names
 
 
 def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[str]]:
@@ -363,8 +363,8 @@ def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[
     odd, doubles, layouts = list[str](), 0, dict[Layout, Layout]()
     pattern = _REFERENCE if folder == GROUND_REFERENCE else _IMAGE
     kind = 'gr' if folder == GROUND_REFERENCE else folder
-    for where in folders_below(root, folder):
-        names = sorted(e.name for e in os.scandir(root / where) if not e.name.startswith('.'))
+    for where, every in walk(root, folder):
+        names = sorted(name for name in every if not name.startswith('.'))
         beside = {m['stem'] for m in map(_SIDECAR.fullmatch, names) if m}
         stems = set[str]()
         for name in names:
@@ -399,11 +399,10 @@ def _notes(
 
 def _image(match: re.Match[str], folder: str, sidecars: bool) -> Image:
     """Acquisition that a file name tells of; that of a label raster has the time 0."""
-    parts = match.groupdict()
-    text = parts.get('time') or ''
+    text = match['time'] if match.re is _IMAGE else ''
     style = {0: '', 8: '%Y%m%d_', 15: f'%Y%m%d{text[8:9]}%H%M%S_'}[len(text)]
     seconds = _seconds(text) if text else 0
-    return Image(seconds, Layout(folder, style, parts['kind'], parts['ending'], sidecars))
+    return Image(seconds, Layout(folder, style, match['kind'], match['ending'], sidecars))
 
 
 @lru_cache(maxsize=100_000)

@@ -185,8 +185,6 @@ class ConvLSTMInceptionEncoder(nn.Module):
             if isinstance(layer, ConvLSTM):
                 layer.recompute_gates = recompute_gates
 
-    set_checkpoint = set_recompute_gates
-
     def freeze_spatial(self, frozen: bool = True) -> None:
         """Freeze the spatial encoder as :func:`freeze` does, or unfreeze it.
 
