@@ -311,11 +311,12 @@ class _Builder:
             found, notes = list_rasters(self.root, folder)
             self.notes += notes
             for label in labels:
-                there = sorted(found.pop(label.name, ()), key=lambda i: (i.time, i.layout))
-                listed = Counter(_day(image) for image in label.images.get(folder, ()))
-                days = Counter(map(_day, there))
-                missing[folder] += (listed - days).total()
-                unlisted += (days - listed).total() * (folder != GROUND_REFERENCE)
+                there = sorted(found.pop(label.name, ()))
+                days, listed = (_days(i) for i in (there, label.images.get(folder, ())))
+                if days != listed:
+                    missing[folder] += (Counter(listed) - Counter(days)).total()
+                    more = (Counter(days) - Counter(listed)).total()
+                    unlisted += more * (folder != GROUND_REFERENCE)
                 absent[folder] += folder == GROUND_REFERENCE and not there
                 label.images[folder] = there
             if found:
@@ -412,8 +413,8 @@ def _seconds(text: str) -> int:
     return int(datetime.strptime(text.upper(), style).replace(tzinfo=UTC).timestamp())
 
 
-def _day(image: Image) -> int:
-    return image.time // 86400
+def _days(images: Iterable[Image]) -> list[int]:
+    return [image.time // 86400 for image in images]
 
 
 def split_name(patch: str) -> tuple[str, str]:
