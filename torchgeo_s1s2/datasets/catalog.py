@@ -365,13 +365,13 @@ def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[
     pattern = _REFERENCE if folder == GROUND_REFERENCE else _IMAGE
     kind = 'gr' if folder == GROUND_REFERENCE else folder
     for where, every in walk(root, folder):
-        names = sorted(name for name in every if not name.startswith('.'))
-        beside = {m['stem'] for m in map(_SIDECAR.fullmatch, names) if m}
+        rasters = sorted(name for name in every if name.lower().endswith(('.tif', '.tiff')))
+        beside = {m['stem'] for m in map(_SIDECAR.fullmatch, {*every} - {*rasters}) if m}
         stems = set[str]()
-        for name in names:
+        for name in rasters:
             match = pattern.fullmatch(name)
             if match is None or not match['kind'].lower().startswith(kind):
-                odd += [name] * (name.lower().endswith(('.tif', '.tiff')))
+                odd.append(name)
                 continue
             stem = name[: match.start('ending')]
             doubles += stem in stems
