@@ -291,23 +291,23 @@ def _values(
     dtype: type[np.floating[Any]],
 ) -> NDArray[Any]:
     """Values of bands, NaN where the raster has none: after its tag or its mask, or *nodata*."""
-    data = src.read(indexes, window=window)
-    if data.dtype.kind == 'c':
-        raise DataError(f'{path} holds complex numbers ({data.dtype}); give power or dB')
-    with np.errstate(over='ignore'):  # no-data values of another type
-        value: NDArray[Any] = data.astype(dtype)
+    kinds = {np.dtype(src.dtypes[i - 1]).kind for i in indexes}
+    if 'c' in kinds:
+        raise DataError(f'{path} holds complex numbers ({src.dtypes[0]}); give power or dB')
+    value: NDArray[Any] = src.read(indexes, window=window, out_dtype=dtype)
     flags, tags = src.mask_flag_enums, src.nodatavals
     masked = any(MaskFlags.per_dataset in flags[i - 1] for i in indexes)
-    if data.dtype.kind == 'u' and nodata < 0:
+    if 'u' in kinds and nodata < 0:
         nodata = 0  # as in ESA's products, whose type has no other
     for tag in {tags[i - 1] for i in indexes} - ({None} if masked else set()):
-        missing = data == (nodata if tag is None else tag)
+        with np.errstate(over='ignore'):  # no-data values of another type
+            missing = value == dtype(nodata if tag is None else tag)
         if missing.any():
             missing[[tags[i - 1] != tag for i in indexes]] = False
             value[missing] = np.nan
     if masked:
         value[src.read_masks(indexes, window=window) == 0] = np.nan
-    if data.dtype.kind == 'f':
+    if 'f' in kinds:
         value[~np.isfinite(value)] = np.nan
     return value
 

@@ -590,16 +590,17 @@ class _Canvas:
     ) -> None:
         """Fill a slot of a sensor where it has no value, within a mask if there is one."""
         target = self.image[t, self.channels[sensor]]
-        known = ~np.isnan(value)
-        if inside is not None:
-            known &= inside
-        if (sensor, t) in self.pixels:
-            known &= np.isnan(target)
-        if not known.any():
-            return
-        np.copyto(target, value, where=known)
-        seen = self.pixels[sensor, t]
-        seen[time] += int(known.any(0).sum()) if self.several else 1
+        count = 1  # which matters only where several patches share a slot
+        if self.several or inside is not None:
+            known = ~np.isnan(value) & np.isnan(target) & (True if inside is None else inside)
+            count = int(known.any(0).sum())
+            np.copyto(target, value, where=known)
+        elif not (np.isnan(value.flat[0]) and np.isnan(value).all()):
+            target[...] = value
+        else:
+            count = 0
+        if count:
+            self.pixels[sensor, t][time] += count
 
     def add_labels(self, labels: NDArray[Any] | None, inside: NDArray[np.bool_] | None) -> None:
         """Fill labels where there are none."""
