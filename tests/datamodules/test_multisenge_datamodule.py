@@ -316,7 +316,6 @@ def test_a_checkpoint_spares_the_statistics(
         assert not [*root.glob('statistics_*.json')]
 
 
-# waits: bug 7 (beside)
 @pytest.mark.parametrize('beside', [True, False])
 def test_a_given_file_of_statistics_wins(root: Path, tmp_path: Path, beside: bool) -> None:
     data = datamodule(root)

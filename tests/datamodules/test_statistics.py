@@ -55,7 +55,7 @@ def test_mean_and_std_are_of_the_dates_of_the_series_only(noise: Path) -> None:
     values = series_in_numpy(noise)
     np.testing.assert_allclose(statistics.mean, np.nanmean(values, 1), rtol=1e-6)
     np.testing.assert_allclose(statistics.std, np.nanstd(values, 1), rtol=1e-5)
-    assert statistics.bands == MultiSenGE.all_bands  # waits: bug 10
+    assert statistics.bands == MultiSenGE.all_bands
     # Of 128 pixels 64 are arable, class 5, 32 sparse built-up, class 1, and 32 without a label.
     assert statistics.pixels == (0, 32, 0, 0, 0, 64, *[0] * 8)
 
@@ -276,7 +276,6 @@ KINDS: dict[str, tuple[str, str, Callable[[np.ndarray, str], Any], dict, str, di
     'an offset too much': (
         's2', 'int16', lambda v, d: v // 10, {'offset': -1000}, 'leave offset out', {},
     ),
-    # waits: bug 9
     'no data without a tag': (
         's2', 'int16', lambda v, d: np.where(np.arange(8) < 3, -9999, v), {},
         "nodata={'s2': -9999}", {'nodata': {'s2': -9999}},

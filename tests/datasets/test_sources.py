@@ -186,7 +186,6 @@ def test_a_raster_that_has_changed_is_copied_again(root: Path) -> None:
     check_same(MultiSenGE(root, 'all'), again)
 
 
-# waits: bug 11 (first)
 @pytest.mark.parametrize('date', [0, 2], ids=['first', 'later'])
 @pytest.mark.parametrize('content', [b'', b'II*\0'])
 def test_an_unreadable_raster_is_left_out_and_named(root: Path, content: bytes, date: int) -> None:

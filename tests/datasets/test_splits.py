@@ -215,7 +215,6 @@ SPANS: dict[str, Callable[[slice], Any]] = {
 }
 
 
-# waits: bug 2
 @pytest.mark.parametrize('spans', SPANS.values(), ids=SPANS.keys())
 def test_parts_of_a_season_hold_each_date_once(season: Path, spans: Callable[[slice], Any]) -> None:
     dataset = numbered(season, series=AllDates(max_length=4, missing='keep'))
@@ -231,7 +230,6 @@ def test_parts_of_a_season_hold_each_date_once(season: Path, spans: Callable[[sl
         assert seen(copy.deepcopy(part)) == seen(part)
 
 
-# waits: bug 2
 def test_patches_of_one_date_each_are_split_in_time(tmp_path: Path) -> None:
     for x, day in ((0, DAYS[0]), (SIZE, DAYS[3])):
         image = np.full((1, SIZE, SIZE), 5, np.int16)
