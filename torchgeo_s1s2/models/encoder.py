@@ -185,17 +185,6 @@ class ConvLSTMInceptionEncoder(nn.Module):
             if isinstance(layer, ConvLSTM):
                 layer.recompute_gates = recompute_gates
 
-    def freeze_spatial(self, frozen: bool = True) -> None:
-        """Freeze the spatial encoder as :func:`freeze` does, or unfreeze it.
-
-        The recurrent layers and the Inception module in front of it always learn.
-
-        Args:
-            frozen: Whether to freeze.
-        """
-        freeze(self.spatial, frozen)
-        self.train(self.training)
-
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
