@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,11 @@ def _to_db(power: Array) -> Array:
     return power
 
 
+@lru_cache(maxsize=256)
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.split(r'[^a-z0-9]+', text.lower()))
+
+
 @dataclass(frozen=True)
 class Sensor:
     """A sensor of a data set.
@@ -61,7 +67,7 @@ class Sensor:
 
     def band(self, text: str | None) -> str | None:
         """Name of the band that a file calls ``text``, None if it is none of the sensor's."""
-        words = re.split(r'[^a-z0-9]+', (text or '').lower())
+        words = _words(text or '')
         named = [b for b in self.bands if {b.lower(), b.lower().replace('b0', 'b')} & {*words}]
         return named[0] if len(named) == 1 else self.aliases.get(''.join(words))
 

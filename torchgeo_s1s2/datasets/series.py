@@ -511,33 +511,30 @@ class SeriesDataset(GeoDataset):
                 f'none of {len(failed)} patches has the series {self.series} from {period.start} '
                 f'to {period.stop}: {"; ".join(list(failed)[:3])}'
             )
-        canvas = _Canvas(self.series.length, self.bands, grid, several=len(chosen) > 1)
         with rasterio.Env(**GDAL_OPTIONS):
-            for series in chosen:
-                self._fill(canvas, series)
+            canvas = self._filled(grid, chosen)
         return canvas.sample(self.classes) | _georeference(grid, period)
 
-    def _fill(self, canvas: '_Canvas', series: _Series) -> None:
-        """Fill what a canvas lacks from one patch, around images that cannot be read."""
-        while True:
+    def _filled(self, grid: Grid, chosen: list[_Series]) -> '_Canvas':
+        """Pixels of patches, around images that cannot be read."""
+        canvas = _Canvas(self.series.length, self.bands, grid, several=len(chosen) > 1)
+        for i, series in enumerate(chosen):
             try:
-                images = [
-                    (
-                        sensor,
-                        t,
-                        positions[0],
-                        self._slot(series.patch, sensor, positions, canvas.grid),
-                    )
-                    for sensor in self.sensors
-                    for t, positions in enumerate(series.slots[sensor])
-                    if positions and canvas.lacks(sensor, t)
-                ]
-                break
+                self._fill(canvas, series)
             except UnreadableError as error:
-                series = self._without(series, error)
-        for sensor, t, position, value in images:
-            time = int(self.times_of(series.patch, sensor)[position].astype(np.int64))
-            canvas.add(sensor, t, time, value, series.inside)
+                chosen[i] = self._without(series, error)
+                return self._filled(grid, chosen)  # anew, for some dates may have changed
+        return canvas
+
+    def _fill(self, canvas: '_Canvas', series: _Series) -> None:
+        """Fill what a canvas lacks from one patch."""
+        for sensor in self.sensors:
+            times = self.times_of(series.patch, sensor)
+            for t, positions in enumerate(series.slots[sensor]):
+                if positions and canvas.lacks(sensor, t):
+                    value = self._slot(series.patch, sensor, positions, canvas.grid)
+                    time = int(times[positions[0]].astype(np.int64))
+                    canvas.add(sensor, t, time, value, series.inside)
         canvas.add_labels(self.read_labels(series.patch, canvas.grid), series.inside)
 
     def _slot(self, patch: int, sensor: str, positions: Sequence[int], grid: Grid) -> Array:
@@ -576,7 +573,7 @@ class _Canvas:
         borders = np.cumsum([0, *map(len, bands.values())]).tolist()
         spans = zip(bands, pairwise(borders), strict=True)
         self.channels = {sensor: slice(*span) for sensor, span in spans}
-        self.image = np.full((length, borders[-1], grid.height, grid.width), np.nan, np.float32)
+        self.image = np.empty((length, borders[-1], grid.height, grid.width), np.float32)
         self.labels = np.full((grid.height, grid.width), np.nan)
         self.pixels: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
 
@@ -589,18 +586,24 @@ class _Canvas:
         self, sensor: str, t: int, time: int, value: Array, inside: NDArray[np.bool_] | None
     ) -> None:
         """Fill a slot of a sensor where it has no value, within a mask if there is one."""
+        if inside is not None:
+            value = np.where(inside, value, np.float32(np.nan))
         target = self.image[t, self.channels[sensor]]
-        count = 1  # which matters only where several patches share a slot
-        if self.several or inside is not None:
-            known = ~np.isnan(value) & np.isnan(target) & (True if inside is None else inside)
-            count = int(known.any(0).sum())
+        if (sensor, t) in self.pixels:
+            known = ~np.isnan(value) & np.isnan(target)
             np.copyto(target, value, where=known)
-        elif not (np.isnan(value.flat[0]) and np.isnan(value).all()):
-            target[...] = value
+            count = int(known.any(0).sum())
         else:
-            count = 0
+            target[...] = value
+            count = self._count(value)
         if count:
             self.pixels[sensor, t][time] += count
+
+    def _count(self, value: Array) -> int:
+        """Number of pixels with a value; of a single patch, whether there are any."""
+        if not self.several and not np.isnan(value.flat[0]):
+            return 1
+        return int((~np.isnan(value)).any(0).sum())
 
     def add_labels(self, labels: NDArray[Any] | None, inside: NDArray[np.bool_] | None) -> None:
         """Fill labels where there are none."""
@@ -616,6 +619,8 @@ class _Canvas:
             for t in range(shape[0]):
                 if seen := self.pixels.get((sensor, t)):
                     times[t, s] = min(seen, key=lambda time: (-seen[time], time))
+                else:
+                    self.image[t, self.channels[sensor]] = np.nan
         return {
             'image': torch.from_numpy(self.image),
             'mask': torch.from_numpy(remap(self.labels, classes)),
