@@ -1,5 +1,7 @@
 """Trains and tests contestants on the same data and tabulates what they achieve.
 
+Each contestant gets the learning rate, out of the same few, with which it is best on validation.
+
     python -m benchmarks.accuracy --root data/benchmark --output outputs/accuracy
     python -m benchmarks.accuracy --robustness --root data/robustness --output outputs/robustness
 
@@ -27,13 +29,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from sklearn.metrics import cohen_kappa_score, precision_recall_fscore_support
 
 import torchgeo_s1s2
 from benchmarks import contestants, robustness
 from benchmarks import run as training
 from benchmarks.common import Row, provenance, report, table
 from benchmarks.run import FIT, PREDICTIONS
+from benchmarks.scores import Numbers, confusions, interval, resampled, scores
 from torchgeo_s1s2.datasets.catalog import FOLDERS, LABELS
 from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.synthetic import MARKER, write_synthetic
@@ -41,6 +43,13 @@ from torchgeo_s1s2.files import whole
 
 CONF = Path(__file__).parent / 'conf'
 BASE = CONF / 'base.yaml'
+SETTINGS: dict[str, dict[str, Any]] = {
+    'old': {},
+    'small': {'context': True, 'patches': {'31UFQ': 24, '32ULU': 24, '31UFP': 24, '31UEQ': 64}},
+    'large': {'context': True, 'patches': {'31UFQ': 96, '32ULU': 96, '31UFP': 32, '31UEQ': 64}},
+}
+"""Synthetic data: pixels that need their surroundings, and enough patches to test on."""
+RATES = (3e-4, 1e-3, 3e-3)
 TARGET_F1 = 0.7
 """Validation F1 to which the training time is measured."""
 
@@ -53,6 +62,7 @@ class Run:
     seed: int
     folder: Path
     options: tuple[str, ...] = ()
+    rate: float | None = None
 
     @property
     def title(self) -> str:
@@ -70,7 +80,7 @@ class Run:
         """
         # A later option wins, so that a contestant may limit its epochs and no more.
         options = [f'--config={BASE}', f'--trainer.max_epochs={epochs}', f'--config={self.config}']
-        options += [f'--seed_everything={self.seed}', *self.options]
+        options += [f'--seed_everything={self.seed}', *self._options]
         self._claim(self.made_of(root, epochs), again)
         if (self.folder / PREDICTIONS).exists():
             return
@@ -82,6 +92,11 @@ class Run:
         if code.returncode:
             raise RuntimeError(f'{self.config.name} with seed {self.seed} failed; see {log}')
 
+    @property
+    def _options(self) -> tuple[str, ...]:
+        rate = () if self.rate is None else (f'--model.init_args.lr={self.rate:g}',)
+        return *rate, *self.options
+
     def made_of(self, root: Path, epochs: int) -> dict[str, str]:
         """What the result follows from; configurations, code and data by their digests."""
         package = Path(torchgeo_s1s2.__file__).parent
@@ -89,7 +104,7 @@ class Run:
         return {
             'base configuration': _digest([BASE]),
             'configuration': _digest([self.config]),
-            'options': ' '.join([f'{epochs} epochs, seed {self.seed}', *self.options]),
+            'options': ' '.join([f'{epochs} epochs, seed {self.seed}', *self._options]),
             'code': _digest(code),
             'data': data_digest(root),
         }
@@ -121,18 +136,38 @@ class Run:
         with np.load(self.folder / PREDICTIONS) as content:
             return {name: content[name] for name in ('prediction', 'mask')}
 
+    def fit(self) -> Row:
+        """What was measured in training."""
+        content: Row = json.loads((self.folder / FIT).read_text())
+        return content
+
+    @property
+    def validated(self) -> float:
+        """Best weighted F1 of the validation."""
+        return max(epoch['f1'] for epoch in self.fit()['history'])
+
+    def confusions(self, classes: int) -> NDArray[np.int64]:
+        """Confusion matrix of each test patch, (N, K, K)."""
+        return confusions(**self.predictions(), classes=classes)
+
     def result(self, scheme: ClassScheme) -> Row:
         """Scores of the test split and costs of the training."""
-        fit = json.loads((self.folder / FIT).read_text())
+        fit = self.fit()
+        found = scores(self.confusions(len(scheme)).sum(0))
+        class_f1 = found.pop('class_f1').tolist()
         return {
             'contestant': self.config.stem,
             'title': self.title,
             'seed': self.seed,
-            **scores(**self.predictions(), scheme=scheme),
+            'rate': self.rate,
+            'validated_f1': self.validated,
+            **{name: float(value) for name, value in found.items()},
+            'class_f1': dict(zip(scheme.names, class_f1, strict=True)),
             'seconds': fit['seconds'],
             'samples_per_second': fit['samples'] / fit['seconds'],
             'peak_memory_mb': fit['memory'] / (2**20 if sys.platform == 'darwin' else 2**10),
             'parameters': fit['parameters'],
+            'gflop': fit['flop'] / 1e9,
             'seconds_to_target': seconds_to(fit['history'], TARGET_F1),
             'history': fit['history'],
             **self.settings(),
@@ -167,21 +202,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare_contestants(args: argparse.Namespace) -> None:
     """Train and test every contestant."""
-    data = prepare(args.root)
+    data = prepare(args.root, **SETTINGS[args.setting])
     configs = args.configs or sorted(p for p in CONF.glob('*.yaml') if p != BASE)
-    runs = [
-        Run(c.resolve(), s, args.output / 'runs' / c.stem / f'seed_{s}')
-        for s in range(args.seeds)
-        for c in configs
-    ]
-    for number, run in enumerate(runs, 1):
-        print(f'{number}/{len(runs)} {run.title}, seed {run.seed}', flush=True)
-        run.start(args.root, args.epochs, args.again)
-    write_comparison(runs, args.output, data, args.epochs)
+    runs = [run for config in configs for run in _trained(config.resolve(), args)]
+    about = {'data': data, 'epochs': args.epochs, 'learning rates tried': str(args.rates)}
+    write_comparison(runs, args.output, about)
 
 
-def write_comparison(runs: Sequence[Run], output: Path, data: str, epochs: int) -> None:
-    """Write ``table.md``, ``results.json`` and ``maps.png`` of runs with the same test patches."""
+def _trained(config: Path, args: argparse.Namespace) -> list[Run]:
+    """Runs of a contestant: every learning rate with one seed, the best with the others."""
+
+    def run(seed: int, rate: float) -> Run:
+        folder = args.output / 'runs' / config.stem / f'lr_{rate:g}' / f'seed_{seed}'
+        made = Run(config, seed, folder, rate=rate)
+        print(f'{made.title}, learning rate {rate:g}, seed {seed}', flush=True)
+        made.start(args.root, args.epochs, args.again)
+        return made
+
+    trials = {rate: run(0, rate) for rate in args.rates}
+    best = max(trials, key=lambda rate: trials[rate].validated)
+    return [trials[best], *(run(seed, best) for seed in range(1, args.seeds))]
+
+
+def write_comparison(runs: Sequence[Run], output: Path, about: Mapping[str, Any]) -> None:
+    """Write tables, raw results and figures of runs with the same test patches.
+
+    That is ``table.md``, ``results.json``, ``results.csv``, ``maps.png``, ``curves.png`` and
+    ``cost.png``.
+    """
     with np.load(runs[0].folder / PREDICTIONS) as content:
         scheme = class_scheme(int(content['classes']))
     expected = runs[0].predictions()['mask']
@@ -192,13 +240,25 @@ def write_comparison(runs: Sequence[Run], output: Path, data: str, epochs: int) 
                 'contestants the same data, split and series'
             )
     results = [run.result(scheme) for run in runs]
-    about = {'data': data, 'epochs': epochs, **made(runs)}
-    title = f'{data}: accuracy on the test tile'
-    report(output, title, about, results, tables(results, scheme))
-    figure = _maps([run for run in runs if run.seed == 0], scheme, data)
-    with whole(output / 'maps.png') as path:
-        figure.savefig(path)
-    plt.close(figure)
+    matrices: dict[str, list[NDArray[np.int64]]] = {}
+    for run in runs:
+        matrices.setdefault(run.title, []).append(run.confusions(len(scheme)))
+    text = tables(results, scheme, resampled(matrices))
+    title = f'{about["data"]}: accuracy on the test tile'
+    report(output, title, {**about, **made(runs)}, results, text)
+    flat = pd.DataFrame(results).drop(columns=['class_f1', 'history', 'made', 'made_of'])
+    made_at = pd.DataFrame([r['made'] for r in results])[['date', 'hardware', 'commit']]
+    with whole(output / 'results.csv') as path:
+        flat.join(made_at).to_csv(path, index=False, float_format='%.5g')
+    figures = {
+        'maps': _maps([run for run in runs if run.seed == 0], scheme, about['data']),
+        'curves': _curves(results),
+        'cost': _costs(results),
+    }
+    for name, figure in figures.items():
+        with whole(output / f'{name}.png') as path:
+            figure.savefig(path)
+        plt.close(figure)
 
 
 def made(runs: Iterable[Run]) -> dict[str, str]:
@@ -209,51 +269,49 @@ def made(runs: Iterable[Run]) -> dict[str, str]:
     return {key: ', '.join(sorted({f[key] for f in found})) for key in found[0]}
 
 
-def scores(prediction: NDArray[np.uint8], mask: NDArray[np.uint8], scheme: ClassScheme) -> Row:
-    """Scores of predicted classes over the pixels with a true one, not 255."""
-    labelled, labels = mask != NO_LABEL, range(len(scheme))
-    true, found = mask[labelled], prediction[labelled]
-    options: Any = {'labels': labels, 'zero_division': 0}
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        true, found, average='weighted', **options
-    )
-    class_f1 = precision_recall_fscore_support(true, found, **options)[2].tolist()
-    return {
-        'precision': float(precision),
-        'recall': float(recall),
-        'f1': float(f1),
-        'kappa': float(cohen_kappa_score(true, found, labels=[*labels])),
-        'class_f1': dict(zip(scheme.names, class_f1, strict=True)),
-    }
-
-
 def seconds_to(history: Sequence[dict[str, float]], target: float) -> float | None:
     """Training time to the first epoch whose validation F1 reaches a target, None if none does."""
     return next((epoch['seconds'] for epoch in history if epoch['f1'] >= target), None)
 
 
-def tables(results: Sequence[Row], scheme: ClassScheme) -> str:
-    """Markdown with mean and standard deviation over the seeds."""
+def tables(results: Sequence[Row], scheme: ClassScheme, draws: Mapping[str, Numbers]) -> str:
+    """Markdown with mean and standard deviation over the seeds, and intervals over patches."""
     columns = {
         'F1': ('f1', 3),
-        'precision': ('precision', 3),
-        'recall': ('recall', 3),
+        'macro F1': ('macro_f1', 3),
+        'mean IoU': ('miou', 3),
         'kappa': ('kappa', 3),
         'training (s)': ('seconds', 0),
         f's to F1 {TARGET_F1}': ('seconds_to_target', 0),
         'samples/s': ('samples_per_second', 1),
         'peak memory (MB)': ('peak_memory_mb', 0),
+        'GFLOP': ('gflop', 2),
         'parameters': ('parameters', 0),
+        'learning rate': ('rate', 4),
     }
     flat = [{**r, **r['class_f1']} for r in results]
     classes = _over_seeds(flat, {name: (name, 2) for name in scheme.names})
     return (
-        'Precision, recall and F1 are weighted by the pixels of each class.\n\n'
-        f'{_over_seeds(results, columns)}\n\n## F1 of each class\n\n{classes}'
+        'F1 is weighted by the pixels of each class. GFLOP are those of mapping one patch.\n\n'
+        f'{table(_over_seeds(results, columns))}\n\n'
+        '## Intervals\n\n95 % of draws of test patches with replacement, the mean over seeds; '
+        'differences are paired: both on the same patches.\n\n'
+        f'{table(_intervals([row["contestant"] for row in _over_seeds(results, {})], draws))}\n\n'
+        f'## F1 of each class\n\n{table(classes)}'
     )
 
 
-def _over_seeds(results: Sequence[Row], columns: dict[str, tuple[str, int]]) -> str:
+def _intervals(titles: Sequence[str], draws: Mapping[str, Numbers]) -> list[Row]:
+    """F1 of each contestant and how far the best is ahead; above 0 the difference holds."""
+    best, rows = draws[titles[0]], []
+    for title in titles:
+        spans = interval(draws[title]), interval(best - draws[title])
+        f1, ahead = ('{:.3f} to {:.3f}'.format(*span) for span in spans)
+        rows.append({'contestant': title, 'F1': f1, 'the best is ahead by': ahead})
+    return rows
+
+
+def _over_seeds(results: Sequence[Row], columns: dict[str, tuple[str, int]]) -> list[Row]:
     """A row a contestant, the best first."""
     frame = pd.DataFrame(results)
     groups = frame.groupby('title', sort=False)
@@ -262,7 +320,7 @@ def _over_seeds(results: Sequence[Row], columns: dict[str, tuple[str, int]]) -> 
         group = groups.get_group(title)
         means = {name: _mean(group[key], digits) for name, (key, digits) in columns.items()}
         rows.append({'contestant': str(title), **means})
-    return table(rows)
+    return rows
 
 
 def _mean(values: 'pd.Series[float]', digits: int) -> str:
@@ -295,8 +353,33 @@ def _maps(runs: Sequence[Run], scheme: ClassScheme, data: str, patches: int = 4)
     return figure
 
 
+def _curves(results: Sequence[Row]) -> Figure:
+    """F1 of the validation over the epochs, the mean over the seeds."""
+    figure, ax = plt.subplots(figsize=(9, 5), layout='constrained')
+    for title, group in pd.DataFrame(results).groupby('title', sort=False):
+        f1 = pd.DataFrame([[epoch['f1'] for epoch in h] for h in group['history']]).mean()
+        ax.plot(f1.index + 1, f1, '.-' if len(f1) == 1 else '-', label=str(title))
+    ax.set(xlabel='epoch', ylabel='weighted F1 of the validation')
+    figure.legend(loc='outside right upper', fontsize=7)
+    return figure
+
+
+def _costs(results: Sequence[Row]) -> Figure:
+    """F1 over the operations of a patch and over the time of the training."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout='constrained')
+    titles = {'gflop': 'GFLOP to map a patch', 'seconds': 'training (s)'}
+    for ax, (key, label) in zip(axes, titles.items(), strict=True):
+        for title, group in pd.DataFrame(results).groupby('title', sort=False):
+            if (x := group[key].mean()) > 0:
+                ax.plot(x, group['f1'].mean(), 'o', label=str(title))
+        ax.set(xscale='log', xlabel=label)
+    axes[0].set_ylabel('weighted F1 of the test')
+    figure.legend(*axes[1].get_legend_handles_labels(), loc='outside right upper', fontsize=7)
+    return figure
+
+
 def prepare(root: Path, **options: Any) -> str:
-    """Write the synthetic data set where no real one is; what to call the data."""
+    """Write the synthetic data set where no data set is; what to call the data."""
     if (root / MARKER).exists():
         write_synthetic(root, **json.loads((root / MARKER).read_text()))
     elif not (root / LABELS).is_dir():
@@ -330,21 +413,26 @@ def _row(
     condition: robustness.Condition, root: Path, mappers: Mapping[str, robustness.Mapper]
 ) -> Row:
     """Weighted F1 and kappa of each checkpoint under a condition."""
-    batch, scheme = condition.batch(root), class_scheme(robustness.CLASSES)
+    batch = condition.batch(root)
+    mask, classes = batch['mask'].numpy(), len(class_scheme(robustness.CLASSES))
     found = {
-        name: scores(mapper(batch).numpy(), batch['mask'].numpy(), scheme)
+        name: scores(confusions(mapper(batch).numpy(), mask, classes).sum(0))
         for name, mapper in mappers.items()
     }
     titles = {'F1': 'f1', 'kappa': 'kappa'}
-    columns = {f'{t}, {name}': found[name][key] for t, key in titles.items() for name in found}
+    columns = {
+        f'{t}, {name}': float(found[name][key]) for t, key in titles.items() for name in found
+    }
     return {'what': condition.what, 'condition': condition.label, **columns}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, prog='python -m benchmarks.accuracy')
     parser.add_argument('--root', type=Path, default=Path('data/benchmark'), help='data set')
+    parser.add_argument('--setting', choices=SETTINGS, default='small', help='of synthetic data')
     parser.add_argument('--output', type=Path, default=Path('outputs/accuracy'))
     parser.add_argument('--seeds', type=int, default=3, help='number of seeds')
+    parser.add_argument('--rates', type=float, nargs='+', default=RATES, help='learning rates')
     parser.add_argument('--epochs', type=int, default=14)
     parser.add_argument('--configs', type=Path, nargs='+', help='all of benchmarks/conf otherwise')
     parser.add_argument('--again', action='store_true', help='repeat what was made otherwise')

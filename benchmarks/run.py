@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, cat
+from torch.utils.flop_counter import FlopCounterMode
 from torchgeo.main import main
 from torchmetrics.functional.classification import multiclass_f1_score
 
@@ -25,12 +26,12 @@ class Recorder(Callback):
     """
 
     def __init__(self) -> None:
-        self.seconds, self.samples, self.memory = 0.0, 0, 0
+        self.seconds, self.samples, self.memory, self.flop = 0.0, 0, 0, 0
         self.history: list[dict[str, float]] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        names = 'seconds', 'samples', 'memory', 'history'
+        names = 'seconds', 'samples', 'memory', 'flop', 'history'
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -61,6 +62,10 @@ class Recorder(Callback):
             *self._collected(), self._classes, 'weighted', ignore_index=255
         ).item()
         self.history.append({'seconds': self.seconds, 'f1': score})
+        if not self.flop:
+            with FlopCounterMode(display=False) as counter:
+                pl_module(self._image)
+            self.flop = counter.get_total_flops()
         self.memory = max(self.memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,7 +82,7 @@ class Recorder(Callback):
             np.savez_compressed(path, prediction=prediction, mask=mask, classes=self._classes)
 
     def _keep(self, module: LightningModule, inputs: Any, logits: Tensor) -> None:
-        self._classes = logits.shape[1]
+        self._classes, self._image = logits.shape[1], inputs[0][:1]
         self._prediction = logits.detach().argmax(1).cpu()
 
     def _collected(self) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torchmetrics.functional.classification import (
 import benchmarks.run
 import torchgeo_s1s2
 from benchmarks import accuracy
+from benchmarks.scores import confusions, interval, resampled, scores
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
 NAMES = 'torchgeo_convlstm', 'pixel_trees'
@@ -60,7 +61,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     write_synthetic(folder / 'data', 32, patches, incomplete=0, progress=False)
     configs = [str(accuracy.CONF / f'{name}.yaml') for name in NAMES]
     options = ['--root', str(folder / 'data'), '--output', str(folder / 'out')]
-    return [*options, '--seeds', '1', '--epochs', '1', '--configs', *configs]
+    return [*options, '--seeds=1', '--epochs=1', '--rates=1e-3', '--configs', *configs]
 
 
 @pytest.fixture(scope='module')
@@ -70,7 +71,7 @@ def output(arguments: list[str]) -> Path:
 
 
 def run_folder(output: Path, name: str) -> Path:
-    return output / 'runs' / name / 'seed_0'
+    return output / 'runs' / name / 'lr_0.001' / 'seed_0'
 
 
 def results(output: Path) -> dict[str, Any]:
@@ -100,13 +101,29 @@ def test_scores_are_those_of_the_stored_predictions(output: Path) -> None:
 
 def test_pixels_without_a_label_do_not_count() -> None:
     """Of four labelled pixels the two of class 0 and one of class 1 are right."""
-    mask, found = np.array([0, 0, 1, 1, 255], np.uint8), np.array([0, 0, 1, 0, 1], np.uint8)
-    made = accuracy.scores(found, mask, accuracy.class_scheme(10))
+    mask, found = np.array([[0, 0, 1, 1, 255]], np.uint8), np.array([[0, 0, 1, 0, 1]], np.uint8)
+    made = scores(confusions(found, mask, 10)[0])
     f1 = (0.8, 2 / 3)  # precision 2/3 and recall 1; precision 1 and recall 1/2
-    assert [*made['class_f1'].values()] == pytest.approx([*f1, *[0] * 8])
-    assert made['f1'] == pytest.approx(sum(f1) / 2)
+    assert made['class_f1'] == pytest.approx([*f1, *[0] * 8])
+    assert made['f1'] == made['macro_f1'] == pytest.approx(sum(f1) / 2)
+    assert made['miou'] == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert (made['precision'], made['recall']) == pytest.approx((5 / 6, 3 / 4))
     assert made['kappa'] == pytest.approx((0.75 - 0.5) / (1 - 0.5))
+
+
+def test_intervals_are_paired() -> None:
+    """B is right in half of the pixels of each patch and A in all; patches differ in size."""
+    right, half = (
+        [np.diag([n, 0]) for n in (2, 4, 8)],
+        [np.array([[n, n], [0, 0]]) for n in (1, 2, 4)],
+    )
+    draws = resampled({'A': [np.array(right)], 'B': [np.array(half)]}, draws=50)
+    assert interval(draws['A']) == (1, 1)
+    assert interval(draws['A'] - draws['B']) == pytest.approx((1 / 3, 1 / 3))
+    mixed = np.array([np.diag([5, 0]), np.array([[0, 5], [0, 0]])])
+    drawn = resampled({'C': [mixed]}, draws=4000)['C']  # of two patches: 0, 1 or 2 are right
+    assert {round(v, 6) for v in drawn} == {0, round(2 / 3, 6), 1}
+    assert (drawn == 1).mean() == pytest.approx(1 / 4, abs=0.03)
 
 
 def test_the_table_says_what_it_was_made_of(output: Path) -> None:
@@ -120,7 +137,7 @@ def test_the_table_says_what_it_was_made_of(output: Path) -> None:
         for key in ('base configuration', 'code', 'data'):
             assert f'- {key} (digest): {run["made_of"][key]}' in lines
         row = next(row for row in rows if row[0] == f'| {run["title"]}')
-        assert row[1:5] == [f'{run[key]:.3f}' for key in ('f1', 'precision', 'recall', 'kappa')]
+        assert row[1:5] == [f'{run[key]:.3f}' for key in ('f1', 'macro_f1', 'miou', 'kappa')]
     assert (output / 'maps.png').stat().st_size > 10_000
 
 
@@ -217,7 +234,7 @@ def test_other_test_patches_are_refused(output: Path, tmp_path: Path) -> None:
     prediction = np.zeros((1, 32, 32), np.uint8)
     np.savez(tmp_path / 'predictions.npz', prediction=prediction, mask=prediction, classes=10)
     with pytest.raises(ValueError, match='other patches'):
-        accuracy.write_comparison([run, other], tmp_path, 'Synthetic data', 1)
+        accuracy.write_comparison([run, other], tmp_path, {'data': 'Synthetic data'})
 
 
 def test_time_to_a_target() -> None:

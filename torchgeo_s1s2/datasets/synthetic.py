@@ -127,6 +127,8 @@ _COVERS = (
     _Cover(14, 0.015, 0, {_WATER: 1}, vv=-19, vh=-26),
 )
 _BY_LABEL = {label: i for i, label in reversed(list(enumerate(c.label for c in _COVERS)))}
+_ALIKE = {3: _BY_LABEL[1], 4: _BY_LABEL[8]}
+"""Covers that labels look like where classes need their surroundings."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ class _Scene:
     """What of a patch is the same on all dates, each (H, W).
 
     Attributes:
-        cover: Index in ``_COVERS``.
+        label: Label of its class.
+        cover: Index in ``_COVERS``, which tells what it looks like.
         parcel: Number of the parcel.
         delay: Days that the season is late.
         vigour: Factor on the share of plants.
@@ -143,6 +146,7 @@ class _Scene:
         roughness: What is added to the backscatter, in dB.
     """
 
+    label: NDArray[np.intp]
     cover: NDArray[np.intp]
     parcel: NDArray[np.intp]
     delay: Array
@@ -173,6 +177,7 @@ def write_synthetic(
     seed: int = 0,
     progress: bool = True,
     delay: float = 0,
+    context: bool = False,
 ) -> Path:
     """Write a synthetic data set, or what is missing of it.
 
@@ -187,6 +192,9 @@ def write_synthetic(
         progress: Show a progress bar.
         delay: Days by which all seasons come later, or earlier if below 0. Landscapes, dates and
             noise stay the same.
+        context: Whether classes need their surroundings more: dense and specialised built-up areas
+            look alike at each pixel, as do parks and orchards, and seasons, plants and soils vary
+            half as much again, so that a pixel's own series says less.
 
     Returns:
         Root.
@@ -201,7 +209,7 @@ def write_synthetic(
         'year': year,
         'incomplete': incomplete,
     }
-    settings |= {'haze': haze, 'seed': seed, 'delay': delay}
+    settings |= {'haze': haze, 'seed': seed, 'delay': delay, 'context': context}
     unknown = set(patches) - set(TILES)
     if unknown:
         raise ValueError(f'no origin is known of tiles {sorted(unknown)}; choose from {[*TILES]}')
@@ -238,7 +246,8 @@ def _claim(root: Path, settings: Mapping[str, object]) -> None:
     """Make the folders and record the settings, unless root holds something else."""
     marker = root / MARKER
     if marker.exists():
-        if {'delay': 0, **json.loads(marker.read_text())} != settings:  # older sets have no delay
+        older = {'delay': 0, 'context': False}  # than these arguments
+        if older | json.loads(marker.read_text()) != settings:
             raise ValueError(
                 f'{marker} says that the synthetic data there were written with other settings '
                 f'than {settings}; delete {root} or give another root'
@@ -267,7 +276,7 @@ def _write_patch(
 ) -> None:
     """Write the rasters of a patch and then its label file, which makes it part of the set."""
     rng = np.random.default_rng([settings['seed'], crc32(name.encode())])
-    scene = _draw_scene(rng, settings['size'], settings['delay'])
+    scene = _draw_scene(rng, settings['size'], settings['delay'], settings['context'])
     draw: dict[str, Callable[..., NDArray[Any]]] = {
         's2': partial(_reflectance, haze=settings['haze']),
         's1': _backscatter,
@@ -284,24 +293,29 @@ def _write_patch(
             names[sensor].append(image_name(name, date, sensor))
             image = draw[sensor](rng, scene, int(day))
             _write_raster(root / sensor / names[sensor][-1], image, crs, transform)
-    labels = scene.field('label').astype(np.uint8)
+    labels = scene.label.astype(np.uint8)
     path = root / GROUND_REFERENCE / reference_name(name)
     _write_raster(path, labels[None], crs, transform)
     content = label_content(names, crs, np.unique(labels))
     _write_text(root / LABELS / f'{name}.json', json.dumps(content))
 
 
-def _draw_scene(rng: np.random.Generator, size: int, delay: float) -> _Scene:
+def _draw_scene(rng: np.random.Generator, size: int, delay: float, context: bool) -> _Scene:
     cover, parcel = _landscape(rng, size)
+    label = np.array([c.label for c in _COVERS])[cover]
+    more = 1.5 if context else 1
+    if context:
+        cover = np.array([_ALIKE.get(c.label, i) for i, c in enumerate(_COVERS)])[cover]
     spread = np.array([c.mottle for c in _COVERS])[cover]
     return _Scene(
+        label,
         cover,
         parcel,
-        delay=_by_parcel(rng, parcel, 12) + delay,
-        vigour=np.exp(_by_parcel(rng, parcel, 0.15)),
-        mottle=spread * rng.normal(size=cover.shape),
-        brightness=np.exp(_by_parcel(rng, parcel, 0.15)),
-        roughness=_by_parcel(rng, parcel, 0.7),
+        delay=_by_parcel(rng, parcel, 12 * more) + delay,
+        vigour=np.exp(_by_parcel(rng, parcel, 0.15 * more)),
+        mottle=more * spread * rng.normal(size=cover.shape),
+        brightness=np.exp(_by_parcel(rng, parcel, 0.15 * more)),
+        roughness=_by_parcel(rng, parcel, 0.7 * more),
     )
 
 
