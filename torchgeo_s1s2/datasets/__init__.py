@@ -17,6 +17,7 @@ from torchgeo_s1s2.datasets.time_series import (
     SeriesReport,
     series_report,
 )
+from torchgeo_s1s2.datasets.vectors import VectorLabels, rasterize_labels
 from torchgeo_s1s2.errors import DownloadError, NoSeriesError
 
 __all__ = (
@@ -43,7 +44,9 @@ __all__ = (
     'SeriesReport',
     'Source',
     'Synthetic',
+    'VectorLabels',
     'copy_series',
+    'rasterize_labels',
     'series_report',
     'write_label_files',
 )
