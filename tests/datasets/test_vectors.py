@@ -93,9 +93,9 @@ def test_what_is_left_out_is_counted(root: Path) -> None:
     with pytest.warns(S1S2Warning) as caught:
         rasterize_labels(root, path, 'cover', IDS, progress=False)
     assert (
-        'of 4 features 1 are invalid and mended; 1 are no polygons, or without area, and label '
-        'nothing; 1 have a value that classes do not name, and label nothing: lake (1); 1 have no '
-        'cover, and label nothing'
+        'of its features 1 are invalid and mended; 1 are no polygons, or without area, and are '
+        'left out; 1 have no cover and are left out; 1 have a value that classes do not name and '
+        'are left out: lake (1)'
     ) in str(caught[0].message)
     # The two triangles of the bow tie, without the pixels whose centre lies on no side of it.
     assert labels(root)[0, 1:3].tolist() == [0, 0]
@@ -120,7 +120,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(('columns', 'options', 'message'), BAD.values(), ids=BAD.keys())
-@pytest.mark.filterwarnings('ignore:.*features')
+@pytest.mark.filterwarnings('ignore:.*of its features')
 def test_bad_input_is_named_before_anything_is_written(
     root: Path, columns: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog, re
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, open_raster, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError
 from torchgeo_s1s2.files import whole
 
@@ -97,24 +95,26 @@ def rasterize_labels(
     return len(todo)
 
 
-@dataclass
-class VectorLabels(Source):
-    """Writes the label rasters of a data set from polygons.
+def read_polygons(
+    file: str | os.PathLike[str], attribute: str, layer: str | None = None
+) -> tuple[gpd.GeoDataFrame, dict[str, int]]:
+    """Polygons with the ``value`` of an attribute as text, and what is to be said of the others.
 
-    The attributes are arguments of :func:`rasterize_labels`.
+    Raises:
+        DataError: If the file has no such attribute or no CRS.
+        UnreadableError: If it cannot be read.
     """
-
-    file: str
-    attribute: str
-    classes: dict[Any, int] | str | None = None
-    layer: str | None = None
-    order: list[str | int] | None = None
-    all_touched: bool = False
-    overwrite: bool = False
-
-    def fill(self, root: Path, wanted: Wanted) -> None:
-        """Write what is missing or has changed."""
-        rasterize_labels(root, **vars(self))
+    table = _read(Path(file), layer)
+    if attribute not in table or attribute == table.geometry.name:
+        columns = ', '.join(map(str, table.columns.drop(table.geometry.name)))
+        raise DataError(f'{file} has no attribute {attribute!r}; it has {columns or "none"}')
+    if table.crs is None:
+        raise DataError(f'{file} does not say its CRS; write it with GeoDataFrame.set_crs')
+    values = table[attribute].map(_key, na_action='ignore')
+    shapes, notes = _valid(table.geometry)
+    notes[f'have no {attribute} and are left out'] = int(values.isna().sum())
+    polygons = gpd.GeoDataFrame({'value': values}, geometry=shapes, crs=table.crs)
+    return polygons[values.notna() & shapes.notna()], notes
 
 
 def _polygons(
@@ -124,31 +124,22 @@ def _polygons(
     classes: Classes | None,
     order: Sequence[str | int] | None,
 ) -> gpd.GeoDataFrame:
-    """Valid polygons with their ``id``, the uppermost last; what is left out is counted."""
-    table = _read(file, layer)
-    if attribute not in table or attribute == table.geometry.name:
-        columns = ', '.join(map(str, table.columns.drop(table.geometry.name)))
-        raise DataError(f'{file} has no attribute {attribute!r}; it has {columns or "none"}')
-    if table.crs is None:
-        raise DataError(f'{file} does not say its CRS; write it with GeoDataFrame.set_crs')
-    values = table[attribute].map(_key, na_action='ignore')
+    """Polygons with their ``id``, the uppermost last; what is left out is counted."""
+    polygons, notes = read_polygons(file, attribute, layer)
     names = _names(classes)
-    ids = _ids(file, attribute, values, names)
-    shapes, notes = _valid(table.geometry)
-    unmapped = Counter(values[ids.isna() & values.notna()])
+    ids = _ids(file, attribute, polygons['value'], names)
+    unmapped = Counter(polygons['value'][ids.isna()])
     which = ', '.join(f'{value} ({n})' for value, n in unmapped.most_common(5))
-    notes[f'have a value that classes do not name, and label nothing: {which}'] = unmapped.total()
-    notes[f'have no {attribute}, and label nothing'] = int(values.isna().sum())
+    notes[f'have a value that classes do not name and are left out: {which}'] = unmapped.total()
     said = '; '.join(f'{n} {text}' for text, n in notes.items() if n)
     if said:
-        warnings.warn(f'{file}: of {len(table)} features {said}', S1S2Warning, stacklevel=3)
-    polygons = gpd.GeoDataFrame({'value': values, 'id': ids}, geometry=shapes, crs=table.crs)
-    polygons = polygons[ids.notna() & shapes.notna()].astype({'id': int})
+        warnings.warn(f'{file}: of its features {said}', S1S2Warning, stacklevel=3)
+    ranks = _ranks(order, {*polygons['value'], *(names or ())})
+    polygons = polygons.assign(id=ids)[ids.notna()].astype({'id': int})
     if polygons.empty:
         raise DataError(
             f'{file} has no polygon with a class in {attribute!r}; {said or "it is empty"}'
         )
-    ranks = _ranks(order, {*values, *(names or ())})
     return polygons.iloc[np.argsort(polygons['value'].map(ranks).fillna(-1), kind='stable')]
 
 
@@ -208,13 +199,14 @@ def _ids(
 
 def _valid(geometry: gpd.GeoSeries) -> tuple[gpd.GeoSeries, dict[str, int]]:
     """Polygons mended, None for what is no polygon; how many of each."""
-    polygon = geometry.geom_type.isin(['Polygon', 'MultiPolygon']) & ~geometry.is_empty
+    polygon = geometry.geom_type.isin(['Polygon', 'MultiPolygon'])
     broken = polygon & ~geometry.is_valid
-    mended = geometry.where(~broken, geometry.make_valid(method='structure', keep_collapsed=False))
-    shapes = mended.force_2d().where(polygon & ~mended.is_empty, None)
+    shapes = geometry.force_2d().where(polygon)
+    shapes[broken] = shapes[broken].make_valid(method='structure', keep_collapsed=False)
+    shapes = shapes.where(~shapes.is_empty)
     return shapes, {
         'are invalid and mended': int((broken & shapes.notna()).sum()),
-        'are no polygons, or without area, and label nothing': int(shapes.isna().sum()),
+        'are no polygons, or without area, and are left out': int(shapes.isna().sum()),
     }
 
 
