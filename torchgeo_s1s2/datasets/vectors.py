@@ -84,7 +84,8 @@ def rasterize_labels(
         catalog = Catalog(root, progress=progress, cache=False)
     numbers = [n for n in range(len(catalog.patches)) if catalog.patches['width'].iat[n]]
     grids = {number: _grid(catalog, number) for number in numbers}
-    found = {number: _on(polygons, grid) for number, grid in grids.items()}
+    rectangles = {number: _around(polygons, grid) for number, grid in grids.items()}
+    found = {n: polygons.sindex.query(around, sort=True) for n, around in rectangles.items()}
     _check_found(Path(file), polygons, found, catalog)
     made_of = _checksum(polygons, all_touched)
     todo = [n for n in numbers if _is_outdated(catalog, n, grids[n], made_of, overwrite)]
@@ -231,12 +232,6 @@ def _grid(catalog: Catalog, number: int) -> Grid:
     raise failed
 
 
-def _on(polygons: gpd.GeoDataFrame, grid: Grid) -> NDArray[np.intp]:
-    """Positions of the polygons that may lie on a grid, in their order."""
-    found: NDArray[np.intp] = polygons.sindex.query(_around(polygons, grid), sort=True)
-    return found
-
-
 def _around(polygons: gpd.GeoDataFrame, grid: Grid) -> shapely.Polygon:
     """A rectangle around a grid in the CRS of the polygons."""
     crs = rasterio.CRS.from_wkt(polygons.crs.to_wkt())
@@ -308,9 +303,8 @@ def _rasterized(
 def _write(catalog: Catalog, number: int, labels: NDArray[Any], grid: Grid, made_of: str) -> None:
     """Write a label raster, and the labels in it into the label file."""
     name = catalog.patch(number).name
-    path = catalog.ground_reference(number) or catalog.root / GROUND_REFERENCE / reference_name(
-        name
-    )
+    usual = catalog.root / GROUND_REFERENCE / reference_name(name)
+    path = catalog.ground_reference(number) or usual
     profile = {'driver': 'GTiff', 'count': 1, 'dtype': labels.dtype, 'nodata': 0}
     profile |= {'compress': 'deflate', 'tiled': max(labels.shape) > 512}
     place = {'crs': grid.crs, 'transform': grid.transform}
