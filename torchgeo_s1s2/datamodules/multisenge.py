@@ -1,6 +1,6 @@
 """Data module for MultiSenGE and data sets in its layout."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from torchgeo_s1s2.datamodules.series import SeriesDataModule, Size
 from torchgeo_s1s2.datasets.catalog import Catalog
 from torchgeo_s1s2.datasets.classes import ClassScheme
+from torchgeo_s1s2.datasets.ground import GroundSplits
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE, Splits
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.sources import Source, Wanted
@@ -32,7 +33,7 @@ class MultiSenGEDataModule(SeriesDataModule):
         classes: int | ClassScheme = 14,
         sensors: Sequence[str] = tuple(SENSORS),
         bands: Sequence[str] | None = None,
-        splits: Splits | None = None,
+        splits: Splits | GroundSplits | None = None,
         predict_split: str = 'test',
         predict_patch_size: Size | None = None,
         predict_stride: Size | None = None,
@@ -59,7 +60,9 @@ class MultiSenGEDataModule(SeriesDataModule):
             classes: Number of classes, or a class scheme of your own.
             sensors: ``('s2', 's1')`` or one of them.
             bands: Bands to read; all unless given.
-            splits: Tiles of each split, in place of the paper's.
+            splits: Tiles of each split, in place of the paper's, or a division of the ground:
+                :class:`~torchgeo_s1s2.datasets.BlockSplits`,
+                :class:`~torchgeo_s1s2.datasets.PolygonSplits`.
             predict_split: Split that is mapped by ``torchgeo predict``.
             predict_patch_size: Height and width of the windows that ``torchgeo predict`` reads
                 scenes in, zone by zone, for :class:`~torchgeo_s1s2.callbacks.SceneWriter`; whole
@@ -148,8 +151,9 @@ class MultiSenGEDataModule(SeriesDataModule):
 
     def _wanted(self) -> Wanted:
         dataset_class: Any = self.dataset_class
-        splits: Mapping[str, Sequence[str]] = self.kwargs['splits'] or dataset_class.splits
-        everything = not splits or self.predict_split == 'all'
+        splits: Any = self.kwargs['splits'] or dataset_class.splits
+        ground = isinstance(splits, GroundSplits)
+        everything = ground or not splits or self.predict_split == 'all'
         tiles = None if everything else sorted({t for tiles in splits.values() for t in tiles})
         series, sensors = self.kwargs['series'], self.kwargs['sensors']
         return Wanted(dataset_class.url, tiles, series, sensors, self._opened)

@@ -3,11 +3,19 @@
 from torchgeo_s1s2.datasets.catalog import Catalog
 from torchgeo_s1s2.datasets.classes import NO_LABEL, SCHEMES, ClassScheme, LandCoverClass
 from torchgeo_s1s2.datasets.download import DownloadPlan, SeasonDownload
+from torchgeo_s1s2.datasets.ground import BlockSplits, GroundSplits, PolygonSplits
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE, MultiSenNA
 from torchgeo_s1s2.datasets.sensors import SENSOR_BANDS
 from torchgeo_s1s2.datasets.series import SeriesDataset
-from torchgeo_s1s2.datasets.sources import Copy, Download, Source, Synthetic, copy_series
+from torchgeo_s1s2.datasets.sources import (
+    Copy,
+    Download,
+    Source,
+    Synthetic,
+    VectorLabels,
+    copy_series,
+)
 from torchgeo_s1s2.datasets.time_series import (
     AllDates,
     DateRule,
@@ -17,6 +25,7 @@ from torchgeo_s1s2.datasets.time_series import (
     SeriesReport,
     series_report,
 )
+from torchgeo_s1s2.datasets.vectors import rasterize_labels
 from torchgeo_s1s2.errors import DownloadError, NoSeriesError
 
 __all__ = (
@@ -24,6 +33,7 @@ __all__ = (
     'SCHEMES',
     'SENSOR_BANDS',
     'AllDates',
+    'BlockSplits',
     'Catalog',
     'ClassScheme',
     'Copy',
@@ -32,18 +42,22 @@ __all__ = (
     'DownloadError',
     'DownloadPlan',
     'EvenlySpaced',
+    'GroundSplits',
     'LandCoverClass',
     'MonthlySeries',
     'MultiSenGE',
     'MultiSenNA',
     'NoSeriesError',
+    'PolygonSplits',
     'RandomDates',
     'SeasonDownload',
     'SeriesDataset',
     'SeriesReport',
     'Source',
     'Synthetic',
+    'VectorLabels',
     'copy_series',
+    'rasterize_labels',
     'series_report',
     'write_label_files',
 )

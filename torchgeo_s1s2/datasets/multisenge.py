@@ -14,6 +14,7 @@ from torchgeo.datasets import DatasetNotFoundError
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.download import SeasonDownload
+from torchgeo_s1s2.datasets.ground import GroundSplits
 from torchgeo_s1s2.datasets.rasters import Grid, read_image, read_labels
 from torchgeo_s1s2.datasets.sensors import SENSOR_BANDS, SENSORS, Array, Offset, in_order, readings
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
@@ -72,7 +73,7 @@ class MultiSenGE(SeriesDataset):
         transforms: Callable[[Sample], Sample] | None = None,
         crs: CRS | None = None,
         res: float | tuple[float, float] | None = None,
-        splits: Splits | None = None,
+        splits: Splits | GroundSplits | None = None,
         raw: bool = False,
         unit: str | Mapping[str, str] | None = None,
         offset: Offset | None = None,
@@ -95,7 +96,9 @@ class MultiSenGE(SeriesDataset):
             crs: CRS of the index and of GeoSlice windows; that of most patches unless given.
             res: Width and height of a window's pixels in units of that CRS; those of the patches
                 unless given.
-            splits: Tiles of each split, in place of the paper's.
+            splits: Tiles of each split, in place of the paper's, or
+                :class:`~torchgeo_s1s2.datasets.BlockSplits` or
+                :class:`~torchgeo_s1s2.datasets.PolygonSplits`.
             raw: Give the values of the files instead of reflectance and dB.
             unit: What the values of the files are, of one sensor or by sensor: for Sentinel-2
                 ``'dn'`` (reflectance x 10,000) or ``'reflectance'``, for Sentinel-1 ``'linear'``
@@ -122,7 +125,8 @@ class MultiSenGE(SeriesDataset):
         """
         self.root = self.paths = Path(root)
         self.split = split
-        self.splits = dict(splits or type(self).splits)  # type: ignore[misc]
+        own = splits if isinstance(splits, GroundSplits) else dict(splits or type(self).splits)
+        self.splits = own  # type: ignore[misc,assignment]
         self.download = download
         series = series or MonthlySeries()
         scheme = class_scheme(classes, self.schemes)
@@ -133,10 +137,13 @@ class MultiSenGE(SeriesDataset):
             season = SeasonDownload(self.root, self.url, tiles, series, tuple(how))
             self._obtain(season, checksum)
         self.catalog = catalog or Catalog(self.root)
-        if splits is not None:
+        if splits and not isinstance(splits, GroundSplits):
             check_splits(splits, self.catalog)
         rows = self._rows_of_split(tiles)
         super().__init__(rows, series, scheme, how, crs, res, transforms)
+        if isinstance(self.splits, GroundSplits) and split != 'all':
+            patches = self.catalog.patches.dropna(subset='xmin')
+            self.restrict(self.splits.areas(patches), split)
 
     @property
     def title(self) -> str:
@@ -195,7 +202,8 @@ class MultiSenGE(SeriesDataset):
         names = (*self.splits, 'all')
         if self.split not in names:
             raise NoPatchesError(f'no split {self.split!r}; choose one of {", ".join(names)}')
-        return None if self.split == 'all' else self.splits[self.split]
+        everything = self.split == 'all' or isinstance(self.splits, GroundSplits)
+        return None if everything else self.splits[self.split]
 
     def _rows_of_split(self, wanted: Sequence[str] | None) -> list[int]:
         patches = self.catalog.patches

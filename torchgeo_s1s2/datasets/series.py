@@ -15,6 +15,7 @@ import geopandas as gpd
 import numpy as np
 import pandas as pd
 import rasterio
+import shapely
 import torch
 from affine import Affine
 from matplotlib.figure import Figure
@@ -172,7 +173,7 @@ class SeriesDataset(GeoDataset):
 
     def _drop_slivers(self) -> None:
         """Leave out rows that hold no pixel, such as those at the border of a region."""
-        held = [min(self.shape(row)) > 0 for row in range(len(self._index))]
+        held = [self._holds(row) for row in range(len(self._index))]
         if not all(held):
             self._index = self._index[held]
             warnings.warn(
@@ -181,6 +182,13 @@ class SeriesDataset(GeoDataset):
                 S1S2Warning,
                 stacklevel=3,
             )
+
+    def _holds(self, index: int) -> bool:
+        """Whether a row holds the centre of a pixel."""
+        grid, shape = self._part(index)
+        return min(grid.width, grid.height) > 0 and (
+            shape is None or bool(_inside(shape, grid).any())
+        )
 
     @property
     def crs(self) -> CRS:
@@ -307,6 +315,39 @@ class SeriesDataset(GeoDataset):
             part._res = self._grid(rows[0]).res
             parts.append(part)
         return parts
+
+    def restrict(self, areas: gpd.GeoDataFrame, split: str) -> None:
+        """Keep the pixels in the areas of a split, with a row for each piece of a patch.
+
+        TorchGeo's ``roi_split`` has a row a patch instead, around all its pieces.
+
+        Args:
+            areas: Polygons that do not overlap, with their ``split``.
+            split: Name of the split.
+
+        Raises:
+            NoPatchesError: If no patch lies in them.
+        """
+        areas, index = areas.to_crs(self.crs), self.index
+        foreign = [self.grid_of(patch).epsg != self.crs.to_epsg() for patch in index['patch']]
+        wider = index.geometry.buffer(1.5 * max(self.res), join_style='mitre')
+        grounds = np.where(foreign, wider, index.geometry)  # footprints are snapped to pixels
+        rows, of_areas = areas.sindex.query(grounds, 'intersects')
+        shapes = shapely.intersection(grounds[rows], areas.geometry.to_numpy()[of_areas])
+        pieces = index.iloc[rows].set_geometry(gpd.GeoSeries(shapes, index.index[rows], index.crs))
+        pieces = pieces.assign(split=areas['split'].to_numpy()[of_areas]).explode()
+        self._index = pieces[pieces.geom_type == 'Polygon']
+        # Of a patch that is whole but for less than a pixel the rest is nothing.
+        whole = np.array([self._cut(i) is None for i in range(len(self))], bool)
+        kept = whole | ~self._index['patch'].isin(self._index['patch'][whole]).to_numpy()
+        self._index = self._index[kept & (self._index['split'] == split).to_numpy()]
+        self._index = self._index[[self._holds(i) for i in range(len(self))]]
+        if self._index.empty:
+            raise NoPatchesError(f'{self.title} has no patch: none lies in its areas')
+        number = self._index.groupby('patch').cumcount() + 1
+        several = self._index['patch'].duplicated(keep=False).to_numpy()
+        names = self._index['name'] + ('_' + number.astype(str)).where(several, '')
+        self.index = self._index.assign(name=names.to_numpy()).drop(columns='split')
 
     def check(self, index: int = 0) -> None:
         """Read one pixel of each raster of a row, which costs little whatever its size.

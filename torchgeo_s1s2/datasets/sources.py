@@ -25,6 +25,7 @@ from torchgeo_s1s2.datasets.rasters import crs_of, open_raster
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule
+from torchgeo_s1s2.datasets.vectors import rasterize_labels
 from torchgeo_s1s2.errors import S1S2Warning, UnreadableError
 from torchgeo_s1s2.files import whole
 
@@ -124,6 +125,26 @@ class Copy(Source):
     def place(self, root: Path) -> Path:
         """The copy."""
         return Path(self.folder)
+
+
+@dataclass
+class VectorLabels(Source):
+    """Writes the label rasters of a data set from polygons.
+
+    The attributes are arguments of :func:`~torchgeo_s1s2.datasets.rasterize_labels`.
+    """
+
+    file: str
+    attribute: str
+    classes: dict[Any, int] | str | None = None
+    layer: str | None = None
+    order: list[str | int] | None = None
+    all_touched: bool = False
+    overwrite: bool = False
+
+    def fill(self, root: Path, wanted: Wanted) -> None:
+        """Write what is missing or has changed."""
+        rasterize_labels(root, **vars(self))
 
 
 def copy_series(

@@ -1,0 +1,180 @@
+from collections import Counter
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import pytest
+import torch
+from conftest import write_patch
+from shapely import box
+from torchgeo.main import main
+
+from torchgeo_s1s2.datamodules import MultiSenGEDataModule
+from torchgeo_s1s2.datasets import (
+    BlockSplits,
+    Catalog,
+    EvenlySpaced,
+    GroundSplits,
+    MultiSenGE,
+    PolygonSplits,
+)
+from torchgeo_s1s2.datasets.synthetic import write_synthetic
+from torchgeo_s1s2.errors import DataError, NoPatchesError
+
+CONF = Path(__file__).parents[1] / 'conf' / 'multisenge.yaml'
+LEFT, TOP, SIZE = 500000, 5500000, 24
+SHARES = {'train': 0.5, 'val': 0.25, 'test': 0.25}
+Pixel = tuple[str, int]
+
+
+def write(root: Path, *places: tuple[str, int, int], size: int = SIZE) -> Path:
+    """Patches whose band B02 numbers their pixels."""
+    for tile, x, y in places:
+        image = np.arange(size * size).reshape(1, size, size).astype(np.int32)
+        named = {'descriptions': ('B02',)}
+        write_patch(root, tile, x, y, size, {'20200701': image}, {}, s2_options=named)
+    return root
+
+
+def part(root: Path, splits: GroundSplits, split: str) -> MultiSenGE:
+    rule = EvenlySpaced(n=1)
+    return MultiSenGE(root, split, rule, sensors=['s2'], bands=['B02'], raw=True, splits=splits)
+
+
+def held(dataset: MultiSenGE) -> list[Pixel]:
+    """Each pixel that the rows of a data set hold: patch and number."""
+    pixels = []
+    for i in range(len(dataset)):
+        name, image = dataset.name_of(dataset._patch(i)), dataset[i]['image'][0, 0]
+        pixels += [(name, int(number)) for number in image[~image.isnan()]]
+    return pixels
+
+
+def ground(pixel: Pixel, size: int = SIZE) -> tuple[float, float]:
+    """Centre of a pixel, of zone 31."""
+    _, x, y = pixel[0].split('_')
+    row, col = divmod(pixel[1], size)
+    return LEFT + 10 * (int(x) + col + 0.5), TOP - 10 * (int(y) + row + 0.5)
+
+
+PATCHES = [('31UEQ', 0, 0), ('31UEQ', 24, 0), ('31UEQ', 12, 20), ('32ULU', 0, 0)]
+
+
+@pytest.mark.parametrize('size', [80, 97.3, 240, 1000])
+def test_each_pixel_is_in_one_block_of_one_split(tmp_path: Path, size: float) -> None:
+    splits = BlockSplits(size, SHARES if size < 500 else {'train': 0.5, 'test': 0.5}, seed=1)
+    root = write(tmp_path, *PATCHES)
+    pixels = {split: held(part(root, splits, split)) for split in splits}
+    count = Counter(pixel for own in pixels.values() for pixel in own)
+    assert set(count.values()) == {1}
+    assert len(count) == len(PATCHES) * SIZE**2
+    # By hand: the block that a pixel's centre lies in tells its split, in overlapping patches too.
+    owners: dict[tuple[float, float], set[str]] = {}
+    for split, own in pixels.items():
+        for x, y in (ground(pixel) for pixel in own if pixel[0].startswith('31')):
+            owners.setdefault((x // size, y // size), set()).add(split)
+    assert all(len(names) == 1 for names in owners.values())
+
+
+def test_the_draw_follows_shares_and_seed_and_no_date_rule(tmp_path: Path) -> None:
+    root = write(tmp_path, ('31UEQ', 0, 0), size=80)
+    splits = BlockSplits(80, SHARES)
+    counts = [len(part(root, splits, split)) for split in splits]
+    assert counts == [50, 25, 25]
+    train = held(part(root, splits, 'train'))
+    assert held(part(root, BlockSplits(80, SHARES), 'train')) == train
+    assert held(part(root, BlockSplits(80, SHARES, seed=2), 'train')) != train
+
+
+def test_a_buffer_keeps_splits_apart(tmp_path: Path) -> None:
+    root = write(tmp_path, ('31UEQ', 0, 0))
+    splits = BlockSplits(80, {'train': 0.5, 'test': 0.5}, buffer=20)
+    train, test = ([*map(ground, held(part(root, splits, split)))] for split in splits)
+    assert len(train) + len(test) == 9 * 6 * 6  # blocks of 8 pixels lose one on each side
+    apart = np.abs(np.array(train)[:, None] - np.array(test)[None]).max(-1)
+    assert apart.min() == 30
+
+
+def test_crops_of_a_scene_lie_within_the_blocks(tmp_path: Path) -> None:
+    root = write(tmp_path, ('31UEQ', 0, 0), size=128)
+    splits = BlockSplits(320, SHARES)
+    module = MultiSenGEDataModule(
+        root, 2, patch_size=16, series=EvenlySpaced(n=1), sensors=['s2'], bands=['B02'],
+        splits=splits, unit='dn', augment=False,
+    )  # fmt: skip
+    module.train_dataset = module.open_split('train')
+    crops = module._crops()
+    assert len(crops) == 8 * 4
+    own = set(held(part(root, splits, 'train')))
+    seen = set()
+    for i in range(len(crops)):
+        image = crops[i]['image'][0, 0]
+        assert image.shape == (16, 16)
+        seen |= {('31UEQ_0_0', round(float(value) * 1e4)) for value in image.flatten()}
+    assert seen <= own
+
+
+def polygons(path: Path, *shapes: Any, split: list[str]) -> PolygonSplits:
+    gpd.GeoDataFrame({'part': split}, geometry=[*shapes], crs=32631).to_crs(4326).to_file(path)
+    return PolygonSplits(str(path), 'part')
+
+
+def test_polygons_name_the_split_of_their_ground(tmp_path: Path) -> None:
+    root = write(tmp_path / 'data', ('31UEQ', 0, 0))
+    west = box(LEFT, TOP - 240, LEFT + 100, TOP), box(LEFT + 52, TOP - 240, LEFT + 121, TOP)
+    east = box(LEFT + 121, TOP - 120, LEFT + 240, TOP)
+    splits = polygons(tmp_path / 'parts.gpkg', *west, east, split=['train', 'train', 'test'])
+    assert [*splits] == ['test', 'train']
+    columns = {split: [n % SIZE for _, n in held(part(root, splits, split))] for split in splits}
+    assert Counter(columns['train']) == dict.fromkeys(range(12), 24)
+    assert Counter(columns['test']) == dict.fromkeys(range(12, 24), 12)
+    assert [*part(root, splits, 'train').index['name']] == ['31UEQ_0_0']
+    with pytest.raises(NoPatchesError, match="no split 'val'; choose one of test, train, all"):
+        part(root, splits, 'val')
+    over = polygons(tmp_path / 'over.gpkg', west[0], west[1], split=['train', 'test'])
+    with pytest.raises(DataError, match=r'overlap that are of the splits test and train'):
+        part(root, over, 'train')
+
+
+def test_pieces_have_names_of_their_own_and_bad_numbers_are_refused(tmp_path: Path) -> None:
+    root = write(tmp_path, ('31UEQ', 0, 0))
+    names = {*part(root, BlockSplits(80, {'all': 1.0}), 'all').index['name']}
+    assert names == {'31UEQ_0_0'}
+    names = {*part(root, BlockSplits(80, {'train': 1.0}), 'train').index['name']}
+    assert names == {f'31UEQ_0_0_{n}' for n in range(1, 10)}
+    with pytest.raises(ValueError, match='give each above 0, 1 together'):
+        BlockSplits(80, {'train': 0.5, 'test': 0.4})
+    with pytest.raises(ValueError, match='buffer is 80; give 0 or more, and less than 80'):
+        BlockSplits(80, SHARES, buffer=80)
+    with pytest.raises(DataError, match='1 blocks of 10000 m are too few for the shares'):
+        part(root, BlockSplits(10000, SHARES), 'train')
+    assert torch.equal(*(part(root, BlockSplits(80, SHARES), 'test')[0]['bounds'] for _ in '12'))
+
+
+def test_one_command_trains_on_polygons_and_blocks(tmp_path: Path) -> None:
+    (tmp_path / 'town.yaml').write_text(
+        """
+data:
+  init_args:
+    source:
+      - class_path: torchgeo_s1s2.datasets.Synthetic
+        init_args: {size: 64, patches: {31UFQ: 2}, incomplete: 0}
+      - class_path: torchgeo_s1s2.datasets.VectorLabels
+        init_args: {file: town.gpkg, attribute: cover, classes: {town: 2}, overwrite: true}
+    splits:
+      class_path: torchgeo_s1s2.datasets.BlockSplits
+      init_args: {size: 320, shares: {train: 0.6, val: 0.2, test: 0.2}}
+    patch_size: 32
+"""
+    )
+    with chdir(tmp_path):
+        root = write_synthetic('data', 64, {'31UFQ': 2}, incomplete=0, progress=False)
+        town = Catalog(root).patches.to_crs(32631).geometry.buffer(-50)
+        gpd.GeoDataFrame({'cover': ['town'] * 2}, geometry=town).to_file('town.gpkg')
+        main(['fit', f'--config={CONF}', '--config=town.yaml'])
+        losses = Path('outputs/metrics.csv').read_text()
+        masks = {int(v) for i in range(2) for v in MultiSenGE(root, 'all')[i]['mask'].unique()}
+    assert 'val_loss' in losses
+    assert masks == {1, 255}

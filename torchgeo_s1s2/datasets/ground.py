@@ -1,0 +1,137 @@
+"""Splits by the ground, so that neighbouring pixels are not in two of them."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import geopandas as gpd
+import numpy as np
+import shapely
+
+from torchgeo_s1s2.datasets.catalog import native_footprints
+from torchgeo_s1s2.datasets.vectors import read_polygons
+from torchgeo_s1s2.errors import DataError
+
+
+class GroundSplits(ABC):
+    """Divides the ground of a data set; its ``splits`` may be one of these instead of tiles.
+
+    A patch that lies in several parts is cut at the pixels whose centre lies in them, and each
+    piece is a row of its own. Training on pieces larger than a batch can hold takes ``patch_size``.
+    """
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[str]:
+        """Names of the splits."""
+
+    @abstractmethod
+    def areas(self, patches: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
+        """Polygons that do not overlap, with the ``split`` that each belongs to.
+
+        Args:
+            patches: Rows of ``Catalog.patches``.
+        """
+
+
+@dataclass
+class BlockSplits(GroundSplits):
+    """Square blocks of ground, drawn for the splits.
+
+    The blocks lie on a lattice from the origin of the zone that most patches are in. They are those
+    that the patches reach, whatever the date rule makes of these, so that data sets of other rules
+    have the same parts. Close patches and zones, as far as they overlap, are cut alike.
+
+    Attributes:
+        size: Side of a block in metres; a multiple of a pixel keeps blocks rectangular.
+        shares: Share of the blocks of each split; their sum is 1.
+        seed: Seed of the draw.
+        buffer: Metres that blocks lie apart; the ground between them is in no split.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    size: float
+    shares: dict[str, float]
+    seed: int = 0
+    buffer: float = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if not 0 <= self.buffer < self.size:
+            raise ValueError(f'buffer is {self.buffer}; give 0 or more, and less than {self.size}')
+        if min(self.shares.values()) <= 0 or not math.isclose(sum(self.shares.values()), 1):
+            raise ValueError(f'shares are {self.shares}; give each above 0, 1 together')
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the splits."""
+        return iter(self.shares)
+
+    def areas(self, patches: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
+        """The blocks."""
+        crs = int(patches['epsg'].mode()[0])
+        corners = np.unique(np.concatenate([*self._reached(patches, crs)]), axis=0) * self.size
+        low, high = corners + self.buffer / 2, corners + self.size - self.buffer / 2
+        blocks = shapely.box(*low.T, *high.T)
+        if patches['epsg'].nunique() > 1:  # where blocks meet, they stay alike when projected
+            blocks = shapely.segmentize(blocks, self.size / 8)
+        borders = np.round(np.cumsum([*self.shares.values()]) * len(blocks)).astype(int)
+        counts = np.diff(borders, prepend=0)
+        if not counts.all():
+            raise DataError(
+                f'{len(blocks)} blocks of {self.size} m are too few for the shares {self.shares}; '
+                'give a smaller size'
+            )
+        names = np.random.default_rng(self.seed).permutation(np.repeat([*self], counts))
+        return gpd.GeoDataFrame({'split': names}, geometry=blocks, crs=crs)
+
+    def _reached(self, patches: gpd.GeoDataFrame, crs: int) -> Iterator[np.ndarray]:
+        """Columns and rows of the blocks that patches reach."""
+        for _, group in patches.groupby('epsg'):
+            bounds = native_footprints(group).to_crs(crs).bounds.to_numpy() / self.size
+            for left, bottom, right, top in np.unique(bounds, axis=0):
+                xs = np.arange(math.floor(left), math.ceil(right))
+                ys = np.arange(math.floor(bottom), math.ceil(top))
+                yield np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2)
+
+
+@dataclass
+class PolygonSplits(GroundSplits):
+    """Polygons of a vector file, each with the name of its split; other ground is in none.
+
+    Attributes:
+        file: GeoPackage, GeoParquet or Shapefile, in any CRS.
+        attribute: Column with the names.
+        layer: Layer of the file; the first unless given.
+    """
+
+    file: str
+    attribute: str
+    layer: str | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the splits."""
+        return iter(sorted({*self._read()['value']}))
+
+    def areas(self, patches: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
+        """The polygons, those of a split that touch as one.
+
+        Raises:
+            DataError: If polygons of two splits overlap.
+        """
+        crs = int(patches['epsg'].mode()[0])
+        table = self._read().to_crs(crs).dissolve('value')
+        for name, shape in table.geometry.items():
+            others = table.geometry.drop(name)
+            overlap = others[others.intersection(shape).area > 1]
+            if len(overlap):
+                raise DataError(
+                    f'polygons of {self.file} overlap that are of the splits {name} and '
+                    f'{overlap.index[0]}; ground is in one split'
+                )
+        parts = table.explode().reset_index(names='split')
+        return parts[['split', 'geometry']]
+
+    def _read(self) -> gpd.GeoDataFrame:
+        return read_polygons(self.file, self.attribute, self.layer)[0]

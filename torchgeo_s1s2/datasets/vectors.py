@@ -1,0 +1,319 @@
+"""Label rasters from polygons with classes."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import rasterio
+import shapely
+import yaml
+from numpy.typing import NDArray
+from pyogrio.errors import DataLayerError, DataSourceError
+from rasterio.features import rasterize
+from rasterio.warp import transform_bounds
+from tqdm import tqdm
+
+from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog, reference_name
+from torchgeo_s1s2.datasets.labels import write_label_files
+from torchgeo_s1s2.datasets.rasters import Grid, open_raster, read_grid
+from torchgeo_s1s2.datasets.sensors import SENSORS
+from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError
+from torchgeo_s1s2.files import whole
+
+TAG = 'TORCHGEO_S1S2_POLYGONS'
+"""Tag of the label rasters that are made here: a checksum of what they are made of."""
+
+Classes = Mapping[Any, int] | str | os.PathLike[str]
+
+
+def rasterize_labels(
+    root: str | os.PathLike[str],
+    file: str | os.PathLike[str],
+    attribute: str,
+    classes: Classes | None = None,
+    layer: str | None = None,
+    order: Sequence[str | int] | None = None,
+    all_touched: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> int:
+    """Write the label raster of each patch that has images, from polygons in any CRS.
+
+    A raster has the CRS and pixels of the patch's images, and the id of a polygon where the centre
+    of a pixel lies in it. Ground without a polygon has 0, tagged as no data: it has no label. The
+    label files are written, or told the labels, too. Rasters that are there of the same polygons
+    and arguments stay as they are.
+
+    Args:
+        root: Folder with ``s2`` and ``s1``, one of which may be empty.
+        file: GeoPackage, GeoParquet, Shapefile or what else GDAL reads. Edges are straight in its
+            CRS.
+        attribute: Column with the class of each polygon.
+        classes: Id of each value of the column, 1..65535, or a YAML file that says so; without it
+            the column holds the ids.
+        layer: Layer of the file; the first unless given.
+        order: Values of the column from the lowest to the uppermost where polygons overlap; those
+            that it lacks lie below. Polygons of one value, and all unless given, lie over those
+            before them in the file.
+        all_touched: Label each pixel that a polygon touches, not only those with the centre in it.
+        overwrite: Replace label rasters that are there and were not made here.
+        progress: Show a progress bar.
+
+    Returns:
+        Number of label rasters written.
+
+    Raises:
+        DataError: If the file has no such attribute, no CRS or no polygon on a patch, an id is out
+            of range, or there is a label raster that was not made here.
+        FileNotFoundError: If root has no image.
+        UnreadableError: If the file cannot be read.
+        ValueError: If the order names a value that is neither in the column nor in the classes.
+    """
+    polygons = _polygons(Path(file), layer, attribute, classes, order)
+    write_label_files(root, progress=progress)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', S1S2Warning)  # the data set says the same when it is opened
+        catalog = Catalog(root, progress=progress, cache=False)
+    numbers = [n for n in range(len(catalog.patches)) if catalog.patches['width'].iat[n]]
+    grids = {number: _grid(catalog, number) for number in numbers}
+    rectangles = {number: _around(polygons, grid) for number, grid in grids.items()}
+    found = {n: polygons.sindex.query(around, sort=True) for n, around in rectangles.items()}
+    _check_found(Path(file), polygons, found, catalog)
+    made_of = _checksum(polygons, all_touched)
+    todo = [n for n in numbers if _is_outdated(catalog, n, grids[n], made_of, overwrite)]
+    dtype = 'uint8' if polygons['id'].max() < 256 else 'uint16'
+    for number in tqdm(todo, 'Rasterizing labels', unit='patch', disable=not progress):
+        labels = _rasterized(polygons.iloc[found[number]], grids[number], all_touched, dtype)
+        _write(catalog, number, labels, grids[number], made_of)
+    return len(todo)
+
+
+def read_polygons(
+    file: str | os.PathLike[str], attribute: str, layer: str | None = None
+) -> tuple[gpd.GeoDataFrame, dict[str, int]]:
+    """Polygons with the ``value`` of an attribute as text, and what is to be said of the others.
+
+    Raises:
+        DataError: If the file has no such attribute or no CRS.
+        UnreadableError: If it cannot be read.
+    """
+    table = _read(Path(file), layer)
+    if attribute not in table or attribute == table.geometry.name:
+        columns = ', '.join(map(str, table.columns.drop(table.geometry.name)))
+        raise DataError(f'{file} has no attribute {attribute!r}; it has {columns or "none"}')
+    if table.crs is None:
+        raise DataError(f'{file} does not say its CRS; write it with GeoDataFrame.set_crs')
+    values = table[attribute].map(_key, na_action='ignore')
+    shapes, notes = _valid(table.geometry)
+    notes[f'have no {attribute} and are left out'] = int(values.isna().sum())
+    polygons = gpd.GeoDataFrame({'value': values}, geometry=shapes, crs=table.crs)
+    return polygons[values.notna() & shapes.notna()], notes
+
+
+def _polygons(
+    file: Path,
+    layer: str | None,
+    attribute: str,
+    classes: Classes | None,
+    order: Sequence[str | int] | None,
+) -> gpd.GeoDataFrame:
+    """Polygons with their ``id``, the uppermost last; what is left out is counted."""
+    polygons, notes = read_polygons(file, attribute, layer)
+    names = _names(classes)
+    ids = _ids(file, attribute, polygons['value'], names)
+    unmapped = Counter(polygons['value'][ids.isna()])
+    which = ', '.join(f'{value} ({n})' for value, n in unmapped.most_common(5))
+    notes[f'have a value that classes do not name and are left out: {which}'] = unmapped.total()
+    said = '; '.join(f'{n} {text}' for text, n in notes.items() if n)
+    if said:
+        warnings.warn(f'{file}: of its features {said}', S1S2Warning, stacklevel=3)
+    ranks = _ranks(order, {*polygons['value'], *(names or ())})
+    polygons = polygons.assign(id=ids)[ids.notna()].astype({'id': int})
+    if polygons.empty:
+        raise DataError(
+            f'{file} has no polygon with a class in {attribute!r}; {said or "it is empty"}'
+        )
+    return polygons.iloc[np.argsort(polygons['value'].map(ranks).fillna(-1), kind='stable')]
+
+
+def _read(file: Path, layer: str | None) -> gpd.GeoDataFrame:
+    try:
+        if file.suffix.lower() in ('.parquet', '.geoparquet'):
+            return gpd.read_parquet(file)
+        table = gpd.read_file(file, layer=layer)
+    except (DataSourceError, DataLayerError, OSError, ValueError) as error:
+        raise UnreadableError(
+            f'{file} cannot be read: {error}; expected a GeoPackage, GeoParquet or Shapefile'
+        ) from error
+    if not isinstance(table, gpd.GeoDataFrame):
+        raise DataError(f'{file} has no geometries, only a table; choose another layer')
+    return table
+
+
+def _key(value: Any) -> str:
+    """A value as text, the same for 3, 3.0 and '3'."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def _names(classes: Classes | None) -> dict[str, int] | None:
+    """Id of each value, checked; None if the values are the ids."""
+    if classes is None:
+        return None
+    given: Any = classes
+    if not isinstance(classes, Mapping):
+        given = yaml.safe_load(Path(classes).read_text())
+        if not isinstance(given, dict):
+            raise DataError(f'{classes} holds no mapping; expected lines such as "Forest: 11"')
+    odd = {n: i for n, i in given.items() if type(i) is not int or not 0 < i < 2**16}
+    if odd:
+        raise DataError(
+            f'ids of classes are whole numbers 1..65535, 0 is none; these are not: {odd}'
+        )
+    return {_key(name): number for name, number in given.items()}
+
+
+def _ids(
+    file: Path, attribute: str, values: 'pd.Series[Any]', names: Mapping[str, int] | None
+) -> 'pd.Series[Any]':
+    """Id of each value, NaN without one."""
+    if names is not None:
+        return values.map(names)
+    ids = pd.to_numeric(values, errors='coerce')
+    odd = values[values.notna() & ~(ids.between(1, 2**16 - 1) & (ids % 1 == 0))].unique()
+    if len(odd):
+        raise DataError(
+            f'{file} has in {attribute!r} what is no id (a whole number 1..65535, 0 is none): '
+            f'{", ".join(odd[:5])}. Give classes, such as {{{odd[0]!r}: 1}}'
+        )
+    return ids
+
+
+def _valid(geometry: gpd.GeoSeries) -> tuple[gpd.GeoSeries, dict[str, int]]:
+    """Polygons mended, None for what is no polygon; how many of each."""
+    polygon = geometry.geom_type.isin(['Polygon', 'MultiPolygon'])
+    broken = polygon & ~geometry.is_valid
+    shapes = geometry.force_2d().where(polygon)
+    shapes[broken] = shapes[broken].make_valid(method='structure', keep_collapsed=False)
+    shapes = shapes.where(~shapes.is_empty)
+    return shapes, {
+        'are invalid and mended': int((broken & shapes.notna()).sum()),
+        'are no polygons, or without area, and are left out': int(shapes.isna().sum()),
+    }
+
+
+def _ranks(order: Sequence[str | int] | None, known: set[str]) -> dict[str, int]:
+    ranks = {_key(value): rank for rank, value in enumerate(order or ())}
+    unknown = sorted(ranks.keys() - known)
+    if unknown:
+        raise ValueError(f'order names {", ".join(unknown)}, which no polygon and no class has')
+    return ranks
+
+
+def _grid(catalog: Catalog, number: int) -> Grid:
+    """Pixels of the first image of a patch that can be opened."""
+    failed = UnreadableError(f'{catalog.patch(number).name} has no image')
+    for sensor in SENSORS:
+        for position in range(len(catalog.times(number, sensor))):
+            try:
+                sidecars = catalog.has_sidecars(number, sensor, position)
+                return read_grid(catalog.path(number, sensor, position), sidecars)
+            except UnreadableError as error:
+                failed = error
+    raise failed
+
+
+def _around(polygons: gpd.GeoDataFrame, grid: Grid) -> shapely.Polygon:
+    """A rectangle around a grid in the CRS of the polygons."""
+    crs = rasterio.CRS.from_wkt(polygons.crs.to_wkt())
+    xmin, ymin, xmax, ymax = transform_bounds(grid.crs, crs, *grid.bounds)
+    margin = max(xmax - xmin, ymax - ymin) / 10
+    return shapely.box(xmin - margin, ymin - margin, xmax + margin, ymax + margin)
+
+
+def _check_found(
+    file: Path,
+    polygons: gpd.GeoDataFrame,
+    found: Mapping[int, NDArray[np.intp]],
+    catalog: Catalog,
+) -> None:
+    without = [number for number, positions in found.items() if not len(positions)]
+    if len(without) == len(found):
+        here = catalog.patches.total_bounds.round(4).tolist()
+        there = polygons.total_bounds.tolist()
+        raise DataError(
+            f'no polygon of {file} lies on a patch: they lie at {there} in {polygons.crs.name}, '
+            f'the patches at {here} in degrees. Check the CRS of the file'
+        )
+    if without:
+        warnings.warn(
+            f'{len(without)} of {len(found)} patches have no polygon of {file}, such as '
+            f'{catalog.patch(without[0]).name}; they have no label',
+            S1S2Warning,
+            stacklevel=3,
+        )
+
+
+def _checksum(polygons: gpd.GeoDataFrame, all_touched: bool) -> str:
+    rule = f'{polygons.crs.to_wkt()} {all_touched} {polygons["id"].tolist()}'
+    checksum = hashlib.sha256(rule.encode())
+    for shape in polygons.geometry.to_wkb():
+        checksum.update(shape)
+    return checksum.hexdigest()
+
+
+def _is_outdated(catalog: Catalog, number: int, grid: Grid, made_of: str, overwrite: bool) -> bool:
+    """Whether there is no label raster, or another one of these that are made here."""
+    path = catalog.ground_reference(number)
+    if path is None:
+        return True
+    with open_raster(path) as src:
+        tag, same = src.tags().get(TAG), src.transform == grid.transform and src.shape
+    if tag is None and not overwrite:
+        raise DataError(
+            f'{path} is there and was not made from polygons here; nothing is written. Move it '
+            'away, or give overwrite=True'
+        )
+    return tag != made_of or same != (grid.height, grid.width)
+
+
+def _rasterized(
+    polygons: gpd.GeoDataFrame, grid: Grid, all_touched: bool, dtype: str
+) -> NDArray[Any]:
+    """Ids (H, W) of polygons on a grid, 0 where there is none."""
+    # Far corners need not have a place in the grid's CRS.
+    near = polygons.clip_by_rect(*_around(polygons, grid).bounds) if len(polygons) else polygons
+    shapes = zip(near.geometry.to_crs(grid.crs.to_wkt()), polygons['id'], strict=True)
+    own = [(shape, number) for shape, number in shapes if not shape.is_empty]
+    labels = np.zeros((grid.height, grid.width), dtype)
+    if own:
+        rasterize(own, out=labels, transform=grid.transform, all_touched=all_touched)
+    return labels
+
+
+def _write(catalog: Catalog, number: int, labels: NDArray[Any], grid: Grid, made_of: str) -> None:
+    """Write a label raster, and the labels in it into the label file."""
+    name = catalog.patch(number).name
+    usual = catalog.root / GROUND_REFERENCE / reference_name(name)
+    path = catalog.ground_reference(number) or usual
+    profile = {'driver': 'GTiff', 'count': 1, 'dtype': labels.dtype, 'nodata': 0}
+    profile |= {'compress': 'deflate', 'tiled': max(labels.shape) > 512}
+    place = {'crs': grid.crs, 'transform': grid.transform}
+    size = {'height': grid.height, 'width': grid.width}
+    with whole(path) as temporary, rasterio.open(temporary, 'w', **profile, **place, **size) as dst:
+        dst.write(labels, 1)
+        dst.update_tags(**{TAG: made_of})
+    listing = catalog.root / LABELS / f'{name}.json'
+    content = json.loads(listing.read_text())
+    content['labels'] = ';'.join(map(str, np.unique(labels[labels > 0])))
+    with whole(listing) as temporary:
+        temporary.write_text(json.dumps(content))
