@@ -5,6 +5,7 @@ from torchgeo_s1s2.datasets.classes import NO_LABEL, SCHEMES, ClassScheme, LandC
 from torchgeo_s1s2.datasets.download import DownloadPlan, SeasonDownload
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE, MultiSenNA
+from torchgeo_s1s2.datasets.pastis import PASTIS_CLASSES, PASTISSeries
 from torchgeo_s1s2.datasets.sensors import SENSOR_BANDS
 from torchgeo_s1s2.datasets.series import SeriesDataset
 from torchgeo_s1s2.datasets.sources import Copy, Download, Source, Synthetic, copy_series
@@ -21,6 +22,7 @@ from torchgeo_s1s2.errors import DownloadError, NoSeriesError
 
 __all__ = (
     'NO_LABEL',
+    'PASTIS_CLASSES',
     'SCHEMES',
     'SENSOR_BANDS',
     'AllDates',
@@ -37,6 +39,7 @@ __all__ = (
     'MultiSenGE',
     'MultiSenNA',
     'NoSeriesError',
+    'PASTISSeries',
     'RandomDates',
     'SeasonDownload',
     'SeriesDataset',
