@@ -129,7 +129,8 @@ class PASTISSeries(SeriesDataset):
             raise ValueError(f'folds is {folds!r}; expected some of {FOLDS}')
         series = series or AllDates(max_length=61)
         in_order([series.leader], [*PASTIS_SENSORS], 'sensor to lead the series')
-        how = readings(sensors, bands, unit, nodata=nodata, raw=raw, table=PASTIS_SENSORS)
+        # Theia's products of these years have no offset, so nobody need look for one.
+        how = readings(sensors, bands, unit, 0, nodata, raw=raw, table=PASTIS_SENSORS)
         self._patches = self._read_patches(series.reads(tuple(how)))
         rows = range(len(self._patches))
         super().__init__(rows, series, classes or PASTIS_CLASSES, how, crs, res, transforms)
