@@ -1,9 +1,11 @@
 """Models; importing them registers the backbones in segmentation_models_pytorch and TorchGeo."""
 
+from .attention import AttentionEncoder, TemporalAttention
 from .convlstm import ConvLSTM
 from .encoder import (
     ConvLSTMInceptionEncoder,
     ImageSeries,
+    SeriesEncoder,
     freeze,
     series_encoder,
     spatial_encoder,
@@ -14,11 +16,14 @@ from .inception import Inception
 from .registry import register_encoder, register_encoders
 
 __all__ = (
+    'AttentionEncoder',
     'ConvLSTM',
     'ConvLSTMInceptionEncoder',
     'FuseLSTM',
     'ImageSeries',
     'Inception',
+    'SeriesEncoder',
+    'TemporalAttention',
     'export_onnx',
     'export_program',
     'freeze',
