@@ -13,10 +13,11 @@ from .encoder import (
 from .export import export_onnx, export_program
 from .fuselstm import FuseLSTM, fuselstm_to_unet, unet_to_fuselstm
 from .inception import Inception
-from .registry import register_encoder, register_encoders
+from .registry import Backbone, change_name, register_encoder, register_encoders
 
 __all__ = (
     'AttentionEncoder',
+    'Backbone',
     'ConvLSTM',
     'ConvLSTMInceptionEncoder',
     'FuseLSTM',
@@ -24,6 +25,7 @@ __all__ = (
     'Inception',
     'SeriesEncoder',
     'TemporalAttention',
+    'change_name',
     'export_onnx',
     'export_program',
     'freeze',

@@ -172,10 +172,10 @@ class AttentionEncoder(SeriesEncoder):
     below, which the depth of a model of smp may ask for, see what it gives.
 
     Slots that were not seen are neither encoded nor attended to: they cost nothing. Compiled or
-    exported, where shapes must not depend on data, they are encoded and then masked; compiled in
-    training, a batch norm of the spatial encoder counts them. Dates are at days of the year if
-    :class:`~.encoder.ImageSeries` says them or planes hold them (*day_of_year*), and otherwise at
-    the number of slots seen before.
+    exported, where shapes must not depend on data, they are encoded and then masked; a batch norm
+    that trains must not see them, so its encoder is compiled with graph breaks. Dates are at days
+    of the year if :class:`ImageSeries` says them or planes hold them (*day_of_year*), and otherwise
+    at the number of slots seen before.
 
     Garnot and Landrieu, ICCV 2021, https://doi.org/10.1109/ICCV48922.2021.00483.
     """
@@ -245,15 +245,6 @@ class AttentionEncoder(SeriesEncoder):
         """Stride of the last feature map."""
         return self._output_stride
 
-    def make_dilated(self, output_stride: int) -> None:
-        """Replace strides of the spatial encoder with dilation; 'utae' is built without them.
-
-        Args:
-            output_stride: Wanted stride of the last feature map, 8 or 16.
-        """
-        if not self.coarser:
-            super().make_dilated(output_stride)
-
     def set_recompute_gates(self, recompute_gates: bool = True) -> None:
         """Choose whether the backward pass encodes the dates again, a few at a time.
 
@@ -296,7 +287,7 @@ class AttentionEncoder(SeriesEncoder):
         )
         valid = torch.stack([seen[n] for n in members], -1).any(-1)
         positions = self._positions(members, series, seen, days)
-        if not torch.compiler.is_compiling() and not valid.all():
+        if not self._is_dense(group) and not valid.all():
             valid, images, positions = seen_first(valid, images, positions)
             longest = max(1, int(valid.sum(1).max()))
             valid, images, positions = (x[:, :longest] for x in (valid, images, positions))
@@ -328,13 +319,13 @@ class AttentionEncoder(SeriesEncoder):
 
     def _encode(self, group: str, images: Tensor, seen: Tensor) -> list[Tensor]:
         """Features of images (N, C, H, W); those that were not seen are 0."""
-        if torch.compiler.is_compiling():
+        if self._is_dense(group):
             return self._levels(group, images)
         index = seen.flatten().nonzero()[:, 0]
         if len(index) == len(images):
             return self._encode_parts(group, images)
         if len(index) == 0:  # takes part in the graph, and in no statistics
-            with _evaluating(self.spatial[group]):
+            with _buffers_kept(self.spatial[group]):
                 return [0 * level for level in self._encode_parts(group, images)]
         return [
             level.new_zeros(len(images), *level.shape[1:]).index_copy(0, index, level)
@@ -344,7 +335,7 @@ class AttentionEncoder(SeriesEncoder):
     def _encode_parts(self, group: str, images: Tensor) -> list[Tensor]:
         """Encode a few dates at a time, if that saves memory and changes no number."""
         spatial, learning = self.spatial[group], torch.is_grad_enabled()
-        recompute = self.recompute and learning
+        recompute = self.recompute and learning and not torch.compiler.is_compiling()
         at_once = len(images)
         if (recompute or not learning) and not _has_batch_statistics(spatial):
             at_once = max(1, PIXELS // (images.shape[-2] * images.shape[-1]))
@@ -359,6 +350,10 @@ class AttentionEncoder(SeriesEncoder):
             for part in images.split(at_once)
         ]
         return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+    def _is_dense(self, group: str) -> bool:
+        """Whether every slot is encoded, so that no shape depends on data."""
+        return torch.compiler.is_compiling() and not _has_batch_statistics(self.spatial[group])
 
     def _levels(self, group: str, images: Tensor) -> list[Tensor]:
         images = arrange(images)
@@ -375,18 +370,9 @@ def _has_batch_statistics(module: nn.Module) -> bool:
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
     """Undo what a second forward pass does to running statistics."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    yield
-    with torch.no_grad():
-        for buffer, value in kept:
-            buffer.copy_(value)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Leave training mode, part by part, for a while."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    yield
-    for part in training:
-        part.training = True
+    try:
+        yield
+    finally:  # a second pass ends with an error where it has what it needs
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)

@@ -152,7 +152,8 @@ class SeriesEncoder(nn.Module):
             output_stride: Wanted stride of the last feature map, 8 or 16.
         """
         for _, spatial, _ in self._spatial_parts():
-            if not isinstance(spatial, TimmUniversalEncoder):  # timm builds them dilated
+            # timm builds them dilated, and so is U-TAE's.
+            if not isinstance(spatial, TimmUniversalEncoder) and hasattr(spatial, 'make_dilated'):
                 spatial.make_dilated(output_stride)
 
     def forward(
