@@ -108,7 +108,7 @@ def test_padding_changes_nothing(root: Path, train: bool, normalized: bool) -> N
     else:
         short, long = ({**b, 'image': (b['image'] - 3000) / 1000} for b in (short, long))
         assert (long['image'][0, 6:] == -3).all()
-    for name in ('resnet18_convlstm_inception_s2', 'resnet18_convlstm_s2'):
+    for name in ('resnet18_convlstm_inception_s2', 'resnet18_convlstm_s2', 'utae_s2'):
         one, other = (logits(task(name), batch, train) for batch in (short, long))
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
