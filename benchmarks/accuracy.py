@@ -1,7 +1,10 @@
 """Trains and tests contestants on the same data and tabulates what they achieve.
 
     python -m benchmarks.accuracy --root data/benchmark --output outputs/accuracy
+    python -m benchmarks.accuracy --data pastis --root data/pastis --output outputs/pastis
     python -m benchmarks.accuracy --robustness --root data/robustness --output outputs/robustness
+
+With --data pastis the contestants are those of conf/pastis, on PASTIS-R or data in its layout.
 
 A finished run is not repeated, an interrupted one goes on from its last checkpoint. One that was
 made by other configurations, code or data than there are now is refused, or repeated with --again.
@@ -27,15 +30,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from sklearn.metrics import cohen_kappa_score, precision_recall_fscore_support
+from sklearn.metrics import cohen_kappa_score, jaccard_score, precision_recall_fscore_support
 
 import torchgeo_s1s2
-from benchmarks import contestants, robustness
+from benchmarks import contestants, pastis, robustness
 from benchmarks import run as training
 from benchmarks.common import Row, provenance, report, table
 from benchmarks.run import FIT, PREDICTIONS
 from torchgeo_s1s2.datasets.catalog import FOLDERS, LABELS
 from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme, class_scheme
+from torchgeo_s1s2.datasets.pastis import METADATA, PASTIS_CLASSES
 from torchgeo_s1s2.datasets.synthetic import MARKER, write_synthetic
 from torchgeo_s1s2.files import whole
 
@@ -47,12 +51,16 @@ TARGET_F1 = 0.7
 
 @dataclass(frozen=True)
 class Run:
-    """A contestant with a seed: configuration and options over ``base.yaml``, and its folder."""
+    """A contestant with a seed: configuration and options over ``base.yaml``, and its folder.
+
+    With PASTIS ``more`` is laid over ``base.yaml`` first.
+    """
 
     config: Path
     seed: int
     folder: Path
     options: tuple[str, ...] = ()
+    more: tuple[Path, ...] = ()
 
     @property
     def title(self) -> str:
@@ -69,7 +77,8 @@ class Run:
             RuntimeError: If the process fails.
         """
         # A later option wins, so that a contestant may limit its epochs and no more.
-        options = [f'--config={BASE}', f'--trainer.max_epochs={epochs}', f'--config={self.config}']
+        options = [f'--config={path}' for path in (BASE, *self.more)]
+        options += [f'--trainer.max_epochs={epochs}', f'--config={self.config}']
         options += [f'--seed_everything={self.seed}', *self.options]
         self._claim(self.made_of(root, epochs), again)
         if (self.folder / PREDICTIONS).exists():
@@ -87,7 +96,7 @@ class Run:
         package = Path(torchgeo_s1s2.__file__).parent
         code = [*package.rglob('*.py'), Path(contestants.__file__), Path(training.__file__)]
         return {
-            'base configuration': _digest([BASE]),
+            'base configuration': _digest([BASE, *self.more]),
             'configuration': _digest([self.config]),
             'options': ' '.join([f'{epochs} epochs, seed {self.seed}', *self.options]),
             'code': _digest(code),
@@ -148,14 +157,15 @@ def _digest(paths: Iterable[Path], content: Callable[[Path], bytes] = Path.read_
 
 
 def data_digest(root: Path) -> str:
-    """Of the names, sizes and times of change of label files and rasters."""
+    """Of the names, sizes and times of change of label files and rasters, or of arrays."""
 
     def stamp(path: Path) -> bytes:
         status = path.stat()
         return f'{status.st_size} {status.st_mtime_ns}'.encode()
 
     folders = [root / folder for folder in (LABELS, *FOLDERS)]
-    return _digest((p for f in folders for p in f.rglob('*') if p.is_file()), stamp)
+    files = [p for f in folders for p in f.rglob('*') if p.is_file()]
+    return _digest([*files, *root.rglob('*.npy'), *root.rglob(METADATA)], stamp)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -167,10 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare_contestants(args: argparse.Namespace) -> None:
     """Train and test every contestant."""
-    data = prepare(args.root)
-    configs = args.configs or sorted(p for p in CONF.glob('*.yaml') if p != BASE)
+    on_pastis = args.data == 'pastis'
+    data = prepare_pastis(args.root) if on_pastis else prepare(args.root)
+    folder = CONF / 'pastis' if on_pastis else CONF
+    configs = args.configs or sorted(p for p in folder.glob('*.yaml') if p.name != BASE.name)
+    more = (folder / BASE.name,) if on_pastis else ()
     runs = [
-        Run(c.resolve(), s, args.output / 'runs' / c.stem / f'seed_{s}')
+        Run(c.resolve(), s, args.output / 'runs' / c.stem / f'seed_{s}', more=more)
         for s in range(args.seeds)
         for c in configs
     ]
@@ -183,7 +196,8 @@ def compare_contestants(args: argparse.Namespace) -> None:
 def write_comparison(runs: Sequence[Run], output: Path, data: str, epochs: int) -> None:
     """Write ``table.md``, ``results.json`` and ``maps.png`` of runs with the same test patches."""
     with np.load(runs[0].folder / PREDICTIONS) as content:
-        scheme = class_scheme(int(content['classes']))
+        classes = int(content['classes'])
+    scheme = PASTIS_CLASSES if classes == len(PASTIS_CLASSES) else class_scheme(classes)
     expected = runs[0].predictions()['mask']
     for run in runs:
         if not np.array_equal(run.predictions()['mask'], expected):
@@ -193,7 +207,7 @@ def write_comparison(runs: Sequence[Run], output: Path, data: str, epochs: int) 
             )
     results = [run.result(scheme) for run in runs]
     about = {'data': data, 'epochs': epochs, **made(runs)}
-    title = f'{data}: accuracy on the test tile'
+    title = f'{data}: accuracy on the test split'
     report(output, title, about, results, tables(results, scheme))
     figure = _maps([run for run in runs if run.seed == 0], scheme, data)
     with whole(output / 'maps.png') as path:
@@ -222,6 +236,7 @@ def scores(prediction: NDArray[np.uint8], mask: NDArray[np.uint8], scheme: Class
         'precision': float(precision),
         'recall': float(recall),
         'f1': float(f1),
+        'miou': float(jaccard_score(true, found, average='macro')),
         'kappa': float(cohen_kappa_score(true, found, labels=[*labels])),
         'class_f1': dict(zip(scheme.names, class_f1, strict=True)),
     }
@@ -236,6 +251,7 @@ def tables(results: Sequence[Row], scheme: ClassScheme) -> str:
     """Markdown with mean and standard deviation over the seeds."""
     columns = {
         'F1': ('f1', 3),
+        'mIoU': ('miou', 3),
         'precision': ('precision', 3),
         'recall': ('recall', 3),
         'kappa': ('kappa', 3),
@@ -248,7 +264,8 @@ def tables(results: Sequence[Row], scheme: ClassScheme) -> str:
     flat = [{**r, **r['class_f1']} for r in results]
     classes = _over_seeds(flat, {name: (name, 2) for name in scheme.names})
     return (
-        'Precision, recall and F1 are weighted by the pixels of each class.\n\n'
+        'Precision, recall and F1 are weighted by the pixels of each class; mIoU is the mean over '
+        'the classes that occur.\n\n'
         f'{_over_seeds(results, columns)}\n\n## F1 of each class\n\n{classes}'
     )
 
@@ -304,6 +321,13 @@ def prepare(root: Path, **options: Any) -> str:
     return 'Synthetic data' if (root / MARKER).exists() else str(root)
 
 
+def prepare_pastis(root: Path) -> str:
+    """Write synthetic data in the layout of PASTIS-R where there are none; what to call them."""
+    if not [*root.glob(METADATA), *root.glob(f'*/{METADATA}')]:
+        pastis.write(root)
+    return 'Synthetic PASTIS' if (root / pastis.MARKER).exists() else str(root)
+
+
 def compare_conditions(args: argparse.Namespace) -> None:
     """Train without and with dropout, and map under every condition."""
     data = prepare(args.root, incomplete=0)
@@ -342,11 +366,12 @@ def _row(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, prog='python -m benchmarks.accuracy')
+    parser.add_argument('--data', choices=['multisenge', 'pastis'], default='multisenge')
     parser.add_argument('--root', type=Path, default=Path('data/benchmark'), help='data set')
     parser.add_argument('--output', type=Path, default=Path('outputs/accuracy'))
     parser.add_argument('--seeds', type=int, default=3, help='number of seeds')
     parser.add_argument('--epochs', type=int, default=14)
-    parser.add_argument('--configs', type=Path, nargs='+', help='all of benchmarks/conf otherwise')
+    parser.add_argument('--configs', type=Path, nargs='+', help='all of their folder otherwise')
     parser.add_argument('--again', action='store_true', help='repeat what was made otherwise')
     parser.add_argument('--robustness', action='store_true', help='changed conditions instead')
     return parser

@@ -12,13 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics.functional.classification import (
     multiclass_cohen_kappa,
     multiclass_f1_score,
+    multiclass_jaccard_index,
     multiclass_precision,
     multiclass_recall,
 )
 
 import benchmarks.run
 import torchgeo_s1s2
-from benchmarks import accuracy
+from benchmarks import accuracy, pastis
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
 NAMES = 'torchgeo_convlstm', 'pixel_trees'
@@ -105,6 +106,7 @@ def test_pixels_without_a_label_do_not_count() -> None:
     f1 = (0.8, 2 / 3)  # precision 2/3 and recall 1; precision 1 and recall 1/2
     assert [*made['class_f1'].values()] == pytest.approx([*f1, *[0] * 8])
     assert made['f1'] == pytest.approx(sum(f1) / 2)
+    assert made['miou'] == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert (made['precision'], made['recall']) == pytest.approx((5 / 6, 3 / 4))
     assert made['kappa'] == pytest.approx((0.75 - 0.5) / (1 - 0.5))
 
@@ -120,7 +122,8 @@ def test_the_table_says_what_it_was_made_of(output: Path) -> None:
         for key in ('base configuration', 'code', 'data'):
             assert f'- {key} (digest): {run["made_of"][key]}' in lines
         row = next(row for row in rows if row[0] == f'| {run["title"]}')
-        assert row[1:5] == [f'{run[key]:.3f}' for key in ('f1', 'precision', 'recall', 'kappa')]
+        keys = 'f1', 'miou', 'precision', 'recall', 'kappa'
+        assert row[1:6] == [f'{run[key]:.3f}' for key in keys]
     assert (output / 'maps.png').stat().st_size > 10_000
 
 
@@ -224,3 +227,22 @@ def test_time_to_a_target() -> None:
     history = [{'seconds': 3.0, 'f1': 0.5}, {'seconds': 6.0, 'f1': 0.7}, {'seconds': 9.0, 'f1': 1}]
     assert accuracy.seconds_to(history, 0.7) == 6
     assert accuracy.seconds_to(history[:1], 0.7) is None
+
+
+def test_pastis_gives_the_same_table(tmp_path: Path) -> None:
+    """Two test patches, on a part of whose pixels there is no label."""
+    options = ['--data', 'pastis', '--root', str(tmp_path / 'data'), '--output', str(tmp_path)]
+    config = accuracy.CONF / 'pastis' / 'pixel_trees.yaml'
+    pastis.write(tmp_path / 'data', patches=10)
+    accuracy.main([*options, '--seeds', '1', '--epochs', '1', '--configs', str(config)])
+    [run] = results(tmp_path)['results']
+    with np.load(run_folder(tmp_path, 'pixel_trees') / 'predictions.npz') as stored:
+        found, mask = (torch.from_numpy(stored[k].astype(int)) for k in ('prediction', 'mask'))
+    assert mask.shape == (2, 32, 32)
+    assert {255} < {*mask.unique().tolist()} <= {*range(19), 255}
+    labelled = mask != 255
+    seen = torch.cat([mask[labelled], found[labelled]]).unique()
+    each: Any = multiclass_jaccard_index(found, mask, 19, 'none', ignore_index=255)
+    assert run['miou'] == pytest.approx(each[seen].mean().item(), abs=1e-5)
+    assert (tmp_path / 'table.md').read_text().startswith('# Synthetic PASTIS')
+    assert list(run['class_f1'])[:2] == ['Background', 'Meadow']
