@@ -207,7 +207,7 @@ def test_what_is_wrong_is_named(
         ({'folds': (2,)}, NoPatchesError, 'folds 2 in .* no patch of these folds'),
         ({'sensors': ['s1']}, ValueError, "no such sensor: .'s1'.; choose from s2, s1a, s1d"),
         ({'bands': ['VV']}, ValueError, "no such band: .'VV'.; choose from B02, .* S1D_VV_VH"),
-        ({'unit': 'dB'}, ValueError, 'no such unit: .* s1d: db, linear'),
+        ({'unit': 'dB'}, ValueError, 'no such unit: .* s1d: db, linear, amplitude'),
     ],
 )
 def test_arguments_that_mean_nothing_are_named(

@@ -104,7 +104,7 @@ SENSOR_BANDS = {name: sensor.bands for name, sensor in SENSORS.items()}
 def _orbit(name: str) -> Sensor:
     """Sentinel-1 of one orbit of PASTIS-R: VV, VH and VV / VH in dB, the last being VV - VH."""
     bands = tuple(f'{name.upper()}_{band}' for band in ('VV', 'VH', 'VV_VH'))
-    units = {'db': _from_db, 'linear': _unchanged}
+    units = {'db': _from_db, 'linear': _unchanged, 'amplitude': _from_amplitude}
     return Sensor(name, bands, units, np.nan, True, _to_db, aliases={}, ratios=bands[2:])
 
 
