@@ -18,7 +18,7 @@ from torchgeo.datasets import PASTIS
 
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE
 from torchgeo_s1s2.datasets.classes import ClassScheme, LandCoverClass
-from torchgeo_s1s2.datasets.rasters import Grid, onto
+from torchgeo_s1s2.datasets.rasters import Grid, crs_of, onto
 from torchgeo_s1s2.datasets.sensors import PASTIS_SENSORS, Array, in_order, readings
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
 from torchgeo_s1s2.datasets.time_series import AllDates, DateRule
@@ -325,6 +325,6 @@ def _place(code: int, footprint: Any, height: int, width: int) -> tuple[Grid, fl
     res = (bounds[2:] - bounds[:2]) / (width, height)
     apart = np.abs(corners[:, None] - vertices) / res
     # Coordinates are written with so many digits that a pixel of 10 m has 10 m again.
-    digits = 3 if CRS.from_epsg(code).is_projected else 12
+    digits = 3 if crs_of(code).is_projected else 12
     grid = Grid.of_bounds(code, tuple(bounds.round(digits).tolist()), width, height)
     return grid, float(apart.max(2).min(1).max())
