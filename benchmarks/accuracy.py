@@ -3,7 +3,10 @@
 Each contestant gets the learning rate, out of the same few, with which it is best on validation.
 
     python -m benchmarks.accuracy --root data/benchmark --output outputs/accuracy
+    python -m benchmarks.accuracy --data pastis --root data/pastis --output outputs/pastis
     python -m benchmarks.accuracy --robustness --root data/robustness --output outputs/robustness
+
+With --data pastis the contestants are those of conf/pastis, on PASTIS-R or data in its layout.
 
 A finished run is not repeated, an interrupted one goes on from its last checkpoint. One that was
 made by other configurations, code or data than there are now is refused, or repeated with --again.
@@ -31,13 +34,14 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 import torchgeo_s1s2
-from benchmarks import contestants, robustness
+from benchmarks import contestants, pastis, robustness
 from benchmarks import run as training
 from benchmarks.common import Row, provenance, report, table
 from benchmarks.run import FIT, PREDICTIONS
 from benchmarks.scores import Numbers, confusions, interval, resampled, scores
 from torchgeo_s1s2.datasets.catalog import FOLDERS, LABELS
 from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme, class_scheme
+from torchgeo_s1s2.datasets.pastis import METADATA, PASTIS_CLASSES
 from torchgeo_s1s2.datasets.synthetic import MARKER, write_synthetic
 from torchgeo_s1s2.files import whole
 
@@ -56,13 +60,17 @@ TARGET_F1 = 0.7
 
 @dataclass(frozen=True)
 class Run:
-    """A contestant with a seed: configuration and options over ``base.yaml``, and its folder."""
+    """A contestant with a seed: configuration and options over ``base.yaml``, and its folder.
+
+    With PASTIS ``more`` is laid over ``base.yaml`` first.
+    """
 
     config: Path
     seed: int
     folder: Path
     options: tuple[str, ...] = ()
     rate: float | None = None
+    more: tuple[Path, ...] = ()
 
     @property
     def title(self) -> str:
@@ -79,7 +87,8 @@ class Run:
             RuntimeError: If the process fails.
         """
         # A later option wins, so that a contestant may limit its epochs and no more.
-        options = [f'--config={BASE}', f'--trainer.max_epochs={epochs}', f'--config={self.config}']
+        options = [f'--config={path}' for path in (BASE, *self.more)]
+        options += [f'--trainer.max_epochs={epochs}', f'--config={self.config}']
         options += [f'--seed_everything={self.seed}', *self._options]
         self._claim(self.made_of(root, epochs), again)
         if (self.folder / PREDICTIONS).exists():
@@ -102,7 +111,7 @@ class Run:
         package = Path(torchgeo_s1s2.__file__).parent
         code = [*package.rglob('*.py'), Path(contestants.__file__), Path(training.__file__)]
         return {
-            'base configuration': _digest([BASE]),
+            'base configuration': _digest([BASE, *self.more]),
             'configuration': _digest([self.config]),
             'options': ' '.join([f'{epochs} epochs, seed {self.seed}', *self._options]),
             'code': _digest(code),
@@ -183,14 +192,15 @@ def _digest(paths: Iterable[Path], content: Callable[[Path], bytes] = Path.read_
 
 
 def data_digest(root: Path) -> str:
-    """Of the names, sizes and times of change of label files and rasters."""
+    """Of the names, sizes and times of change of label files and rasters, or of arrays."""
 
     def stamp(path: Path) -> bytes:
         status = path.stat()
         return f'{status.st_size} {status.st_mtime_ns}'.encode()
 
     folders = [root / folder for folder in (LABELS, *FOLDERS)]
-    return _digest((p for f in folders for p in f.rglob('*') if p.is_file()), stamp)
+    files = [p for f in folders for p in f.rglob('*') if p.is_file()]
+    return _digest([*files, *root.rglob('*.npy'), *root.rglob(METADATA)], stamp)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -202,19 +212,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare_contestants(args: argparse.Namespace) -> None:
     """Train and test every contestant."""
-    data = prepare(args.root, **SETTINGS[args.setting])
-    configs = args.configs or sorted(p for p in CONF.glob('*.yaml') if p != BASE)
-    runs = [run for config in configs for run in _trained(config.resolve(), args)]
+    on_pastis = args.data == 'pastis'
+    data = prepare_pastis(args.root) if on_pastis else prepare(args.root, **SETTINGS[args.setting])
+    folder = CONF / 'pastis' if on_pastis else CONF
+    configs = args.configs or sorted(p for p in folder.glob('*.yaml') if p.name != BASE.name)
+    more = (folder / BASE.name,) if on_pastis else ()
+    runs = [run for config in configs for run in _trained(config.resolve(), args, more)]
     about = {'data': data, 'epochs': args.epochs, 'learning rates tried': str(args.rates)}
     write_comparison(runs, args.output, about)
 
 
-def _trained(config: Path, args: argparse.Namespace) -> list[Run]:
+def _trained(config: Path, args: argparse.Namespace, more: tuple[Path, ...]) -> list[Run]:
     """Runs of a contestant: every learning rate with one seed, the best with the others."""
 
     def run(seed: int, rate: float) -> Run:
         folder = args.output / 'runs' / config.stem / f'lr_{rate:g}' / f'seed_{seed}'
-        made = Run(config, seed, folder, rate=rate)
+        made = Run(config, seed, folder, rate=rate, more=more)
         print(f'{made.title}, learning rate {rate:g}, seed {seed}', flush=True)
         made.start(args.root, args.epochs, args.again)
         return made
@@ -231,7 +244,8 @@ def write_comparison(runs: Sequence[Run], output: Path, about: Mapping[str, Any]
     ``cost.png``.
     """
     with np.load(runs[0].folder / PREDICTIONS) as content:
-        scheme = class_scheme(int(content['classes']))
+        classes = int(content['classes'])
+    scheme = PASTIS_CLASSES if classes == len(PASTIS_CLASSES) else class_scheme(classes)
     expected = runs[0].predictions()['mask']
     for run in runs:
         if not np.array_equal(run.predictions()['mask'], expected):
@@ -244,7 +258,7 @@ def write_comparison(runs: Sequence[Run], output: Path, about: Mapping[str, Any]
     for run in runs:
         matrices.setdefault(run.title, []).append(run.confusions(len(scheme)))
     text = tables(results, scheme, resampled(matrices))
-    title = f'{about["data"]}: accuracy on the test tile'
+    title = f'{about["data"]}: accuracy on the test split'
     report(output, title, {**about, **made(runs)}, results, text)
     flat = pd.DataFrame(results).drop(columns=['class_f1', 'history', 'made', 'made_of'])
     made_at = pd.DataFrame([r['made'] for r in results])[['date', 'hardware', 'commit']]
@@ -387,6 +401,13 @@ def prepare(root: Path, **options: Any) -> str:
     return 'Synthetic data' if (root / MARKER).exists() else str(root)
 
 
+def prepare_pastis(root: Path) -> str:
+    """Write synthetic data in the layout of PASTIS-R where there are none; what to call them."""
+    if not [*root.glob(METADATA), *root.glob(f'*/{METADATA}')]:
+        pastis.write(root)
+    return 'Synthetic PASTIS' if (root / pastis.MARKER).exists() else str(root)
+
+
 def compare_conditions(args: argparse.Namespace) -> None:
     """Train without and with dropout, and map under every condition."""
     data = prepare(args.root, incomplete=0)
@@ -428,13 +449,14 @@ def _row(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, prog='python -m benchmarks.accuracy')
+    parser.add_argument('--data', choices=['multisenge', 'pastis'], default='multisenge')
     parser.add_argument('--root', type=Path, default=Path('data/benchmark'), help='data set')
     parser.add_argument('--setting', choices=SETTINGS, default='small', help='of synthetic data')
     parser.add_argument('--output', type=Path, default=Path('outputs/accuracy'))
     parser.add_argument('--seeds', type=int, default=3, help='number of seeds')
     parser.add_argument('--rates', type=float, nargs='+', default=RATES, help='learning rates')
     parser.add_argument('--epochs', type=int, default=14)
-    parser.add_argument('--configs', type=Path, nargs='+', help='all of benchmarks/conf otherwise')
+    parser.add_argument('--configs', type=Path, nargs='+', help='all of their folder otherwise')
     parser.add_argument('--again', action='store_true', help='repeat what was made otherwise')
     parser.add_argument('--robustness', action='store_true', help='changed conditions instead')
     return parser

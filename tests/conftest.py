@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import geopandas as gpd
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
+from shapely import MultiPolygon, box
+from shapely.geometry import mapping
 
 from torchgeo_s1s2.datasets import rasters
 
@@ -123,6 +126,83 @@ def write_patch(
     path = root / 'ground_reference' / f'{tile}_GR_{x}_{y}.tif'
     write_raster(path, labels[None], *place, **options.get('labels_options', {}))
     write_label_file(root, tile, x, y, tuple(s2), tuple(s1))
+
+
+PASTIS_DAYS = {'S2': 10, 'S1A': 6, 'S1D': 7}
+"""Days from one acquisition of PASTIS to the next, from 1, 2 and 4 October 2018 on."""
+
+
+def pastis_dates(sensor: str, count: int) -> list[int]:
+    first = np.datetime64({'S2': '2018-10-01', 'S1A': '2018-10-02', 'S1D': '2018-10-04'}[sensor])
+    days = first + PASTIS_DAYS[sensor] * np.arange(count)
+    return [int(str(day).replace('-', '')) for day in days]
+
+
+def write_pastis(
+    root: Path,
+    counts: Mapping[int, Sequence[int]] | None = None,
+    size: int = 32,
+    tile: str = 't30uxv',
+    text: bool = False,
+) -> Path:
+    """PASTIS-R as it is published, with values that a person can work out.
+
+    Patch 10000 + i lies i * size pixels east of (600000, 5500000) in UTM 30, in fold i % 5 + 1.
+    Date t of Sentinel-2 holds 1000 * (t + 1) + 100 * band + column, of Sentinel-1 VV - t dB, with
+    VV of -10 (ascending) and -11 (descending) and VH 6 dB below. Rows are of the classes 0..18 in
+    turn, and the last column is void.
+
+    Args:
+        root: Where the folder PASTIS-R comes.
+        counts: Number of dates of S2, S1A and S1D by number of the patch.
+        size: Height and width.
+        tile: Name of the tile.
+        text: Whether the dates are written as text.
+    """
+    root = root / 'PASTIS-R'
+    counts = counts or {i: (3 + i, 5 + i, 6 + i) for i in range(5)}
+    rows, geometry = [], []
+    for i, numbers in counts.items():
+        dates: dict[str, Any] = {}
+        for sensor, count in zip(PASTIS_DAYS, numbers, strict=True):
+            listed = {str(t): day for t, day in enumerate(pastis_dates(sensor, count))}
+            dates[f'dates-{sensor}'] = json.dumps(listed) if text else listed
+            save(
+                root / f'DATA_{sensor}' / f'{sensor}_{10000 + i}.npy', _values(sensor, count, size)
+            )
+        target = np.zeros((3, size, size), np.uint8)
+        target[0] = (np.arange(size) % 19)[:, None]
+        target[0, :, -1] = 19
+        save(root / 'ANNOTATIONS' / f'TARGET_{10000 + i}.npy', target)
+        left, top = 600000 + 10 * size * i, 5500000
+        geometry.append(box(left, top - 10 * size, left + 10 * size, top))
+        rows.append({'ID_PATCH': 10000 + i, 'Fold': i % 5 + 1, 'TILE': tile, **dates})
+    footprints = gpd.GeoSeries(geometry, crs=32630).to_crs(2154)
+    features = [
+        {'type': 'Feature', 'properties': row, 'geometry': mapping(MultiPolygon([footprint]))}
+        for row, footprint in zip(rows, footprints, strict=True)
+    ]
+    crs = {'type': 'name', 'properties': {'name': 'urn:ogc:def:crs:EPSG::2154'}}
+    content = {'type': 'FeatureCollection', 'crs': crs, 'features': features}
+    (root / 'metadata.geojson').write_text(json.dumps(content))
+    return root
+
+
+def _values(sensor: str, count: int, size: int) -> NDArray[Any]:
+    date = np.arange(count)[:, None, None, None]
+    if sensor == 'S2':
+        band, column = np.arange(10)[:, None, None], np.arange(size)
+        return np.broadcast_to(
+            1000 * (date + 1) + 100 * band + column, (count, 10, size, size)
+        ).astype(np.int16)
+    vv = {'S1A': -10.0, 'S1D': -11.0}[sensor]
+    bands = np.array([vv, vv - 6, 6])[:, None, None] - date * np.array([1, 1, 0])[:, None, None]
+    return np.broadcast_to(bands, (count, 3, size, size)).astype(np.float16)
+
+
+def save(path: Path, array: NDArray[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, array)
 
 
 @pytest.fixture

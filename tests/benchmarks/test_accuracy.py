@@ -12,13 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics.functional.classification import (
     multiclass_cohen_kappa,
     multiclass_f1_score,
+    multiclass_jaccard_index,
     multiclass_precision,
     multiclass_recall,
 )
 
 import benchmarks.run
 import torchgeo_s1s2
-from benchmarks import accuracy
+from benchmarks import accuracy, pastis
 from benchmarks.scores import confusions, interval, resampled, scores
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
@@ -241,3 +242,22 @@ def test_time_to_a_target() -> None:
     history = [{'seconds': 3.0, 'f1': 0.5}, {'seconds': 6.0, 'f1': 0.7}, {'seconds': 9.0, 'f1': 1}]
     assert accuracy.seconds_to(history, 0.7) == 6
     assert accuracy.seconds_to(history[:1], 0.7) is None
+
+
+def test_pastis_gives_the_same_table(tmp_path: Path) -> None:
+    """Two test patches, on a part of whose pixels there is no label."""
+    options = ['--data', 'pastis', '--root', str(tmp_path / 'data'), '--output', str(tmp_path)]
+    config = accuracy.CONF / 'pastis' / 'pixel_trees.yaml'
+    pastis.write(tmp_path / 'data', patches=10)
+    accuracy.main([*options, '--seeds', '1', '--epochs', '1', '--configs', str(config)])
+    [run] = results(tmp_path)['results']
+    with np.load(run_folder(tmp_path, 'pixel_trees') / 'predictions.npz') as stored:
+        found, mask = (torch.from_numpy(stored[k].astype(int)) for k in ('prediction', 'mask'))
+    assert mask.shape == (2, 32, 32)
+    assert {255} < {*mask.unique().tolist()} <= {*range(19), 255}
+    labelled = mask != 255
+    seen = torch.cat([mask[labelled], found[labelled]]).unique()
+    each: Any = multiclass_jaccard_index(found, mask, 19, 'none', ignore_index=255)
+    assert run['miou'] == pytest.approx(each[seen].mean().item(), abs=1e-5)
+    assert (tmp_path / 'table.md').read_text().startswith('# Synthetic PASTIS')
+    assert list(run['class_f1'])[:2] == ['Background', 'Meadow']

@@ -1,6 +1,6 @@
 import pytest
 
-from torchgeo_s1s2.callbacks.published import comparison
+from torchgeo_s1s2.callbacks.published import comparison, pastis_comparison
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,16 @@ def test_nothing_is_published_for_other_numbers_of_classes() -> None:
     assert comparison({'backbone': 'x', 'num_classes': 14}, {}) == (
         'nothing is published for 14 classes, only for 6 and 10'
     )
+
+
+def test_the_figures_of_pastis_are_marked_as_published() -> None:
+    """Those of the benchmark's page, as anybody can read them there."""
+    hparams = {'model': 'unet', 'backbone': 'vgg16_convlstm_s2'}
+    metrics = {'test_OverallAccuracy': 0.8134, 'test_AverageJaccardIndex': 0.5}
+    rows = [' '.join(row.split()) for row in pastis_comparison(hparams, metrics).splitlines()]
+    assert rows[0] == 'PASTIS accuracy % mIoU %'
+    assert 'U-TAE, S2 (published) 83.2 63.1' in rows
+    assert 'U-TAE, S2+S1 late (published) 84.2 66.3' in rows
+    assert 'Exchanger+U-Net, S2 (published) - 66.8' in rows
+    assert rows[-1] == 'this test: unet, vgg16_convlstm_s2 81.3 50.0'
+    assert sum('(published)' in row for row in rows) == len(rows) - 2

@@ -1,6 +1,6 @@
 """Published results beside those of a test."""
 
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -29,17 +29,64 @@ _BACKBONES = {
 }
 
 
-class PublishedResults(Callback):
-    """Prints after ``torchgeo test`` what Wenger et al. 2023 published, with the result beside it.
+# Percent of overall accuracy (None where none is published) and mean IoU on PASTIS-R, over the five
+# test folds. The PASTIS benchmark (https://github.com/VSainteuf/pastis-benchmark) lists all but
+# Exchanger (Cai et al., https://arxiv.org/abs/2305.02086).
+PUBLISHED_PASTIS: dict[str, tuple[float | None, float]] = {
+    'U-Net+ConvLSTM, S2': (82.1, 57.8),
+    'FPN+ConvLSTM, S2': (81.6, 57.1),
+    '3D U-Net, S2': (81.3, 58.4),
+    'U-TAE, S2': (83.2, 63.1),
+    'TSViT, S2': (83.4, 65.4),
+    'Exchanger+U-Net, S2': (None, 66.8),
+    'U-TAE, S2+S1 early': (83.8, 65.9),
+    'U-TAE, S2+S1 late': (84.2, 66.3),
+}
+"""Published figures of PASTIS-R, not measured here."""
 
-    The published figures are of the test tile 31UEQ of MultiSenGE with 6 or 10 classes
-    (https://doi.org/10.3390/rs15010151), so the two compare only on that tile.
+
+class PublishedResults(Callback):
+    """Prints after ``torchgeo test`` what others published, with the result beside it.
+
+    Of MultiSenGE these are the figures of Wenger et al. 2023 for the test tile 31UEQ with 6 or 10
+    classes (https://doi.org/10.3390/rs15010151), so the two compare only on that tile; of PASTIS
+    those of its benchmark, over all five rotations of the folds.
     """
+
+    def __init__(self, data: Literal['multisenge', 'pastis'] = 'multisenge') -> None:
+        """Keep the settings.
+
+        Args:
+            data: Data set of the test.
+        """
+        self._table = pastis_comparison if data == 'pastis' else comparison
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table on the first process."""
         if trainer.is_global_zero:
-            print(comparison(pl_module.hparams, trainer.callback_metrics))
+            print(self._table(pl_module.hparams, trainer.callback_metrics))
+
+
+def pastis_comparison(hparams: Any, metrics: Any) -> str:
+    """Table of the published figures of PASTIS and of a test.
+
+    Args:
+        hparams: ``model`` and ``backbone`` of the task.
+        metrics: ``test_OverallAccuracy`` and ``test_AverageJaccardIndex``.
+
+    Returns:
+        Lines of text; the result stands in the last row.
+    """
+    names = 'test_OverallAccuracy', 'test_AverageJaccardIndex'
+    accuracy, iou = (100 * float(metrics[name]) for name in names)
+    rows = {f'{model} (published)': values for model, values in PUBLISHED_PASTIS.items()}
+    rows[f'this test: {hparams["model"]}, {hparams["backbone"]}'] = accuracy, iou
+    width = max(map(len, rows)) + 2
+    lines = [f'{"PASTIS":<{width}}{"accuracy %":>12}{"mIoU %":>8}']
+    for name, (overall, mean) in rows.items():
+        cell = '-' if overall is None else f'{overall:.1f}'
+        lines.append(f'{name:<{width}}{cell:>12}{mean:8.1f}')
+    return '\n'.join(lines)
 
 
 def comparison(hparams: Any, metrics: Any) -> str:

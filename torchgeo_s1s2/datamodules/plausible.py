@@ -81,8 +81,12 @@ def _reflectance(reading: Reading, mean: Sequence[float], lowest: float, highest
 
 
 def _backscatter(reading: Reading, mean: Sequence[float], lowest: float, highest: float) -> str:
+    pairs = zip(reading.bands, mean, strict=True)
+    mean = [value for band, value in pairs if band not in reading.sensor.ratios]
+    if not mean:
+        return ''
     seen = f'Sentinel-1 has mean backscatters of {min(mean):.3g} to {max(mean):.3g} dB'
-    if reading.unit == 'db' and lowest >= 0:
+    if reading.stored == 'db' and lowest >= 0:
         return f'{seen} and none below 0: the files seem to hold power; give unit="linear"'
     if max(mean) > _LOUD and reading.unit != 'amplitude':
         return (

@@ -6,6 +6,7 @@ from torchgeo_s1s2.datasets.download import DownloadPlan, SeasonDownload
 from torchgeo_s1s2.datasets.ground import BlockSplits, GroundSplits, PolygonSplits
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE, MultiSenNA
+from torchgeo_s1s2.datasets.pastis import PASTIS_CLASSES, PASTISSeries
 from torchgeo_s1s2.datasets.sensors import SENSOR_BANDS
 from torchgeo_s1s2.datasets.series import SeriesDataset
 from torchgeo_s1s2.datasets.sources import (
@@ -30,6 +31,7 @@ from torchgeo_s1s2.errors import DownloadError, NoSeriesError
 
 __all__ = (
     'NO_LABEL',
+    'PASTIS_CLASSES',
     'SCHEMES',
     'SENSOR_BANDS',
     'AllDates',
@@ -48,6 +50,7 @@ __all__ = (
     'MultiSenGE',
     'MultiSenNA',
     'NoSeriesError',
+    'PASTISSeries',
     'PolygonSplits',
     'RandomDates',
     'SeasonDownload',

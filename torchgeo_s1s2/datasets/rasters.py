@@ -220,7 +220,8 @@ def read_image(
             _check_power(path, value, reading)
             return reading.physical(value, scaled)
 
-        return _onto(path, src, grid, patch, read, Resampling.bilinear, len(indexes))
+        own = _own_grid(path, src, patch)
+        return onto(own, grid, read, Resampling.bilinear, len(indexes))
 
 
 def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> NDArray[np.float64]:
@@ -240,7 +241,8 @@ def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> 
         def read(window: Window) -> NDArray[np.float64]:
             return _values(path, src, [1], window, np.nan, np.float64)
 
-        labels: NDArray[np.float64] = _onto(path, src, grid, patch, read, Resampling.nearest, 1)[0]
+        own = _own_grid(path, src, patch)
+        labels: NDArray[np.float64] = onto(own, grid, read, Resampling.nearest, 1)[0]
     odd = labels[((labels != np.round(labels)) | (np.abs(labels) > 2**31)) & ~np.isnan(labels)]
     if odd.size:
         raise DataError(f'{path} holds the label {odd[0]}; labels are whole numbers up to 2**31')
@@ -334,19 +336,24 @@ def _check_power(path: Path, value: Array, reading: Reading) -> None:
         )
 
 
-def _onto(
-    path: Path,
-    src: rasterio.DatasetReader,
-    grid: Grid,
-    patch: Grid,
-    read: Read,
-    how: Resampling,
-    count: int,
-) -> NDArray[Any]:
-    """Read a window onto a grid: as it is where the pixels coincide, and else warped."""
+def _own_grid(path: Path, src: rasterio.DatasetReader, patch: Grid) -> Grid:
+    """Pixels of a raster, some of which are those of its patch."""
     own = _grid_of(path, src)
     if own.transform != patch.transform or own.crs != patch.crs:
         _check_overlap(path, own, patch)
+    return own
+
+
+def onto(own: Grid, grid: Grid, read: Read, how: Resampling, count: int) -> NDArray[Any]:
+    """Read a window onto a grid: as it is where the pixels coincide, and else warped.
+
+    Args:
+        own: Pixels of the file.
+        grid: Where to.
+        read: Reads a window of the file, (C, H, W), NaN without a value.
+        how: How to warp.
+        count: Number of bands C.
+    """
     offset = grid.offset_in(own)
     if offset is not None:
         return _crop(own, grid, read, *offset, count)

@@ -55,6 +55,7 @@ class Sensor:
         positive: Whether only physical values above 0 are observations.
         finish: Function from the physical unit to that of a sample, in place.
         aliases: Other names that files give the bands, in lower case and without spaces.
+        ratios: Those of the bands that are a quotient of others, so no backscatter.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Sensor:
     positive: bool
     finish: Callable[[Array], Array]
     aliases: Mapping[str, str]
+    ratios: tuple[str, ...] = ()
 
     def band(self, text: str | None) -> str | None:
         """Name of the band that a file calls ``text``, None if it is none of the sensor's."""
@@ -105,6 +107,17 @@ SENSOR_BANDS = {name: sensor.bands for name, sensor in SENSORS.items()}
 """Bands of each sensor in the order of its files."""
 
 
+def _orbit(name: str) -> Sensor:
+    """Sentinel-1 of one orbit of PASTIS-R: VV, VH and VV / VH in dB, the last being VV - VH."""
+    bands = tuple(f'{name.upper()}_{band}' for band in ('VV', 'VH', 'VV_VH'))
+    units = {'db': _from_db, 'linear': _unchanged, 'amplitude': _from_amplitude}
+    return Sensor(name, bands, units, np.nan, True, _to_db, aliases={}, ratios=bands[2:])
+
+
+PASTIS_SENSORS = {'s2': SENSORS['s2'], 's1a': _orbit('s1a'), 's1d': _orbit('s1d')}
+"""The sensors of PASTIS-R; its bands of Sentinel-1 have the names that TorchGeo gives them."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How the files of a sensor are read: what they cannot say themselves.
@@ -128,6 +141,11 @@ class Reading:
     file_bands: tuple[str, ...]
     raw: bool = False
 
+    @property
+    def stored(self) -> str:
+        """What the values of a file without a scale are."""
+        return self.unit or next(iter(self.sensor.units))
+
     def offset(self, time: np.datetime64) -> float:
         """What is added to the values of an acquisition."""
         known = (value for day, value in reversed(self.offsets) if np.datetime64(day) <= time)
@@ -140,11 +158,9 @@ class Reading:
             value: Values, NaN without an observation; scale and offset are applied.
             scaled: Whether the file has a scale.
         """
-        units = self.sensor.units
-        unit = self.unit or next(iter(units))
         if not self.raw and (self.unit or not scaled):
-            value = units[unit](value)
-        if self.sensor.positive and not (self.raw and unit == 'db'):
+            value = self.sensor.units[self.stored](value)
+        if self.sensor.positive and not (self.raw and self.stored == 'db'):
             missing = ~(value > 0)
             if missing.any():
                 value[missing] = np.nan
@@ -163,25 +179,28 @@ def readings(
     nodata: Mapping[str, float] | None = None,
     file_bands: Mapping[str, Sequence[str]] | None = None,
     raw: bool = False,
+    table: Mapping[str, Sensor] = SENSORS,
 ) -> dict[str, Reading]:
     """How the files of each sensor are read; see :class:`~torchgeo_s1s2.datasets.MultiSenGE`.
+
+    The sensors are those of a ``table``.
 
     Raises:
         ValueError: If an argument has no such value; the message says which there are.
     """
-    chosen = in_order(sensors, [*SENSORS], 'sensor')
-    by_sensor = _bands_of(bands, chosen)
-    units = _units(unit)
+    chosen = in_order(sensors, [*table], 'sensor')
+    by_sensor = _bands_of(bands, {name: table[name].bands for name in chosen})
+    units = _units(unit, table)
     for name, what in (('nodata', nodata), ('file_bands', file_bands)):
         if what:
-            in_order(list(what), [*SENSORS], f'sensor in {name}')
+            in_order(list(what), [*table], f'sensor in {name}')
     return {
         name: Reading(
-            sensor=SENSORS[name],
+            sensor=table[name],
             bands=by_sensor[name],
             unit=units.get(name),
             offsets=_offsets(offset) if name == 's2' else (),
-            nodata=(nodata or {}).get(name, SENSORS[name].nodata),
+            nodata=(nodata or {}).get(name, table[name].nodata),
             file_bands=tuple((file_bands or {}).get(name, ())),
             raw=raw,
         )
@@ -201,23 +220,25 @@ def in_order(chosen: Sequence[str], allowed: Sequence[str], what: str) -> tuple[
     return tuple(name for name in allowed if name in chosen)
 
 
-def _bands_of(bands: Sequence[str] | None, sensors: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    allowed = [band for sensor in sensors for band in SENSOR_BANDS[sensor]]
+def _bands_of(
+    bands: Sequence[str] | None, known: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    allowed = [band for names in known.values() for band in names]
     chosen = in_order(allowed if bands is None else bands, allowed, 'band')
-    by_sensor = {s: tuple(b for b in SENSOR_BANDS[s] if b in chosen) for s in sensors}
+    by_sensor = {s: tuple(b for b in names if b in chosen) for s, names in known.items()}
     for sensor, names in by_sensor.items():
         if not names:
             raise ValueError(f'no band of {sensor} in {bands}; add one or leave {sensor} out')
     return by_sensor
 
 
-def _units(unit: str | Mapping[str, str] | None) -> dict[str, str]:
-    """Unit by sensor; a single one is that of the sensor that has it."""
+def _units(unit: str | Mapping[str, str] | None, table: Mapping[str, Sensor]) -> dict[str, str]:
+    """Unit by sensor; a single one is that of the sensors that have it."""
     if isinstance(unit, str):
-        unit = {next((s for s in SENSORS if unit in SENSORS[s].units), 'unit'): unit}
+        unit = {s: unit for s in table if unit in table[s].units} or {'unit': unit}
     for sensor, value in (unit or {}).items():
-        if sensor not in SENSORS or value not in SENSORS[sensor].units:
-            known = '; '.join(f'{s}: {", ".join(sensor.units)}' for s, sensor in SENSORS.items())
+        if sensor not in table or value not in table[sensor].units:
+            known = '; '.join(f'{s}: {", ".join(sensor.units)}' for s, sensor in table.items())
             raise ValueError(f'no such unit: {unit!r}; choose from {known}')
     return dict(unit or {})
 

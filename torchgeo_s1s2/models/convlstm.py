@@ -1,12 +1,18 @@
 """Convolutional LSTM with batch norm on the hidden state."""
 
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .norm import MaskedBatchNorm2d, Moments, normalize, track
+from .norm import MaskedBatchNorm2d, Moments, has_steps, normalize, share_with_steps, track
 from .strips import is_plain, read_in_strips, suits_strips
+
+Norm = Literal['shared', 'step', 'none']
+STEPS = 64
+"""Number of steps with running statistics of their own; later ones take those of the last."""
 
 
 class ConvLSTM(nn.Module):
@@ -16,6 +22,11 @@ class ConvLSTM(nn.Module):
     gates, in this order. The same batch norm is applied to the hidden state at every step, and the
     normalised state is what the next step sees; the cell state is kept as it is. Both states
     start from zero.
+
+    The hidden state spreads differently at each step, which statistics that all steps share do not
+    know in evaluation: *norm* says whether each step has its own. The step of a sample is the
+    number of its slots that were valid so far, and a series without its other slots is what a batch
+    with statistics of its own consists of in training.
 
     A slot that is not valid leaves the states of its sample as they were and is not part of the
     batch that the batch norm sees. A series with empty slots inserted anywhere therefore gives the
@@ -32,6 +43,7 @@ class ConvLSTM(nn.Module):
         hidden_channels: int = 32,
         kernel_size: int = 3,
         recompute_gates: bool = False,
+        norm: Norm = 'shared',
     ) -> None:
         """Initialize a new ConvLSTM instance.
 
@@ -41,11 +53,16 @@ class ConvLSTM(nn.Module):
             kernel_size: Odd width of the square convolution kernel, in pixels.
             recompute_gates: Whether the backward pass computes the gates again, so that only the
                 states are kept: less memory, more time, the same numbers.
+            norm: Running statistics of the batch norm: one set that is ``'shared'`` by all steps,
+                as in the original, or a set a ``'step'``; or no batch norm, ``'none'``. Weights
+                with shared statistics load where each step has its own.
 
         Raises:
-            ValueError: If *kernel_size* is even.
+            ValueError: If *kernel_size* is even, or *norm* has another value.
         """
         super().__init__()
+        if norm not in ('shared', 'step', 'none'):
+            raise ValueError(f"norm is {norm!r}, expected 'shared', 'step' or 'none'")
         if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd to keep the image size, got {kernel_size}')
         self.in_channels = in_channels
@@ -57,7 +74,10 @@ class ConvLSTM(nn.Module):
             kernel_size,
             padding=kernel_size // 2,
         )
-        self.batchnorm = MaskedBatchNorm2d(hidden_channels)
+        self.batchnorm: nn.Module = nn.Identity()
+        if norm != 'none':
+            self.batchnorm = MaskedBatchNorm2d(hidden_channels, STEPS if norm == 'step' else 0)
+        self.register_load_state_dict_pre_hook(_spread_statistics)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Read a time series.
@@ -82,26 +102,30 @@ class ConvLSTM(nn.Module):
             )
         if suits_strips(self, x):
             return read_in_strips(self, x, valid)
+        by_step = has_steps(self.batchnorm)
+        if by_step and valid is not None and self.batchnorm.training:
+            valid, x = seen_first(valid, x)
+        steps = _steps(x, valid) if by_step else None
         size = x.shape[0], self.hidden_channels, *x.shape[-2:]
         zero = x.new_zeros(()).expand(size)
         if torch.compiler.is_compiling() and not self.training:
-            return self._scan(x, valid, zero)
+            return self._scan(x, valid, steps, zero)
         h, c = zero, zero
         for t in range(x.shape[1]):
             mask = None if valid is None else valid[:, t, None, None, None]
             # The hidden state is still zero: of a plain convolution that part can be left out. In
             # evaluation it is not, so that empty slots before the first image change no bit.
             first = t == 0 and self.training and is_plain(self.conv)
-            slot = x[:, t], mask, h, c, first
+            slot = x[:, t], mask, None if steps is None else steps[:, t], h, c, first
             if self.recompute_gates and torch.is_grad_enabled():
                 h, c, moments = checkpoint(self._next, *slot, use_reentrant=False)
             else:
                 h, c, moments = self._next(*slot)
             if moments is not None:
-                track(self.batchnorm, moments)
+                track(self.batchnorm, moments, t)
         return h
 
-    def _scan(self, x: Tensor, valid: Tensor | None, zero: Tensor) -> Tensor:
+    def _scan(self, x: Tensor, valid: Tensor | None, steps: Tensor | None, zero: Tensor) -> Tensor:
         # A prototype in PyTorch, imported from where it lives, and only by who needs it.
         from torch._higher_order_ops.scan import scan
 
@@ -109,14 +133,23 @@ class ConvLSTM(nn.Module):
             valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
         def combine(states, slot):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-            return self._next(*slot, *states)[:2], []
+            x, mask, *step = slot
+            return self._next(x, mask, step[0] if step else None, *states)[:2], []
 
-        slots = x.transpose(0, 1), valid.T[..., None, None, None]
+        slots = [x.transpose(0, 1), valid.T[..., None, None, None]]
+        if steps is not None:
+            slots.append(steps.T)
         (h, _), _ = scan(combine, (zero.clone(), zero.clone()), slots)
         return h
 
     def _next(
-        self, x: Tensor, mask: Tensor | None, h: Tensor, c: Tensor, first: bool = False
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        step: Tensor | None,
+        h: Tensor,
+        c: Tensor,
+        first: bool = False,
     ) -> tuple[Tensor, Tensor, Moments | None]:
         """States after one slot of the samples in *mask* (all if None); the others keep theirs."""
         if mask is not None:
@@ -129,7 +162,29 @@ class ConvLSTM(nn.Module):
             gates = self.conv(torch.cat([x, h], dim=1))
         i, f, g, o = gates.chunk(4, dim=1)
         c_new = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h_new, moments = normalize(self.batchnorm, o.sigmoid() * c_new.tanh(), mask)
+        h_new, moments = normalize(self.batchnorm, o.sigmoid() * c_new.tanh(), mask, step)
         if mask is not None:
             h_new, c_new = torch.where(mask, h_new, h), torch.where(mask, c_new, c)
         return h_new, c_new, moments
+
+
+def _steps(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Number of valid slots before each one (B, T)."""
+    if valid is None:
+        return torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    return (valid.long().cumsum(1) - 1).clamp(min=0)
+
+
+def seen_first(valid: Tensor, *series: Tensor) -> tuple[Tensor, ...]:
+    """Move the valid slots (B, T) of each sample to the front, and what series hold of them."""
+    slots = torch.arange(valid.shape[1], device=valid.device)
+    order = (slots + ~valid * len(slots)).argsort(1)
+    rows = torch.arange(len(valid), device=valid.device)[:, None]
+    return tuple(x[rows, order] for x in (valid, *series))
+
+
+def _spread_statistics(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Statistics that all steps share fit a layer where each step has its own."""
+    for name, own in layer.named_buffers():
+        if prefix + name in state_dict:
+            state_dict[prefix + name] = share_with_steps(state_dict[prefix + name], own)

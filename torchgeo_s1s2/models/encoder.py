@@ -10,11 +10,18 @@ import torch
 from segmentation_models_pytorch.encoders import TimmUniversalEncoder
 from torch import Tensor, nn
 
-from .convlstm import ConvLSTM
+from torchgeo_s1s2.transforms.series import day_of_year
+
+from .convlstm import ConvLSTM, Norm
 from .inception import Inception
 from .strips import arrange
 
 SENSORS: Mapping[str, int] = {'s2': 10, 's1': 2}
+PRETRAINED: Mapping[int, tuple[str, list[int]]] = {
+    13: ('s2', [1, 2, 3, 4, 5, 6, 7, 8, 11, 12]),
+    2: ('s1', [0, 1]),
+}
+"""Sensor of TorchGeo's weights by their number of bands, and the places of our bands in them."""
 
 
 class ImageSeries(NamedTuple):
@@ -27,10 +34,12 @@ class ImageSeries(NamedTuple):
         image: Series of shape (B, T, C, H, W) or (B, T * C, H, W).
         valid: Booleans of shape (B, T, S), whether each of the S sensors saw a slot, or (B, T) for
             all sensors alike. If None, a slot of a sensor that is 0 everywhere counts as empty.
+        days: Day of the year of each slot (B, T, S), 1..366, or None. Only attention reads it.
     """
 
     image: Tensor
     valid: Tensor | None = None
+    days: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -42,8 +51,9 @@ class ImageSeries(NamedTuple):
         """Take the image, and what a batch says of its slots.
 
         Args:
-            batch: A batch with ``image``, and perhaps ``valid`` as above or, as TorchGeo pads
-                series, ``length`` (B,), the number of slots before the padding.
+            batch: A batch with ``image``, and perhaps ``valid`` as above, ``acquisition_times``
+                (B, T, S) in seconds since 1970 and, as TorchGeo pads series, ``length`` (B,), the
+                number of slots before the padding.
 
         Returns:
             The series.
@@ -55,80 +65,68 @@ class ImageSeries(NamedTuple):
                 valid = inside
             else:
                 valid = valid & inside.view(*inside.shape, *[1] * (valid.ndim - 2))
-        return cls(image, valid)
+        times = batch.get('acquisition_times')
+        return cls(image, valid, None if times is None else day_of_year(times))
 
 
-class ConvLSTMInceptionEncoder(nn.Module):
-    """Encoder of Sentinel-2 and Sentinel-1 time series, for any decoder of smp.
+class SeriesEncoder(nn.Module):
+    """What the encoders of series share: sensors, what was seen, and weights of single dates.
 
-    A :class:`ConvLSTM` for each sensor reads its series and an :class:`Inception` module the first
-    date of each sensor. Their features are concatenated and go through a spatial encoder of smp,
-    whose features are returned.
+    A slot that a sensor did not see changes nothing. :class:`ImageSeries` says which slots were
+    seen. Of an image alone, a slot of a sensor whose bands hold nothing but zeros counts as not
+    seen: a pipeline that passes nothing else has to fill what is missing with exactly 0 after
+    normalisation.
 
-    A slot that a sensor did not see leaves the recurrent state as it was, and the first date is the
-    first observed one. :class:`ImageSeries` says which slots were seen. Of an image alone, a slot
-    of a sensor whose bands hold nothing but zeros counts as not seen: a pipeline that passes
-    nothing else has to fill what is missing with exactly 0 after normalisation.
-
-    A name from :func:`register_encoder` brings it into any smp model or TorchGeo task.
-
-    Wenger et al., Remote Sensing 2023, https://doi.org/10.3390/rs15010151.
+    A name from :func:`register_encoder` brings an encoder into any smp model or TorchGeo task.
     """
 
     _is_torch_scriptable = False
     _is_torch_exportable = True
     _is_torch_compilable = True
 
+    spatial: Any
+    out_channels: list[int]
+
     def __init__(
-        self,
-        spatial_encoder: str,
-        sensors: Mapping[str, int] = SENSORS,
-        inception: bool = True,
-        day_of_year: bool = False,
-        hidden_channels: int = 32,
-        tower_channels: int = 32,
-        depth: int = 5,
-        output_stride: int = 32,
+        self, sensors: Mapping[str, int], day_of_year: bool, full_resolution: bool
     ) -> None:
-        """Initialize a new ConvLSTMInceptionEncoder instance.
+        """Keep what the encoders share.
 
         Args:
-            spatial_encoder: Name of the smp (or 'tu-' timm) encoder.
             sensors: Number of bands of each sensor, in the order of the image's channels.
-            inception: Whether the features of the first date are added.
             day_of_year: Whether two channels with the day of the year follow the bands of each
                 sensor. They do not tell whether a slot was seen.
-            hidden_channels: Number of channels of the states of each recurrent layer.
-            tower_channels: Number of channels of each tower of the Inception module.
-            depth: Number of stages of the spatial encoder.
-            output_stride: Stride of its last features, 8, 16 or 32.
-
-        Raises:
-            ValueError: If *output_stride* is below 32 and the spatial encoder cannot be dilated.
+            full_resolution: Whether the head of a model of smp sees the first features, which smp's
+                decoders drop; see :class:`~torchgeo_s1s2.models.resolution.FullResolution`.
         """
         super().__init__()
         self.planes = 2 * day_of_year
         self.sensors = {name: bands + self.planes for name, bands in sensors.items()}
         self.channels = sum(self.sensors.values())
-        layers = {name: ConvLSTM(n, hidden_channels) for name, n in self.sensors.items()}
-        self.convlstm = nn.ModuleDict(layers)
-        self.inception = Inception(self.channels, tower_channels) if inception else None
-        front_channels = hidden_channels * len(layers)
-        if self.inception is not None:
-            front_channels += self.inception.out_channels
-        self.spatial: Any = smp.encoders.get_encoder(
-            spatial_encoder, in_channels=front_channels, depth=depth, output_stride=output_stride
-        )
-
-    @property
-    def out_channels(self) -> list[int]:
-        """Number of channels of each feature map."""
-        return list(self.spatial.out_channels)
+        self.full_resolution = full_resolution
 
     @property
     def output_stride(self) -> int:
         """Stride of the last feature map."""
-        return int(self.spatial.output_stride)
+        raise NotImplementedError
+
+    def set_recompute_gates(self, recompute_gates: bool = True) -> None:
+        """Choose whether the backward pass computes again what is large: less memory, more time.
+
+        Args:
+            recompute_gates: Whether to; the numbers are the same.
+        """
+        raise NotImplementedError
+
+    def _features(
+        self, series: dict[str, Tensor], seen: dict[str, Tensor], days: Tensor | None
+    ) -> list[Tensor]:
+        """Features of the series (B, T, channels, H, W) of each sensor, whose slots were seen."""
+        raise NotImplementedError
+
+    def _spatial_parts(self) -> list[tuple[str, Any, dict[str, int]]]:
+        """Names of the spatial encoders, themselves, and the bands of sensors that they read."""
+        raise NotImplementedError
 
     def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
         """Check the number of channels of the image; smp calls it.
@@ -153,37 +151,32 @@ class ConvLSTMInceptionEncoder(nn.Module):
         Args:
             output_stride: Wanted stride of the last feature map, 8 or 16.
         """
-        if not isinstance(self.spatial, TimmUniversalEncoder):  # timm builds them dilated
-            self.spatial.make_dilated(output_stride)
+        for _, spatial, _ in self._spatial_parts():
+            # timm builds them dilated, and so is U-TAE's.
+            if not isinstance(spatial, TimmUniversalEncoder) and hasattr(spatial, 'make_dilated'):
+                spatial.make_dilated(output_stride)
 
-    def forward(self, x: Tensor | ImageSeries, valid: Tensor | None = None) -> list[Tensor]:
+    def forward(
+        self, x: Tensor | ImageSeries, valid: Tensor | None = None, days: Tensor | None = None
+    ) -> list[Tensor]:
         """Compute the features of a time series.
 
         Args:
             x: Series of shape (B, T, C, H, W) or (B, T * C, H, W), C being the channels of all
                 sensors in their order, or an :class:`ImageSeries`. T is free.
             valid: Which slots were seen, as in :class:`ImageSeries`.
+            days: When they were, as in :class:`ImageSeries`.
 
         Returns:
-            Features of the spatial encoder, from the finest to the coarsest.
+            Features, from the finest to the coarsest.
 
         Raises:
             ValueError: If a shape does not fit the sensors.
         """
         if isinstance(x, ImageSeries):
-            x, valid = x
-        features: list[Tensor] = self.spatial(self._front(x, valid))
-        return features
-
-    def set_recompute_gates(self, recompute_gates: bool = True) -> None:
-        """Choose whether the recurrent layers compute their gates again in the backward pass.
-
-        Args:
-            recompute_gates: As in :class:`ConvLSTM`.
-        """
-        for layer in self.convlstm.modules():
-            if isinstance(layer, ConvLSTM):
-                layer.recompute_gates = recompute_gates
+            x, valid, days = x
+        series = self._split(x)
+        return self._features(series, self._seen(series, valid), days)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -192,9 +185,10 @@ class ConvLSTMInceptionEncoder(nn.Module):
 
         Args:
             state_dict: Weights; keys of a model around the encoder start with ``encoder.``. Weights
-                of the spatial encoder alone leave the layers in front of it as they are, and if
-                they are for images of another number of channels, as ImageNet's are, the first
-                convolution repeats them over the features, scaled down, as smp does.
+                of the spatial encoder alone leave the other layers as they are. If they are for
+                images of another number of channels, the first convolution takes those of
+                TorchGeo's Sentinel-2 (13 bands) and Sentinel-1 for the same bands, if it reads
+                bands, and repeats all others, as ImageNet's, scaled down, as smp does.
             strict: Whether the keys must be the same.
             assign: Whether the tensors replace the parameters, instead of being copied.
 
@@ -205,27 +199,20 @@ class ConvLSTMInceptionEncoder(nn.Module):
             state_dict = rename(state_dict, {'encoder.': ''})
         if any(key.startswith('spatial.') for key in state_dict):
             return super().load_state_dict(state_dict, strict, assign)
-        own = self.spatial.state_dict()
-        fitted = {
-            key: _repeat_channels(value, own[key]) if key in own else value
-            for key, value in state_dict.items()
-        }
-        # smp's encoders drop their classifier in their own method, some of which take no options.
-        if strict:
-            return self.spatial.load_state_dict(fitted)
-        own_method = 'strict' in signature(self.spatial.load_state_dict).parameters
-        load = self.spatial.load_state_dict if own_method else partial(_load, self.spatial)
-        return load(fitted, strict=False)
+        result = None
+        for _, spatial, bands in self._spatial_parts():
+            own = spatial.state_dict()
+            if (fitted := _fit_channels(state_dict, own, bands)) is not None:
+                result = _load(spatial, fitted, strict)
+        return result
 
-    def _front(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Input of the spatial encoder."""
-        series = self._split(x)
-        seen = self._seen(series, valid)
-        parts = [layer(series[name], seen[name]) for name, layer in self.convlstm.items()]
-        if self.inception is not None:
-            first = [first_valid(series[name], seen[name]) for name in self.sensors]
-            parts.append(self.inception(arrange(torch.cat(first, dim=1))))
-        return torch.cat([arrange(part) for part in parts], dim=1)
+    def spatial_weights(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Weights of a spatial encoder alone by their names here, for the bands that are read."""
+        return {
+            f'{name}.{key}': value
+            for name, spatial, bands in self._spatial_parts()
+            for key, value in (_fit_channels(state_dict, spatial.state_dict(), bands) or {}).items()
+        }
 
     def _seen(self, series: dict[str, Tensor], valid: Tensor | None) -> dict[str, Tensor]:
         """Slots that each sensor saw, booleans of shape (B, T)."""
@@ -259,12 +246,137 @@ class ConvLSTMInceptionEncoder(nn.Module):
         return ' + '.join(f'{channels} {name}' for name, channels in self.sensors.items())
 
 
-def _repeat_channels(weight: Tensor, like: Tensor) -> Tensor:
-    """Repeat a convolution's input channels to the number that *like* has, as smp does."""
-    if weight.ndim != 4 or weight.shape[1] == like.shape[1]:
-        return weight
-    old, new = weight.shape[1], like.shape[1]
-    return weight[:, torch.arange(new) % old] * (old / new)
+class ConvLSTMInceptionEncoder(SeriesEncoder):
+    """Encoder of Sentinel-2 and Sentinel-1 time series, for any decoder of smp.
+
+    A :class:`ConvLSTM` for each sensor reads its series and an :class:`Inception` module the first
+    date of each sensor. Their features are concatenated and go through a spatial encoder of smp,
+    whose features are returned.
+
+    A slot that a sensor did not see leaves the recurrent state as it was, and the first date is the
+    first observed one; see :class:`SeriesEncoder`.
+
+    Wenger et al., Remote Sensing 2023, https://doi.org/10.3390/rs15010151. What improves on it is
+    an option: *norm* and *full_resolution*.
+    """
+
+    def __init__(
+        self,
+        spatial_encoder: str,
+        sensors: Mapping[str, int] = SENSORS,
+        inception: bool = True,
+        day_of_year: bool = False,
+        hidden_channels: int = 32,
+        tower_channels: int = 32,
+        depth: int = 5,
+        output_stride: int = 32,
+        norm: Norm = 'shared',
+        full_resolution: bool = False,
+    ) -> None:
+        """Initialize a new ConvLSTMInceptionEncoder instance.
+
+        Args:
+            spatial_encoder: Name of the smp (or 'tu-' timm) encoder.
+            sensors: Number of bands of each sensor, in the order of the image's channels.
+            inception: Whether the features of the first date are added.
+            day_of_year: Whether two channels with the day of the year follow the bands of each
+                sensor. They do not tell whether a slot was seen.
+            hidden_channels: Number of channels of the states of each recurrent layer.
+            tower_channels: Number of channels of each tower of the Inception module.
+            depth: Number of stages of the spatial encoder.
+            output_stride: Stride of its last features, 8, 16 or 32.
+            norm: Running statistics of the recurrent layers, as in :class:`ConvLSTM`.
+            full_resolution: Whether the head sees the input of the spatial encoder, too.
+
+        Raises:
+            ValueError: If *output_stride* is below 32 and the spatial encoder cannot be dilated, or
+                *norm* has no such value.
+        """
+        super().__init__(sensors, day_of_year, full_resolution)
+        layers = {n: ConvLSTM(c, hidden_channels, norm=norm) for n, c in self.sensors.items()}
+        self.convlstm = nn.ModuleDict(layers)
+        self.inception = Inception(self.channels, tower_channels) if inception else None
+        self.front_channels = hidden_channels * len(layers)
+        if self.inception is not None:
+            self.front_channels += self.inception.out_channels
+        self.spatial = smp.encoders.get_encoder(
+            spatial_encoder,
+            in_channels=self.front_channels,
+            depth=depth,
+            output_stride=output_stride,
+        )
+
+    @property
+    def out_channels(self) -> list[int]:  # type: ignore[override]
+        """Number of channels of each feature map."""
+        channels = list(self.spatial.out_channels)
+        return [self.front_channels, *channels[1:]] if self.full_resolution else channels
+
+    @property
+    def output_stride(self) -> int:
+        """Stride of the last feature map."""
+        return int(self.spatial.output_stride)
+
+    def set_recompute_gates(self, recompute_gates: bool = True) -> None:
+        """Choose whether the recurrent layers compute their gates again in the backward pass.
+
+        Args:
+            recompute_gates: As in :class:`ConvLSTM`.
+        """
+        for layer in self.convlstm.modules():
+            if isinstance(layer, ConvLSTM):
+                layer.recompute_gates = recompute_gates
+
+    def _features(
+        self, series: dict[str, Tensor], seen: dict[str, Tensor], days: Tensor | None
+    ) -> list[Tensor]:
+        front = self._front(series, seen)
+        features: list[Tensor] = self.spatial(front)
+        return [front, *features[1:]] if self.full_resolution else features
+
+    def _front(self, series: dict[str, Tensor], seen: dict[str, Tensor]) -> Tensor:
+        """Input of the spatial encoder."""
+        parts = [layer(series[name], seen[name]) for name, layer in self.convlstm.items()]
+        if self.inception is not None:
+            first = [first_valid(series[name], seen[name]) for name in self.sensors]
+            parts.append(self.inception(arrange(torch.cat(first, dim=1))))
+        return torch.cat([arrange(part) for part in parts], dim=1)
+
+    def _spatial_parts(self) -> list[tuple[str, Any, dict[str, int]]]:
+        return [('spatial', self.spatial, {})]
+
+
+def _fit_channels(
+    weights: Mapping[str, Any], own: Mapping[str, Tensor], bands: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """Weights of images for other channels; None if they are of a sensor that is not read.
+
+    Args:
+        weights: Weights of a spatial encoder.
+        own: Those that it has here.
+        bands: Number of bands of each sensor that it reads; empty if it reads features.
+    """
+    fitted = dict(weights)
+    for key, like in own.items():
+        weight = weights.get(key)
+        if weight is None or weight.ndim != 4 or weight.shape[1] == like.shape[1]:
+            continue
+        sensor, columns = PRETRAINED.get(weight.shape[1], ('', []))
+        if not bands or SENSORS.get(sensor) is None:
+            fitted[key] = _repeat_channels(weight, like.shape[1])
+        elif bands.get(sensor) != len(columns):
+            return None
+        else:
+            start = sum(n for s, n in bands.items() if [*bands].index(s) < [*bands].index(sensor))
+            fitted[key] = torch.zeros_like(like)
+            fitted[key][:, start : start + len(columns)] = weight[:, columns]
+    return fitted
+
+
+def _repeat_channels(weight: Tensor, channels: int) -> Tensor:
+    """Repeat a convolution's input channels up to a number, as smp does."""
+    old = weight.shape[1]
+    return weight[:, torch.arange(channels) % old] * (old / channels)
 
 
 def first_valid(series: Tensor, valid: Tensor) -> Tensor:
@@ -300,7 +412,7 @@ def rename(state_dict: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[s
     }
 
 
-def series_encoder(model: Any) -> ConvLSTMInceptionEncoder | None:
+def series_encoder(model: Any) -> SeriesEncoder | None:
     """Encoder of a model, if it is one that reads series.
 
     Args:
@@ -310,7 +422,7 @@ def series_encoder(model: Any) -> ConvLSTMInceptionEncoder | None:
         The encoder, or None.
     """
     encoder = getattr(model, 'encoder', None)
-    return encoder if isinstance(encoder, ConvLSTMInceptionEncoder) else None
+    return encoder if isinstance(encoder, SeriesEncoder) else None
 
 
 def spatial_encoder(model: Any) -> nn.Module:
@@ -349,5 +461,10 @@ def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
-def _load(module: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> Any:
-    return nn.Module.load_state_dict(module, state_dict, strict)
+def _load(module: Any, state_dict: Mapping[str, Any], strict: bool) -> Any:
+    # smp's encoders drop their classifier in their own method, some of which take no options.
+    if strict:
+        return module.load_state_dict(state_dict)
+    if 'strict' in signature(module.load_state_dict).parameters:
+        return module.load_state_dict(state_dict, strict=False)
+    return nn.Module.load_state_dict(module, state_dict, strict=False)

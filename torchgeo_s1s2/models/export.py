@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchgeo.datasets import DependencyNotFoundError
 
-from .encoder import ConvLSTMInceptionEncoder, series_encoder
+from .encoder import SeriesEncoder, series_encoder
 
 _AXES = {'batch': 0, 'slots': 1, 'height': 3, 'width': 4}
 
@@ -21,7 +21,7 @@ def export_program(model: nn.Module) -> ExportedProgram:
     stride, such as 32 x 32 pixels.
 
     Args:
-        model: smp model around a :class:`ConvLSTMInceptionEncoder`, or the ``model`` of a task.
+        model: smp model around a :class:`SeriesEncoder`, or the ``model`` of a task.
             It is left in evaluation mode.
 
     Returns:
@@ -50,7 +50,7 @@ def export_onnx(model: nn.Module, path: str | Path) -> None:
     Needs the optional dependencies ``onnx``.
 
     Args:
-        model: smp model around a :class:`ConvLSTMInceptionEncoder`, or the ``model`` of a task.
+        model: smp model around a :class:`SeriesEncoder`, or the ``model`` of a task.
             It is left in evaluation mode.
         path: File to write.
 
@@ -77,13 +77,13 @@ def export_onnx(model: nn.Module, path: str | Path) -> None:
     onnx_program.save(path, external_data=False)
 
 
-def _series_encoder(model: nn.Module) -> ConvLSTMInceptionEncoder:
+def _series_encoder(model: nn.Module) -> SeriesEncoder:
     encoder = series_encoder(model)
     if encoder is not None:
         return encoder
     raise TypeError(
         f'cannot export {type(model).__name__}, expected an smp model around a '
-        'ConvLSTMInceptionEncoder; of a task, give its model: task.model'
+        'series encoder such as ConvLSTMInceptionEncoder; of a task, give its model: task.model'
     )
 
 

@@ -22,16 +22,33 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
     In training mode it computes what nn.BatchNorm2d computes of these samples alone, with
     statistics in single precision or better. Its running statistics change in :func:`track` only,
     so that it can be computed again in the backward pass.
+
+    With *steps*, each step of a recurrence has running statistics of its own, as in Cooijmans et
+    al., "Recurrent Batch Normalization", ICLR 2017, https://arxiv.org/abs/1603.09025. Steps that no
+    training has reached take those of the last step that one has.
     """
 
+    def __init__(self, num_features: int, steps: int = 0) -> None:
+        """Initialize a new MaskedBatchNorm2d instance.
+
+        Args:
+            num_features: Number of channels.
+            steps: Number of sets of running statistics; 0 for one set that all steps share.
+        """
+        super().__init__(num_features)
+        if steps:
+            for name, buffer in list(self.named_buffers()):
+                self.register_buffer(name, buffer.repeat(steps, *[1] * buffer.ndim))
+
     def forward(  # type: ignore[override]
-        self, x: Tensor, mask: Tensor | None = None
+        self, x: Tensor, mask: Tensor | None = None, step: Tensor | None = None
     ) -> tuple[Tensor, Moments | None]:
         """Normalise features.
 
         Args:
             x: Features of shape (B, C, H, W).
             mask: Samples that count, booleans of shape (B, 1, 1, 1); all of them if None.
+            step: Step of each sample, integers of shape (B,), if each has statistics of its own.
 
         Returns:
             Features of shape (B, C, H, W), of which those of the other samples have no meaning, and
@@ -39,10 +56,45 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         """
         if self.training or self.running_mean is None:
             return batch_norm(self, x, mask)
-        return super().forward(x), None
+        return (super().forward(x) if step is None else _normalize_by_step(self, x, step)), None
 
 
-def normalize(norm: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Moments | None]:
+def has_steps(norm: Any) -> bool:
+    """Whether each step has running statistics of its own; nn.SyncBatchNorm keeps their shape."""
+    running_mean = getattr(norm, 'running_mean', None)
+    return running_mean is not None and running_mean.ndim == 2
+
+
+def statistics(norm: Any, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Running mean and variance (..., C) of steps (...), from 0."""
+    last = (norm.num_batches_tracked > 0).sum() - 1
+    index = step.minimum(last).clamp(min=0)
+    return norm.running_mean[index], norm.running_var[index]
+
+
+def _normalize_by_step(norm: Any, x: Tensor, step: Tensor) -> Tensor:
+    mean, var = statistics(norm, step)
+    scale = norm.weight * (var + norm.eps).rsqrt()
+    shift = norm.bias - mean * scale
+    return torch.addcmul(shift[..., None, None], x, scale[..., None, None]).to(x.dtype)
+
+
+def share_with_steps(value: Tensor, own: Tensor) -> Tensor:
+    """Running statistics of a checkpoint, in the shape of one's *own*.
+
+    One set that all steps share is copied for each step. Only the first one then counts as trained,
+    so that all of them keep to it until training goes on.
+    """
+    if own.ndim != value.ndim + 1 or own.shape[1:] != value.shape:
+        return value
+    if value.ndim == 0:
+        return torch.zeros_like(own).index_fill(0, own.new_zeros(1), int(value))
+    return value.expand(own.shape).clone()
+
+
+def normalize(
+    norm: Any, x: Tensor, mask: Tensor | None, step: Tensor | None = None
+) -> tuple[Tensor, Moments | None]:
     """Call the norm of a layer: a :class:`MaskedBatchNorm2d`, or what was put in its place.
 
     Args:
@@ -50,15 +102,16 @@ def normalize(norm: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Moment
             statistics are those of the samples of all processes that count.
         x: Features of shape (B, C, H, W).
         mask: Samples that count, booleans of shape (B, 1, 1, 1); all of them if None.
+        step: Step of each sample (B,), if each step has running statistics of its own.
 
     Returns:
         Features and moments as from :class:`MaskedBatchNorm2d`.
     """
     if isinstance(norm, MaskedBatchNorm2d):
-        return norm(x, mask)
+        return norm(x, mask, step)
     if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
         return batch_norm(norm, x, mask)
-    return norm(x), None
+    return (norm(x) if step is None else _normalize_by_step(norm, x, step)), None
 
 
 def batch_norm(norm: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Moments]:
@@ -87,20 +140,25 @@ def _total(norm: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def track(norm: Any, moments: Moments) -> None:
+def track(norm: Any, moments: Moments, step: int = 0) -> None:
     """Move the running statistics as nn.BatchNorm2d does, unless no sample counted.
 
     Args:
         norm: The module.
         moments: What its last call gave.
+        step: Step of the samples, from 0, if each step has running statistics of its own.
     """
     if norm.running_mean is None or not norm.training:
         return
+    buffers = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if has_steps(norm):
+        buffers = tuple(buffer[min(step, len(buffer) - 1)] for buffer in buffers)
+    running_mean, running_var, batches = buffers
     seen = moments.number > 0
-    batches = norm.num_batches_tracked.add_(seen)
+    batches.add_(seen)
     # None stands for the plain average, as for SWA.
     momentum = 1 / batches.clamp(min=1) if norm.momentum is None else norm.momentum
     momentum = momentum * seen.to(moments.mean.dtype)
     unbiased = moments.var * moments.number / (moments.number - 1).clamp(min=1)
-    for running, value in ((norm.running_mean, moments.mean), (norm.running_var, unbiased)):
+    for running, value in ((running_mean, moments.mean), (running_var, unbiased)):
         running.copy_(running.to(value.dtype).lerp(value, momentum))

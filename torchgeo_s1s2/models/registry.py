@@ -1,8 +1,9 @@
 """Names of the backbones in segmentation_models_pytorch and TorchGeo."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
 import timm
@@ -10,18 +11,12 @@ import torchgeo.models.api
 from torch import nn
 from torchvision.models._api import WeightsEnum
 
-from .encoder import SENSORS, ConvLSTMInceptionEncoder
+from .attention import UTAE, AttentionEncoder
+from .convlstm import Norm
+from .encoder import SENSORS, ConvLSTMInceptionEncoder, SeriesEncoder
+from .resolution import watch_models
 
-LISTED = (
-    'vgg16',
-    'resnet18',
-    'resnet34',
-    'resnet50',
-    'efficientnet-b0',
-    'mobilenet_v2',
-    'densenet121',
-    'mit_b0',
-)
+LISTED = ('vgg16', 'resnet18', 'resnet34', 'resnet50', 'efficientnet-b0', 'mit_b0')
 """Spatial encoders whose backbones are listed; those of all others can be named as well."""
 
 
@@ -52,75 +47,151 @@ class _Names(dict[Any, Any]):
             return default
 
 
+@dataclass(frozen=True)
+class Backbone:
+    """What a name of a backbone says.
+
+    Attributes:
+        spatial_encoder: Name of an encoder of smp, 'tu-' and the name of a timm model, or 'utae'.
+        sensors: Number of bands of each sensor, in the order of the image's channels.
+        inception: Whether the features of the first date are added; of 'convlstm' only.
+        day_of_year: Whether the day of the year follows the bands of each sensor.
+        hidden_channels: Number of channels of the states of each recurrent layer.
+        tower_channels: Number of channels of each tower of the Inception module.
+        front: What reads the series, 'convlstm' or 'attention'; 'utae' has the latter.
+        late: Whether each sensor has an encoder and dates of its own; of 'attention' only.
+        norm: Running statistics of the recurrent layers: 'shared', 'step' or 'none'.
+        full_resolution: Whether the head sees features at full resolution.
+    """
+
+    spatial_encoder: str
+    sensors: Mapping[str, int]
+    inception: bool = True
+    day_of_year: bool = False
+    hidden_channels: int = 32
+    tower_channels: int = 32
+    front: Literal['convlstm', 'attention'] = 'convlstm'
+    late: bool = False
+    norm: Norm = 'shared'
+    full_resolution: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name, which :func:`parse_name` reads."""
+        # smp looks at the start of a name: 'tu-' goes to timm, 'vgg' gets a centre block in the
+        # U-Net.
+        parts = [self.spatial_encoder.replace('tu-', 'timm_', 1)]
+        if self.spatial_encoder != UTAE:
+            parts.append(self.front)
+        flags = {k: word for word, (k, value) in _WORDS.items() if getattr(self, k) == value}
+        parts += [flags.pop(k) for k in ('inception', 'late') if k in flags]
+        if list(self.sensors.items()) != list(SENSORS.items()):
+            parts += (
+                s if SENSORS.get(s) == bands else f'{s}x{bands}'
+                for s, bands in self.sensors.items()
+            )
+        parts += (f'{c}{getattr(self, k)}' for c, k in _SIZES.items() if getattr(self, k) != 32)
+        return '_'.join([*parts, *flags.values()])
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the encoder's class."""
+        names = {f.name for f in fields(self)} - {'front'} - self.foreign
+        return {name: getattr(self, name) for name in sorted(names)}
+
+    @property
+    def foreign(self) -> set[str]:
+        """Options that are not of the front."""
+        if self.front == 'convlstm':
+            return {'late'}
+        always = {'full_resolution'} if self.spatial_encoder == UTAE else set()
+        return {'inception', 'norm', *_SIZES.values()} | always
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of a slot."""
+        return sum(bands + 2 * self.day_of_year for bands in self.sensors.values())
+
+
+_WORDS: Mapping[str, tuple[str, Any]] = {
+    'inception': ('inception', True),
+    'late': ('late', True),
+    'stepnorm': ('norm', 'step'),
+    'nonorm': ('norm', 'none'),
+    'fullres': ('full_resolution', True),
+    'doy': ('day_of_year', True),
+}
+_SIZES: Mapping[str, str] = {'h': 'hidden_channels', 't': 'tower_channels'}
+_ENCODERS: Mapping[str, type[SeriesEncoder]] = {
+    'convlstm': ConvLSTMInceptionEncoder,
+    'attention': AttentionEncoder,
+}
+
+
 def spatial_encoders() -> list[str]:
     """Names of smp's own encoders, without those that it calls deprecated (``timm-``)."""
     return [
         name
         for name, entry in smp.encoders.encoders.items()
-        if entry['encoder'] is not ConvLSTMInceptionEncoder and not name.startswith('timm-')
+        if not issubclass(entry['encoder'], SeriesEncoder) and not name.startswith('timm-')
     ]
 
 
 def backbone_name(
-    spatial_encoder: str,
-    sensors: Mapping[str, int] = SENSORS,
-    inception: bool = True,
-    day_of_year: bool = False,
-    hidden_channels: int = 32,
-    tower_channels: int = 32,
+    spatial_encoder: str, sensors: Mapping[str, int] = SENSORS, *args: Any, **options: Any
 ) -> str:
-    """Name of a combination of options of :func:`register_encoder`.
+    """Name of a combination of options of :class:`Backbone`.
 
     For instance 'vgg16_convlstm_inception', 'vgg16_convlstm_s1', 'vgg16_convlstm_inception_doy',
-    'vgg16_convlstm_inception_s2x4_s1' or 'resnet18_convlstm_inception_h64_t16'.
+    'vgg16_convlstm_inception_s2x4_s1', 'resnet18_convlstm_inception_h64_t16',
+    'vgg16_convlstm_inception_stepnorm_fullres', 'resnet18_attention_late_fullres' or 'utae_late'.
     """
-    # smp looks at the start of a name: 'tu-' goes to timm, 'vgg' gets a centre block in the U-Net.
-    parts = [spatial_encoder.replace('tu-', 'timm_', 1), 'convlstm']
-    if inception:
-        parts.append('inception')
-    if list(sensors.items()) != list(SENSORS.items()):
-        parts += (s if SENSORS.get(s) == bands else f'{s}x{bands}' for s, bands in sensors.items())
-    if hidden_channels != 32:
-        parts.append(f'h{hidden_channels}')
-    if tower_channels != 32:
-        parts.append(f't{tower_channels}')
-    if day_of_year:
-        parts.append('doy')
-    return '_'.join(parts)
+    backbone = Backbone(spatial_encoder, sensors, *args, **options)
+    if spatial_encoder == UTAE:  # always at full resolution, which the name need not say
+        backbone = replace(backbone, front='attention', full_resolution=False)
+    if backbone.front == 'attention':
+        backbone = replace(backbone, inception=False)
+    return backbone.name
 
 
 @cache
-def parse_name(name: object) -> dict[str, Any] | None:
-    """Arguments of :class:`ConvLSTMInceptionEncoder` that a name says, None for other names."""
-    if not isinstance(name, str) or '_convlstm' not in name:
+def parse_name(name: object) -> Backbone | None:
+    """What a name says, None for names of others."""
+    if not isinstance(name, str):
         return None
-    spatial, _, rest = name.partition('_convlstm')
+    front = next((f for f in _ENCODERS if f'_{f}' in name), None)
+    spatial, _, rest = name.partition(f'_{front}' if front else '_')
+    if (front is None) != (spatial == UTAE):
+        return None
+    words = [word for word in rest.split('_') if word]
+    options: dict[str, Any] = {'inception': False, 'front': front or 'attention'}
+    sensors: dict[str, int] = {}
+    for word in words:
+        sensor, _, bands = word.rpartition('x')
+        if word in _WORDS:
+            options |= [_WORDS[word]]
+        elif word in SENSORS or (sensor and bands.isdecimal()):
+            sensors |= {word: SENSORS[word]} if word in SENSORS else {sensor: int(bands)}
+        elif word[0] in _SIZES and word[1:].isdecimal():
+            options[_SIZES[word[0]]] = int(word[1:])
     if spatial.startswith('timm_'):
         spatial = spatial.replace('timm_', 'tu-', 1)
-    options: dict[str, Any] = {'spatial_encoder': spatial, 'inception': False}
-    sensors: dict[str, int] = {}
-    for part in rest.split('_')[1:]:
-        sensor, _, bands = part.rpartition('x')
-        if part in ('inception', 'doy'):
-            options['inception' if part == 'inception' else 'day_of_year'] = True
-        elif part in SENSORS or (sensor and bands.isdecimal()):
-            sensors |= {part: SENSORS[part]} if part in SENSORS else {sensor: int(bands)}
-        elif part[:1] in ('h', 't') and part[1:].isdecimal():
-            options['hidden_channels' if part[0] == 'h' else 'tower_channels'] = int(part[1:])
-    options['sensors'] = sensors or dict(SENSORS)
-    fits = _knows(spatial) and _has_sizes(options) and backbone_name(**options) == name
-    return options if fits else None
+    backbone = Backbone(spatial, sensors or dict(SENSORS), **options)
+    return backbone if _fits(backbone) and backbone.name == name else None
+
+
+def _fits(backbone: Backbone) -> bool:
+    """Whether there is such a backbone."""
+    sizes = *backbone.sensors.values(), backbone.hidden_channels, backbone.tower_channels
+    default = Backbone(backbone.spatial_encoder, backbone.sensors, inception=False)
+    strange = any(getattr(backbone, k) != getattr(default, k) for k in backbone.foreign)
+    return _knows(backbone.spatial_encoder) and min(sizes) >= 1 and not strange
 
 
 def _knows(spatial_encoder: str) -> bool:
     if spatial_encoder.startswith('tu-'):
         return bool(timm.is_model(spatial_encoder.removeprefix('tu-')))
-    return spatial_encoder in spatial_encoders()
-
-
-def _has_sizes(options: Mapping[str, Any]) -> bool:
-    sizes = [options.get(name, 32) for name in ('hidden_channels', 'tower_channels')]
-    return min([*options['sensors'].values(), *sizes], default=0) >= 1
+    return spatial_encoder == UTAE or spatial_encoder in spatial_encoders()
 
 
 def register_encoder(
@@ -130,6 +201,7 @@ def register_encoder(
     day_of_year: bool = False,
     hidden_channels: int = 32,
     tower_channels: int = 32,
+    **options: Any,
 ) -> str:
     """Check options, list the backbone in smp and TorchGeo, and return its name.
 
@@ -139,56 +211,86 @@ def register_encoder(
     With *day_of_year*, two channels follow the bands of each sensor: the sine and the cosine of
     the day of the year of its acquisition, as an angle, constant in a slot and 0 where the slot is
     not observed. An image then has C = 16 channels a slot, {'s2': 12, 's1': 4} unless *sensors*
-    says otherwise. The layers read them like any other channel.
+    says otherwise. Recurrent layers read them like any other channel, attention takes them for the
+    positions of the dates.
 
     Args:
-        spatial_encoder: Name of an encoder of smp, or 'tu-' and the name of a timm model; the
-            latter has no pretrained weights here.
+        spatial_encoder: Name of an encoder of smp, 'utae', or 'tu-' and the name of a timm model;
+            the latter two have no pretrained weights here.
         sensors: Number of bands of each sensor, in the order of the image's channels.
         inception: Whether the features of the first date are added.
         day_of_year: Whether the day of the year follows the bands of each sensor.
         hidden_channels: Number of channels of the states of each recurrent layer.
         tower_channels: Number of channels of each tower of the Inception module.
+        **options: Others of :class:`Backbone`: ``front``, ``late``, ``norm``, ``full_resolution``.
 
     Returns:
         The name, for ``encoder_name`` in smp and ``backbone`` in TorchGeo.
 
     Raises:
         ValueError: If smp has no such encoder, *sensors* is empty, a name of a sensor has no
-            letter or holds '_', or a size is below 1.
+            letter or holds '_', a size is below 1, or an option is not one of the front.
     """
     if not _knows(spatial_encoder):
         raise ValueError(
             f"unknown spatial encoder '{spatial_encoder}', expected one of "
-            f"{', '.join(spatial_encoders())}, or 'tu-' and the name of a timm model"
+            f"{', '.join(spatial_encoders())}, {UTAE}, or 'tu-' and the name of a timm model"
         )
     if not sensors or min(sensors.values()) < 1:
         raise ValueError(f'sensors is {dict(sensors)}, expected at least one with its band count')
     sizes = hidden_channels, tower_channels
-    name = backbone_name(spatial_encoder, sensors, inception, day_of_year, *sizes)
+    name = backbone_name(spatial_encoder, sensors, inception, day_of_year, *sizes, **options)
     if parse_name(name) is None:
         raise ValueError(
             f"the name '{name}' cannot be read back: sensors {list(sensors)} must not hold '_' nor "
-            'be the name of another option, and sizes are at least 1'
+            'be the name of another option, sizes are at least 1, and options are of the front'
         )
     for table in _tables():
         table.setdefault(name, table[name])
     return name
 
 
-def register_encoders() -> None:
-    """List the paper's model and its ablations for the encoders in :data:`LISTED`.
+def change_name(name: str, **options: Any) -> str:
+    """Name of a backbone with some options of :class:`Backbone` changed.
 
-    That is ``{spatial}_convlstm_inception``, ``{spatial}_convlstm_inception_doy`` (with the day of
-    the year), ``{spatial}_convlstm`` (without Inception), ``{spatial}_convlstm_s1`` and
-    ``{spatial}_convlstm_s2`` (one sensor). Every other name is resolved when it is used.
+    Args:
+        name: Name of a backbone.
+        **options: What to change, such as ``norm='step', full_resolution=True``.
+
+    Returns:
+        The new name, which is registered.
+
+    Raises:
+        ValueError: If there is no such backbone or option.
     """
+    backbone = parse_name(name)
+    known = [f.name for f in fields(Backbone)]
+    if backbone is None or not set(options) <= set(known):
+        raise ValueError(
+            f'backbone {name!r} with the options {options}, expected a backbone that reads series, '
+            f"such as 'vgg16_convlstm_inception', and some of {', '.join(known)}"
+        )
+    return register_encoder(**(vars(backbone) | options))
+
+
+def register_encoders() -> None:
+    """List the paper's model, its ablations and what improves on it for :data:`LISTED`.
+
+    That is ``{spatial}_convlstm_inception``, ``{spatial}_convlstm`` (without Inception),
+    ``{spatial}_convlstm_s1`` and ``{spatial}_convlstm_s2`` (one sensor),
+    ``{spatial}_convlstm_inception_stepnorm_fullres``, ``{spatial}_attention_fullres``, and
+    ``utae`` and ``utae_late``. Every other name is resolved when it is used.
+    """
+    watch_models()
     for spatial in LISTED:
         register_encoder(spatial)
-        register_encoder(spatial, day_of_year=True)
         register_encoder(spatial, inception=False)
+        register_encoder(spatial, norm='step', full_resolution=True)
+        register_encoder(spatial, front='attention', full_resolution=True)
         for sensor, bands in SENSORS.items():
             register_encoder(spatial, {sensor: bands}, inception=False)
+    for late in (False, True):
+        register_encoder(UTAE, late=late)
 
 
 def _tables() -> list[_Names]:
@@ -218,26 +320,24 @@ def _tables() -> list[_Names]:
 @cache
 def _entry(name: object) -> dict[str, Any] | None:
     """What smp wants to know of an encoder."""
-    options = parse_name(name)
-    if options is None:
+    backbone = parse_name(name)
+    if backbone is None:
         return None
-    spatial = smp.encoders.encoders.get(options['spatial_encoder'], {})
+    spatial = dict.get(smp.encoders.encoders, backbone.spatial_encoder, {})  # listed ones only
     settings = spatial.get('pretrained_settings', {})
     return {
-        'encoder': ConvLSTMInceptionEncoder,
-        'params': options,
+        'encoder': _ENCODERS[backbone.front],
+        'params': backbone.arguments,
         'pretrained_settings': settings,
     }
 
 
 @cache
 def _builder(name: object) -> Callable[..., nn.Module] | None:
-    options = parse_name(name)
-    if options is None:
+    backbone = parse_name(name)
+    if backbone is None:
         return None
-    planes = 2 * options.get('day_of_year', False)
-    channels = sum(bands + planes for bands in options['sensors'].values())
-    return partial(smp.encoders.get_encoder, name, in_channels=channels)
+    return partial(smp.encoders.get_encoder, name, in_channels=backbone.channels)
 
 
 def _weights(key: object) -> type[WeightsEnum] | None:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .norm import has_steps, statistics
+
 PIXELS = 4096
 """Size of a strip for each thread: the gates of 32 channels take 2 MiB and stay in the cache."""
 
@@ -41,11 +43,16 @@ def suits_strips(layer: Any, x: Tensor) -> bool:
         and forward_ad._current_level < 0
         and not _in_functorch()
         and is_plain(layer.conv)
-        and isinstance(norm, nn.BatchNorm2d)
-        and not (norm.training or norm._forward_hooks or norm._forward_pre_hooks)
-        and norm.affine
-        and norm.track_running_stats
+        and not (norm._forward_hooks or norm._forward_pre_hooks)
+        and (type(norm) is nn.Identity or _normalises(norm))
     )
+
+
+def _normalises(norm: nn.Module) -> bool:
+    """Whether a module is a batch norm that uses its running statistics."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return False
+    return not norm.training and norm.affine and norm.track_running_stats
 
 
 def _in_functorch() -> bool:
@@ -85,8 +92,8 @@ def read_in_strips(layer: Any, x: Tensor, valid: Tensor | None) -> Tensor:
     out = _zeros(x, len(x), layer.hidden_channels)
     for sample, seen in enumerate(slots):
         h, c = None, _zeros(x, 1, layer.hidden_channels)
-        for t in seen:
-            h = _step(layer, x[sample, int(t)][None], h, c)
+        for number, t in enumerate(seen):
+            h = _step(layer, x[sample, int(t)][None], h, c, number)
         if h is not None:
             out[sample] = h[0]
     return out
@@ -97,13 +104,22 @@ def _zeros(x: Tensor, batch: int, channels: int) -> Tensor:
     return x.new_zeros(shape).contiguous(memory_format=torch.channels_last)
 
 
-def _step(layer: Any, x: Tensor, h: Tensor | None, c: Tensor) -> Tensor:
+def _scale_and_shift(norm: Any, number: int) -> tuple[Tensor, Tensor] | None:
+    """What a batch norm does in evaluation at a step, from 0."""
+    if type(norm) is nn.Identity:
+        return None
+    mean, var = norm.running_mean, norm.running_var
+    if has_steps(norm):
+        mean, var = statistics(norm, torch.tensor(number))
+    scale = norm.weight * (var + norm.eps).rsqrt()
+    return scale[:, None, None], (norm.bias - mean * scale)[:, None, None]
+
+
+def _step(layer: Any, x: Tensor, h: Tensor | None, c: Tensor, number: int) -> Tensor:
     """Next normalised hidden state; the cell state is changed in place."""
-    norm, weight = layer.batchnorm, layer.conv.weight
+    weight, affine = layer.conv.weight, _scale_and_shift(layer.batchnorm, number)
     # The hidden state is still zero before the first image.
     images, weight = ([x], weight[:, : x.shape[1]]) if h is None else ([x, h], weight)
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = (norm.bias - norm.running_mean * scale)[:, None, None]
     result, radius = torch.empty_like(c), weight.shape[-1] // 2
     for strip in _strips(x, radius):
         joined = strip.read(images)
@@ -116,7 +132,8 @@ def _step(layer: Any, x: Tensor, h: Tensor | None, c: Tensor) -> Tensor:
         cell, hidden = c[strip.rows], result[strip.rows]
         cell.mul_(f).addcmul_(i, g)
         torch.mul(o, (2 * cell).sigmoid_().mul_(2).sub_(1), out=hidden)
-        torch.addcmul(shift, hidden, scale[:, None, None], out=hidden)
+        if affine is not None:
+            torch.addcmul(affine[1], hidden, affine[0], out=hidden)
     return result
 
 

@@ -20,7 +20,13 @@ from torchvision.models import WeightsEnum
 from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme
 from torchgeo_s1s2.datasets.multisenge import Sample
 from torchgeo_s1s2.errors import S1S2Warning
-from torchgeo_s1s2.models import ImageSeries, freeze, series_encoder, spatial_encoder
+from torchgeo_s1s2.models import (
+    ImageSeries,
+    change_name,
+    freeze,
+    series_encoder,
+    spatial_encoder,
+)
 from torchgeo_s1s2.tasks.metrics import SegmentationScores, is_labelled
 from torchgeo_s1s2.tasks.weights import load_weights, trained_classes
 
@@ -49,7 +55,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
     """TorchGeo's semantic segmentation for series of Sentinel-1 and Sentinel-2.
 
     What it adds: all of smp's architectures; ``freeze_backbone`` that freezes the spatial encoder,
-    its batch norm included, and never the recurrent layers in front; class weights computed from
+    its batch norm included, and never the layers that read the time; class weights computed from
     the training patches; weighted metrics and Cohen's kappa; and a check of data against model
     before the first step. The defaults are the protocol of Wenger et al., Remote Sensing 2023,
     15(1), 151, https://doi.org/10.3390/rs15010151.
@@ -83,6 +89,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         freeze_decoder: bool = False,
         recompute_gates: bool = False,
         model_kwargs: dict[str, Any] | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
         figures: int | None = None,
         checkpoint: bool | None = None,
     ) -> None:
@@ -112,9 +119,13 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             patience: Epochs without a lower validation loss before the rate drops to a tenth.
             freeze_backbone: Freeze the spatial encoder.
             freeze_decoder: Freeze the decoder, its batch norm included.
-            recompute_gates: Compute the gates of the recurrent layers of a backbone that reads
-                series again in the backward pass: less memory, more time, the same numbers.
+            recompute_gates: Compute again in the backward pass what is large in a backbone that
+                reads series: the gates of its recurrent layers, or the features of each date. Less
+                memory, more time, the same numbers.
             model_kwargs: More arguments of smp's architecture, such as ``decoder_channels``.
+            backbone_kwargs: Options of a backbone that reads series, which its name can say, too,
+                such as ``{norm: step, full_resolution: true}``; see
+                :class:`~torchgeo_s1s2.models.Backbone`.
             figures: Not used any more; an argument of :class:`~torchgeo_s1s2.callbacks.Report`.
             checkpoint: Former name of *recompute_gates*.
 
@@ -145,6 +156,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         if self.hparams['ignore_index'] is None:
             # 255, or what no class has.
             self.hparams['ignore_index'] = max(NO_LABEL, self.hparams['num_classes'] or 0)
+        if self.hparams['backbone_kwargs']:
+            options = self.hparams['backbone_kwargs']
+            self.hparams['backbone'] = change_name(self.hparams['backbone'], **options)
         if self.hparams['model'] == 'fcn':
             super().configure_models()
         else:

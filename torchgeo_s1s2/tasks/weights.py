@@ -13,6 +13,7 @@ from torchvision.models import WeightsEnum
 from torchgeo_s1s2.models import series_encoder
 from torchgeo_s1s2.models.encoder import rename
 from torchgeo_s1s2.models.fuselstm import PREFIXES
+from torchgeo_s1s2.models.norm import share_with_steps
 
 
 def load_weights(model: Any, weights: WeightsEnum | str) -> list[str] | None:
@@ -54,16 +55,19 @@ def trained_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
 def _named_as_in(model: Any, checkpoint: Mapping[str, Any], path: str) -> dict[str, Tensor]:
     """Weights of a checkpoint, by their names in a model of smp."""
     parts = [f'{part}.' for part, _ in model.named_children()]
-    spatial = 'encoder.spatial.' if series_encoder(model) else 'encoder.'
+    encoder = series_encoder(model)
     namings = (
         {f'model.{part}': part for part in parts},
         {part: part for part in parts},
         PREFIXES,
-        {'model.backbone.model.': spatial},
-        {'model.': spatial},
+        {'model.backbone.model.': 'encoder.'},
+        {'model.': 'encoder.'},
     )
-    for naming in namings:
+    for number, naming in enumerate(namings):
         named = rename(checkpoint.get('state_dict', checkpoint), naming)
+        if encoder is not None and number > 2:  # of images
+            images = rename(named, {'encoder.': ''})
+            named = rename(encoder.spatial_weights(images), {'': 'encoder.'})
         if any(name.startswith('encoder.') for name in named):
             return named
     raise ValueError(
@@ -75,6 +79,7 @@ def _named_as_in(model: Any, checkpoint: Mapping[str, Any], path: str) -> dict[s
 def _load_fitting(model: Any, given: Mapping[str, Tensor], path: str) -> None:
     """Load what fits a model by name and shape, and say what does not."""
     own: dict[str, Tensor] = model.state_dict()
+    given = {k: share_with_steps(v, own[k]) if k in own else v for k, v in given.items()}
     fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
     if not any(v.ndim for v in fitting.values()):  # a batch norm's counter fits anywhere
         raise ValueError(

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -152,7 +151,7 @@ class DayOfYear(nn.Module):
             The batch with an ``image`` (B, T, C + 2 * S, H, W).
         """
         image, times = batch['image'], batch['acquisition_times']
-        angle = 2 * math.pi / 365.25 * _day_of_year(times)
+        angle = 2 * math.pi / 365.25 * day_of_year(times)
         planes = torch.stack([angle.sin(), angle.cos()], -1).where(times[..., None] >= 0, 0)
         planes = planes.to(image)[..., None, None].expand(*planes.shape, *image.shape[-2:])
         parts = [
@@ -202,11 +201,19 @@ def _thin(candidates: Tensor, probability: float) -> Tensor:
     return candidates & ((score >= probability) | best)
 
 
-def _day_of_year(seconds: Tensor) -> Tensor:
+def day_of_year(seconds: Tensor) -> Tensor:
     """UTC day of the year, 1..366, of seconds since 1970."""
-    times = seconds.cpu().numpy().astype('datetime64[s]')
-    days = times.astype('datetime64[D]') - times.astype('datetime64[Y]').astype('datetime64[D]')
-    return torch.from_numpy(days.astype(np.int64) + 1).to(seconds.device)
+    days = seconds.div(86400, rounding_mode='floor')
+    year = 1970 + (days / 365.2425).floor().long() + 1  # this one or the next
+    year = year - (_first_day(year) > days).long()
+    return days - _first_day(year - (_first_day(year) > days).long()) + 1
+
+
+def _first_day(year: Tensor) -> Tensor:
+    """Days from 1970 to the first of January of a year."""
+    past = year - 1
+    leaps = past // 4 - past // 100 + past // 400 - 477
+    return 365 * (year - 1970) + leaps
 
 
 def _randint(high: int) -> int:
