@@ -324,9 +324,11 @@ class AttentionEncoder(SeriesEncoder):
         index = seen.flatten().nonzero()[:, 0]
         if len(index) == len(images):
             return self._encode_parts(group, images)
-        if len(index) == 0:  # takes part in the graph, and in no statistics
-            with _buffers_kept(self.spatial[group]):
-                return [0 * level for level in self._encode_parts(group, images)]
+        if len(index) == 0:  # in no statistics, but in the graph, which is that of other batches
+            with torch.no_grad(), _buffers_kept(self.spatial[group]):
+                levels = self._encode_parts(group, images)
+            parts = [*self.spatial[group].parameters(), *self.stem.parameters()]
+            return [0 * level + 0 * sum(p.sum() for p in parts) for level in levels]
         return [
             level.new_zeros(len(images), *level.shape[1:]).index_copy(0, index, level)
             for level in self._encode_parts(group, images[index])
