@@ -311,8 +311,8 @@ class AttentionEncoder(SeriesEncoder):
             known = days[..., None].expand_as(valid) if days.ndim == 2 else days[..., columns]
         elif self.planes:
             planes = torch.stack([series[n][:, :, -2:, 0, 0] for n in members], -1).float()
-            angles = torch.atan2(planes[:, :, 0], planes[:, :, 1]) % (2 * math.pi)
-            known = angles * (365.25 / (2 * math.pi))
+            days = torch.atan2(planes[:, :, 0], planes[:, :, 1]) * (365.25 / (2 * math.pi))
+            known = (days - 0.875) % 365.25 + 0.875  # 1..366, which is 0.75 in the next year
         else:
             return (valid.any(-1).cumsum(1) - 1).float()
         return known.gather(-1, valid.int().argmax(-1, keepdim=True))[..., 0].float()
