@@ -56,6 +56,14 @@ def unet_stacked(slots: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(1, 2), unet)
 
 
+def other_backbone(slots: int, backbone: str = 'utae', recompute: bool = False) -> nn.Module:
+    """Another backbone of ours with smp's U-Net."""
+    channels: Any = {'in_channels': slots * CHANNELS, 'classes': CLASSES}
+    model: Any = smp.Unet(backbone, encoder_weights=None, **channels)
+    model.encoder.set_recompute_gates(recompute)
+    return nn.Sequential(model)
+
+
 def torchgeo_convlstm(slots: int) -> nn.Module:
     task = SpatioTemporalSegmentation(
         model='convlstm', in_channels=CHANNELS, num_classes=CLASSES, loss='ce'
@@ -85,6 +93,10 @@ OTHERS: Mapping[str, Mode] = {
     'plain-bf16': Mode(lambda slots: Plain(CLASSES), bf16=True),
     'torchgeo-convlstm': Mode(torchgeo_convlstm),
     'unet-stacked': Mode(unet_stacked),
+    'improved': Mode(partial(other_backbone, backbone='vgg16_convlstm_inception_stepnorm_fullres')),
+    'utae': Mode(other_backbone),
+    'utae-recomputed': Mode(partial(other_backbone, recompute=True)),
+    'resnet18-attention': Mode(partial(other_backbone, backbone='resnet18_attention_fullres')),
     'pixel-ltae': Mode(lambda slots: PixelLTAE(CHANNELS, CLASSES, length=slots)),
 }
 

@@ -8,6 +8,7 @@ from torchgeo.tasks import BaseTask
 
 import torchgeo_s1s2
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
+from torchgeo_s1s2.models import AttentionEncoder, ConvLSTMInceptionEncoder, SeriesEncoder
 
 CONF = Path(torchgeo_s1s2.__file__).parent / 'conf'
 SETTINGS = {'s1': (8, False), 's2': (40, False), 's1s2': (48, False), 'inception': (48, True)}
@@ -65,6 +66,20 @@ def test_the_configurations_follow_the_protocol(root: Path, classes: int, ablati
     assert sample['image'].shape == (4, channels // 4, 32, 32)
     months = sample['acquisition_times'][:, 0].numpy().astype('datetime64[s]')
     assert [int(str(day)[5:7]) for day in months] == [7, 8, 9, 11] or ablation == 's1'
+
+
+@pytest.mark.parametrize(
+    ('model', 'kind'), [('attention', AttentionEncoder), ('improved', ConvLSTMInceptionEncoder)]
+)
+def test_newer_models_lie_over_the_protocol(
+    root: Path, model: str, kind: type[SeriesEncoder]
+) -> None:
+    made = cli(options(root, 10, model), run=False)
+    encoder = made.model.model.encoder
+    assert isinstance(encoder, kind)
+    assert encoder.full_resolution
+    assert all(p.requires_grad for p in encoder.parameters())
+    assert list(encoder.sensors.values()) == [10, 2]
 
 
 def test_a_run_of_the_protocol(root: Path, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchgeo_s1s2.models import ConvLSTM
 
@@ -28,26 +30,39 @@ def convolve(x: Array, weight: Array, bias: Array) -> Array:
 
 
 class Oracle:
-    """The recurrence in NumPy, one slot after the other, with the skipping of slots spelt out."""
+    """The recurrence in NumPy, one slot after the other, with the skipping of slots spelt out.
 
-    def __init__(self, layer: ConvLSTM) -> None:
+    With statistics a step, the samples are read one observation after the other instead.
+    """
+
+    def __init__(self, layer: ConvLSTM, norm: str = 'shared') -> None:
         self.p = {k: v.detach().double().numpy().copy() for k, v in layer.state_dict().items()}
+        self.norm = norm
 
-    def normalize(self, h: Array, training: bool) -> Array:
+    def normalize(self, h: Array, training: bool, step: int) -> Array:
+        if self.norm == 'none':
+            return h
+        place: tuple[int, ...] = (step,) if self.norm == 'step' else ()
+        mean, var = self.p['batchnorm.running_mean'][place], self.p[RUNNING_VAR][place]
         if training:
             count = h[:, 0].size
+            for running, value in ((mean, h.mean((0, 2, 3))), (var, h.var((0, 2, 3)))):
+                scale = count / (count - 1) if running is var else 1
+                running[:] = 0.9 * running + 0.1 * value * scale
             mean, var = h.mean((0, 2, 3)), h.var((0, 2, 3))
-            running_mean, running_var = self.p['batchnorm.running_mean'], self.p[RUNNING_VAR]
-            self.p['batchnorm.running_mean'] = 0.9 * running_mean + 0.1 * mean
-            self.p[RUNNING_VAR] = 0.9 * running_var + 0.1 * var * count / (count - 1)
-        else:
-            mean, var = self.p['batchnorm.running_mean'], self.p[RUNNING_VAR]
         scaled = (h - mean[:, None, None]) / np.sqrt(var[:, None, None] + 1e-5)
         gain, shift = self.p['batchnorm.weight'], self.p['batchnorm.bias']
         return scaled * gain[:, None, None] + shift[:, None, None]
 
     def __call__(self, x: Array, valid: NDArray[np.bool_], training: bool) -> Array:
-        hidden = len(self.p['batchnorm.bias'])
+        if self.norm == 'step':
+            slots = [np.flatnonzero(v) for v in valid]
+            valid = np.array([[t < len(s) for t in range(x.shape[1])] for s in slots])
+            series = [
+                np.concatenate([x[b, s], x[b, : x.shape[1] - len(s)]]) for b, s in enumerate(slots)
+            ]
+            x = np.stack(series)
+        hidden = len(self.p['conv.bias']) // 4
         h = np.zeros((len(x), hidden, *x.shape[-2:]))
         c = h.copy()
         for t in range(x.shape[1]):
@@ -58,19 +73,23 @@ class Oracle:
             gates = convolve(joined, self.p['conv.weight'], self.p['conv.bias'])
             i, f, g, o = np.split(gates, 4, 1)
             c[rows] = sigmoid(f) * c[rows] + sigmoid(i) * np.tanh(g)
-            h[rows] = self.normalize(sigmoid(o) * np.tanh(c[rows]), training)
+            h[rows] = self.normalize(sigmoid(o) * np.tanh(c[rows]), training, t)
         return h
 
 
 RUNNING_VAR = 'batchnorm.running_var'
 
 
-def make_layer(bands: int = 2, hidden: int = 3) -> ConvLSTM:
+def make_layer(bands: int = 2, hidden: int = 3, norm: Any = 'shared') -> ConvLSTM:
+    """A layer of which five steps have been trained, if each has statistics."""
     torch.manual_seed(0)
-    layer = ConvLSTM(bands, hidden).double()
-    for tensor in (layer.batchnorm.weight, layer.batchnorm.running_var):
-        assert tensor is not None
-        torch.nn.init.uniform_(tensor, 0.5, 1.5)
+    layer = ConvLSTM(bands, hidden, norm=norm).double()
+    state = layer.state_dict()
+    for name in ('batchnorm.weight', RUNNING_VAR) if norm != 'none' else ():
+        torch.nn.init.uniform_(state[name], 0.5, 1.5)
+    if norm == 'step':
+        torch.nn.init.normal_(state['batchnorm.running_mean'], std=0.2)
+        state['batchnorm.num_batches_tracked'][:5] = 1
     return layer
 
 
@@ -90,18 +109,51 @@ VALID = {
 }
 
 
+@pytest.mark.parametrize('norm', ['shared', 'step', 'none'])
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('case', VALID)
-def test_recurrence_against_numpy(case: str, training: bool) -> None:
-    layer, x, valid = make_layer().train(training), make_series(), torch.tensor(VALID[case]).bool()
-    oracle = Oracle(layer)
+def test_recurrence_against_numpy(case: str, training: bool, norm: str) -> None:
+    layer, x = make_layer(norm=norm).train(training), make_series()
+    valid, before = torch.tensor(VALID[case]).bool(), layer.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    oracle = Oracle(layer, norm)
     expected = oracle(x.numpy(), valid.numpy(), training)
     torch.testing.assert_close(layer(x, valid), torch.tensor(expected), rtol=0, atol=1e-12)
+    with torch.no_grad():  # in strips, in evaluation
+        again = make_layer(norm=norm).train(training)(x, valid)
+    torch.testing.assert_close(again, torch.tensor(expected), rtol=0, atol=1e-12)
+    if norm == 'none':
+        return
     for name in ('batchnorm.running_mean', RUNNING_VAR):
         actual = layer.state_dict()[name].numpy()
         np.testing.assert_allclose(actual, oracle.p[name], rtol=0, atol=1e-12)
-    steps = valid.any(0).sum().item() if training else 0
-    assert layer.state_dict()['batchnorm.num_batches_tracked'] == steps
+    steps = valid.any(0).sum() if norm == 'shared' else valid.sum(1).max()
+    name = 'batchnorm.num_batches_tracked'
+    assert (layer.state_dict()[name] - before[name]).sum() == (steps if training else 0)
+
+
+@pytest.mark.parametrize('gradients', [False, True])
+def test_later_steps_take_the_statistics_of_the_last_one_trained(gradients: bool) -> None:
+    layer = make_layer(norm='step').eval()
+    state, x = layer.state_dict(), make_series(t=7)
+    with torch.set_grad_enabled(gradients):
+        actual = layer(x)
+    for name in ('batchnorm.running_mean', RUNNING_VAR):
+        state[name][5:] = state[name][4]
+    state['batchnorm.num_batches_tracked'][:] = 1
+    expected = Oracle(layer, 'step')(x.numpy(), np.ones((3, 7), bool), training=False)
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=0, atol=1e-12)
+
+
+def test_statistics_that_all_steps_share_load_for_each_step() -> None:
+    old, new, x = make_layer(), make_layer(norm='step'), make_series(t=7)
+    nn.init.normal_(old.state_dict()['batchnorm.running_mean'])
+    new.load_state_dict(old.state_dict())
+    torch.testing.assert_close(new.eval()(x), old.eval()(x), rtol=0, atol=1e-12)
+    new.train()(x[:, :2])
+    state, mean = new.state_dict(), old.state_dict()['batchnorm.running_mean']
+    assert state['batchnorm.running_mean'][2:].eq(mean).all()
+    assert not state['batchnorm.running_mean'][1].allclose(mean)
 
 
 def test_values_by_hand() -> None:
@@ -121,8 +173,9 @@ def test_values_by_hand() -> None:
 
 
 @pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('norm', ['shared', 'step'])
 @pytest.mark.parametrize('places', [(0,), (4,), (2,), (0, 0, 3, 4, 4)])
-def test_empty_slots_change_nothing(places: tuple[int, ...], training: bool) -> None:
+def test_empty_slots_change_nothing(places: tuple[int, ...], training: bool, norm: str) -> None:
     x = make_series()
     kept = [False] * len(places) + [True] * x.shape[1]
     longer, slots = x, [True] * x.shape[1]
@@ -131,7 +184,7 @@ def test_empty_slots_change_nothing(places: tuple[int, ...], training: bool) -> 
         longer = torch.cat([longer[:, :place], gap, longer[:, place:]], 1)
         slots.insert(place, False)
     assert sorted(slots) == kept
-    first, second = make_layer().train(training), make_layer().train(training)
+    first, second = (make_layer(norm=norm).train(training) for _ in range(2))
     expected = first(x)
     actual = second(longer, torch.tensor([slots] * len(x)))
     tolerance = 1e-12 if training else 0  # masked sums round otherwise
@@ -155,11 +208,12 @@ def test_nothing_to_read_gives_the_zero_state(length: int) -> None:
 
 
 @pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('norm', ['shared', 'step'])
 @pytest.mark.parametrize('case', ['gaps', 'nothing'])
-def test_compiled_equals_eager(case: str, training: bool) -> None:
+def test_compiled_equals_eager(case: str, training: bool, norm: str) -> None:
     x, valid = make_series(), torch.tensor(VALID[case]).bool()
     x = x.where(valid[..., None, None, None], torch.nan).requires_grad_()
-    eager, traced = make_layer().train(training), make_layer().train(training)
+    eager, traced = (make_layer(norm=norm).train(training) for _ in range(2))
     compiled = torch.compile(traced, fullgraph=True, backend='aot_eager')
     expected, actual = eager(x, valid), compiled(x, valid)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
@@ -176,3 +230,8 @@ def test_compiled_equals_eager(case: str, training: bool) -> None:
 def test_even_kernel_is_refused() -> None:
     with pytest.raises(ValueError, match=r'kernel_size must be odd .* got 4'):
         ConvLSTM(2, kernel_size=4)
+
+
+def test_unknown_norm_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"norm is 'layer', expected 'shared', 'step' or 'none'"):
+        ConvLSTM(2, norm='layer')  # type: ignore[arg-type]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks.plain import PlainConvLSTM, PlainInception
 from torchgeo_s1s2.models import (
-    ConvLSTMInceptionEncoder,
     ImageSeries,
+    SeriesEncoder,
+    change_name,
     freeze,
     register_encoder,
     registry,
@@ -37,6 +38,10 @@ DECODERS = {
 SPATIAL = ('vgg11', 'resnet18', 'mobilenet_v2', 'tu-resnet18')
 CONTRACT = (*SPATIAL, 'efficientnet-b0', 'mit_b0', 'densenet121')
 NAMES = {spatial: register_encoder(spatial) for spatial in SPATIAL}
+IMPROVED = 'resnet18_convlstm_inception_stepnorm_fullres'
+# One of each kind: recurrent, recurrent and improved, attention of each kind.
+FRONTS = (NAMES['resnet18'], IMPROVED, 'resnet18_attention', 'vgg11_attention_late_fullres', 'utae')
+LATE = 'resnet18_attention_late_fullres'
 # The usual case, an encoder whose loader takes no options, one with several first convolutions.
 LOADERS = ('resnet18', 'densenet121', 'mobileone_s0')
 
@@ -45,10 +50,10 @@ def make_series(b: int = 2, t: int = 3, c: int = 12, size: int = 32) -> Tensor:
     return torch.randn(b, t, c, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def build(name: str, channels: int = 12, **options: Any) -> ConvLSTMInceptionEncoder:
+def build(name: str, channels: int = 12, **options: Any) -> Any:
     torch.manual_seed(0)
     encoder = get_encoder(name, in_channels=channels, **options)
-    assert isinstance(encoder, ConvLSTMInceptionEncoder)
+    assert isinstance(encoder, SeriesEncoder)
     return encoder
 
 
@@ -56,13 +61,16 @@ def buffers(encoder: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in encoder.named_buffers()}
 
 
-def front(encoder: ConvLSTMInceptionEncoder) -> dict[str, Tensor]:
+def front(encoder: SeriesEncoder) -> dict[str, Tensor]:
     return {n: p for n, p in encoder.named_parameters() if not n.startswith('spatial.')}
 
 
-@pytest.mark.parametrize(('decoder', 'spatial'), DECODERS.items())
-def test_decoders_learn_through_the_front(decoder: str, spatial: str) -> None:
-    model = smp.create_model(decoder, NAMES[spatial], None, in_channels=24, classes=5)
+@pytest.mark.parametrize(
+    ('decoder', 'name'),
+    [*((d, NAMES[s]) for d, s in DECODERS.items()), *(('unet', f) for f in FRONTS)],
+)
+def test_decoders_learn_through_the_front(decoder: str, name: str) -> None:
+    model = smp.create_model(decoder, name, None, in_channels=24, classes=5)
     output = model(make_series(t=2))
     assert output.shape == (2, 5, 32, 32)
     output.square().mean().backward()
@@ -71,10 +79,37 @@ def test_decoders_learn_through_the_front(decoder: str, spatial: str) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize('spatial', ['resnet18', 'tu-resnet18'])
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'name', [NAMES['resnet18'], IMPROVED, 'utae', 'resnet18_attention_fullres']
+)
+@pytest.mark.parametrize('decoder', [*DECODERS, 'deeplabv3', 'deeplabv3plus', 'pan'])
+def test_every_decoder_sees_full_resolution_where_the_name_says_so(decoder: str, name: str) -> None:
+    model = smp.create_model(decoder, name, None, in_channels=12, classes=3).eval()
+    features = model.encoder(make_series(b=1, t=2, size=128))
+
+    def logits(finest: Tensor) -> Tensor:
+        output: Tensor = model.segmentation_head(model.decoder([finest, *features[1:]]))
+        return output
+
+    plain = logits(0 * features[0])
+    assert plain.shape == (1, 3, 128, 128)
+    single = torch.zeros_like(features[0])
+    single[..., 65, 64] = 10
+    changed = (logits(single) - plain).abs().sum((0, 1)).nonzero()
+    if name == NAMES['resnet18']:
+        assert not len(changed)
+    else:  # some pixels around the one that differs, and nothing else
+        assert 1 <= len(changed) <= 25
+        assert (changed - torch.tensor([65, 64])).abs().max() <= 2
+
+
+@pytest.mark.parametrize(
+    'name', [NAMES['resnet18'], NAMES['tu-resnet18'], 'resnet18_attention', 'utae']
+)
 @pytest.mark.parametrize('decoder', ['deeplabv3plus', 'pan'])
-def test_dilated_decoders(decoder: str, spatial: str) -> None:
-    model = smp.create_model(decoder, NAMES[spatial], None, in_channels=24, classes=5).eval()
+def test_dilated_decoders(decoder: str, name: str) -> None:
+    model = smp.create_model(decoder, name, None, in_channels=24, classes=5).eval()
     x = make_series(b=1, t=1, size=128)  # the smallest that PAN's pyramid takes
     assert model(x).shape == (1, 5, 128, 128)
     assert model.encoder(x)[-1].shape[-1] == 128 // 16
@@ -109,20 +144,25 @@ def test_sizes_that_are_not_a_multiple_of_32() -> None:
     assert [f.shape[-1] for f in features] == [45, 23, 12, 6, 3, 2]
 
 
-def test_flat_and_five_dimensional_series_are_the_same() -> None:
-    encoder, x = build(NAMES['resnet18'], 36).eval(), make_series()
+@pytest.mark.parametrize('name', FRONTS)
+def test_flat_and_five_dimensional_series_are_the_same(name: str) -> None:
+    encoder, x = build(name, 36).eval(), make_series()
     for mine, other in zip(encoder(x), encoder(x.flatten(1, 2)), strict=True):
         assert mine.equal(other)
 
 
-@pytest.mark.parametrize('spatial', CONTRACT)
+@pytest.mark.parametrize('front', ['convlstm', 'attention'])
+@pytest.mark.parametrize('spatial', [*CONTRACT, 'utae'])
 @pytest.mark.parametrize('depth', [3, 5])
 @torch.no_grad()
-def test_contract_of_encoders(spatial: str, depth: int) -> None:
+def test_contract_of_encoders(spatial: str, depth: int, front: str) -> None:
     """What smp's own tests ask of an encoder, for names that need not be listed."""
-    name = backbone_name(spatial, {'s2': 3, 's1': 2}, hidden_channels=8, tower_channels=4)
+    options: Any = {'hidden_channels': 8, 'tower_channels': 4}
+    if front == 'attention' or spatial == 'utae':
+        options = {'front': 'attention', 'late': True, 'full_resolution': depth == 3}
+    name = backbone_name(spatial, {'s2': 3, 's1': 2}, **options)
     encoder = build(name, 10, depth=depth).eval()
-    assert encoder.convlstm['s1'].hidden_channels == 8
+    assert 'late' in options or encoder.convlstm['s1'].hidden_channels == 8
     assert encoder._is_torch_exportable
     assert encoder._is_torch_compilable
     assert not encoder._is_torch_scriptable
@@ -134,8 +174,8 @@ def test_contract_of_encoders(spatial: str, depth: int) -> None:
         assert scales[-1] == encoder.output_stride == 2**depth
 
 
-def test_hub_round_trip(tmp_path: Path) -> None:
-    name = backbone_name('resnet18', hidden_channels=4, tower_channels=4)
+@pytest.mark.parametrize('name', ['resnet18_convlstm_inception_h4_t4', IMPROVED, 'utae'])
+def test_hub_round_trip(tmp_path: Path, name: str) -> None:
     model = smp.Unet(name, encoder_weights=None, in_channels=12).eval()
     model.save_pretrained(tmp_path)
     again = smp.from_pretrained(tmp_path).eval()
@@ -193,15 +233,16 @@ def test_equals_the_plain_encoder(
         torch.testing.assert_close(dict(encoder.named_buffers())[name], buffer)
 
 
+@pytest.mark.parametrize('name', FRONTS)
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('places', [(0,), (3,), (1, 1), (0, 2, 3)])
-def test_empty_slots_change_nothing(places: tuple[int, ...], training: bool) -> None:
+def test_empty_slots_change_nothing(name: str, places: tuple[int, ...], training: bool) -> None:
     x = make_series()
     longer = x
     for place in sorted(places, reverse=True):
         gap = torch.zeros_like(x[:, :1])
         longer = torch.cat([longer[:, :place], gap, longer[:, place:]], 1)
-    first, second = build(NAMES['resnet18']), build(NAMES['resnet18'])
+    first, second = build(name), build(name)
     expected = first.train(training)(x)
     actual = second.train(training)(longer)
     tolerance = 1e-5 if training else 0  # as rounding
@@ -209,9 +250,10 @@ def test_empty_slots_change_nothing(places: tuple[int, ...], training: bool) -> 
     torch.testing.assert_close(buffers(second), buffers(first), rtol=tolerance, atol=tolerance)
 
 
-def test_sensors_may_have_different_gaps() -> None:
+@pytest.mark.parametrize('name', [NAMES['resnet18'], IMPROVED, LATE, 'utae_late'])
+def test_sensors_may_have_different_gaps(name: str) -> None:
     """A slot that only S2 saw, one that only S1 saw: as if each had its own shorter series."""
-    encoder = build(NAMES['resnet18']).eval()
+    encoder = build(name).eval()
     x = make_series(b=1, t=4)
     x[:, 0, 10:] = 0
     x[:, 1, :10] = 0
@@ -222,10 +264,11 @@ def test_sensors_may_have_different_gaps() -> None:
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize('name', FRONTS)
 @torch.no_grad()
-def test_what_is_said_of_slots_counts_before_zeros() -> None:
+def test_what_is_said_of_slots_counts_before_zeros(name: str) -> None:
     """Slots that hold noise though nothing was seen, and zeros that were."""
-    model = smp.FPN(NAMES['resnet18'], encoder_weights=None, in_channels=12).eval()
+    model = smp.FPN(name, encoder_weights=None, in_channels=12).eval()
     x, valid = make_series(t=4), torch.ones(2, 4, 2, dtype=torch.bool)
     valid[0, 1, 0] = valid[1, 0] = valid[:, 3] = False
     empty = x.where(valid.repeat_interleave(torch.tensor([10, 2]), 2)[..., None, None], 0)
@@ -240,9 +283,10 @@ def test_what_is_said_of_slots_counts_before_zeros() -> None:
     torch.testing.assert_close(compiled(ImageSeries(x, valid)), model(empty), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('name', ['resnet18_convlstm_inception_doy', 'utae_doy', 'utae_late_doy'])
 @torch.no_grad()
-def test_the_day_of_the_year_does_not_make_a_slot_seen() -> None:
-    encoder = build('resnet18_convlstm_inception_doy', 16).eval()
+def test_the_day_of_the_year_does_not_make_a_slot_seen(name: str) -> None:
+    encoder = build(name, 16).eval()
     x = make_series(t=3, c=16)
     x[:, 1, :10] = 0
     x[:, 1, 12:14] = 0  # the planes of both sensors stay
@@ -258,8 +302,9 @@ def test_validity_that_does_not_fit_is_refused(valid: Tensor) -> None:
         build(NAMES['resnet18'])(make_series(), valid)
 
 
-def test_samples_of_a_batch_do_not_mix() -> None:
-    encoder = build(NAMES['resnet18']).eval()
+@pytest.mark.parametrize('name', FRONTS)
+def test_samples_of_a_batch_do_not_mix(name: str) -> None:
+    encoder = build(name).eval()
     x = make_series(b=3)
     x[0, 0] = 0
     x[1, 1, :10] = 0
@@ -270,42 +315,49 @@ def test_samples_of_a_batch_do_not_mix() -> None:
             torch.testing.assert_close(feature[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('name', [NAMES['resnet18'], IMPROVED, LATE])
 @pytest.mark.parametrize('absent', [slice(0, 10), slice(10, 12), slice(0, 12)])
-def test_a_sensor_that_saw_nothing_gives_finite_features(absent: slice) -> None:
-    encoder = build(NAMES['resnet18']).train()
-    before = buffers(encoder.convlstm)
+def test_a_sensor_that_saw_nothing_gives_finite_features(absent: slice, name: str) -> None:
+    encoder = build(name).train()
+    part = encoder.spatial if name == LATE else encoder.convlstm
+    before = buffers(part)
     x = make_series()
     x[:, :, absent] = 0
     features = encoder(x)
-    features[-1].square().sum().backward()
+    sum(f.square().sum() for f in features).backward()
     assert all(f.isfinite().all() for f in features)
-    assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
+    unused = {n for n, p in encoder.named_parameters() if p.grad is None}
+    assert not unused  # every process has the same graph
+    assert all(p.grad.isfinite().all() for p in encoder.parameters())
     for sensor, channels in (('s2', range(10)), ('s1', range(10, 12))):
-        mean = f'{sensor}.batchnorm.running_mean'
+        mean = f'{sensor}.{"bn1" if name == LATE else "batchnorm"}.running_mean'
         unseen = absent.start <= channels[0] and channels[-1] < absent.stop
-        assert buffers(encoder.convlstm)[mean].equal(before[mean]) == unseen
+        assert buffers(part)[mean].equal(before[mean]) == unseen
 
 
-def test_gaps_under_autocast() -> None:
-    encoder = build(NAMES['resnet18']).train()
+@pytest.mark.parametrize('name', FRONTS)
+def test_gaps_under_autocast(name: str) -> None:
+    encoder = build(name).train()
     x = make_series()
     x[0, 0] = 0
     x[1, 1, 10:] = 0
     with torch.autocast('cpu', torch.bfloat16):
         features = encoder(x)
     assert all(f.isfinite().all() for f in features)
-    expected = build(NAMES['resnet18']).train()(x)[0]
+    expected = build(name).train()(x)[0]
     assert (features[0] - expected).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize('name', [NAMES['resnet18'], NAMES['tu-resnet18'], 'resnet18'])
+@pytest.mark.parametrize(
+    'name', [NAMES['resnet18'], NAMES['tu-resnet18'], 'resnet18', 'resnet18_attention', LATE]
+)
 def test_freezing_keeps_weights_and_statistics_of_the_spatial_encoder(name: str) -> None:
     model = smp.FPN(name, encoder_weights=None, in_channels=12)
     frozen = 'encoder.' if series_encoder(model) is None else 'encoder.spatial.'
     freeze(spatial_encoder(model))
     model = copy.deepcopy(model).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    x = make_series(t=1) if frozen.endswith('spatial.') else make_series(t=1)[:, 0]
+    x = make_series(t=2) if frozen.endswith('spatial.') else make_series(t=1)[:, 0]
     model(x).square().sum().backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     changed = {k for k, v in model.state_dict().items() if not v.equal(before[k])}
@@ -367,6 +419,25 @@ def test_weights_of_a_model_and_of_an_encoder_fit(tmp_path: Path) -> None:
     assert all(value.equal(expected[name]) for name, value in encoder.state_dict().items())
 
 
+@pytest.mark.parametrize('late', [False, True])
+def test_weights_of_torchgeo_are_taken_band_by_band(late: bool) -> None:
+    """Of Sentinel-2 (B1, ..., B8, B8A, B9, ..., B12) and of Sentinel-1, one after the other."""
+    encoder = build(backbone_name('resnet18', front='attention', late=late))
+    s2, s1 = (get_encoder('resnet18', in_channels=n).state_dict() for n in (13, 2))
+    for weights in (s2, s1):
+        encoder.load_state_dict(weights)
+        spatial = encoder.spatial
+        own = spatial['s2' if weights is s2 else 's1'] if late else spatial['series']
+        assert own.state_dict()['layer4.1.conv2.weight'].equal(weights['layer4.1.conv2.weight'])
+        kernel = own.state_dict()['conv1.weight']
+        if weights is s2:
+            for band, place in zip((0, 1, 7, 8, 9), (1, 2, 8, 11, 12), strict=True):
+                assert kernel[:, band].equal(weights['conv1.weight'][:, place])
+            assert late or kernel[:, 10:].eq(0).all()
+        else:
+            assert kernel[:, -2:].equal(weights['conv1.weight'])
+
+
 def test_weights_of_another_spatial_encoder_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r'(?s)Unexpected key.* "layer1\.2\.conv1\.weight"'):
         build(NAMES['resnet18']).load_state_dict(get_encoder('resnet34').state_dict())
@@ -397,11 +468,23 @@ def test_torchgeo_knows_the_names() -> None:
 def test_few_names_are_listed_and_all_are_known() -> None:
     listed = [name for name in torchgeo.models.list_models() if '_convlstm' in name]
     assert {'vgg16_convlstm_inception', 'resnet18_convlstm_s1'} <= set(listed)
-    assert len(registry.LISTED) * 5 <= 40
+    listed = [n for n in torchgeo.models.list_models() if registry.parse_name(n)]
+    assert {IMPROVED, 'resnet18_attention_fullres', 'utae', 'utae_late'} <= set(listed)
+    assert len(listed) <= 60  # with those that other tests list
     for spatial in spatial_encoders():
         for end in ('_inception', '_inception_doy', '', '_s1', '_s2', '_inception_h64_t16'):
             assert f'{spatial}_convlstm{end}' in smp.encoders.encoders
-    for wrong in ('resnet19_convlstm', 'resnet18_convlstm_h32', 'resnet18_convlstm_doy_inception'):
+        for end in ('', '_late', '_s2_fullres', '_fullres_doy'):
+            assert f'{spatial}_attention{end}' in smp.encoders.encoders
+    for wrong in (
+        'resnet19_convlstm',
+        'resnet18_convlstm_h32',
+        'resnet18_convlstm_doy_inception',
+        'resnet18_convlstm_late',
+        'resnet18_attention_inception',
+        'utae_fullres',
+        'utae_convlstm',
+    ):
         assert wrong not in smp.encoders.encoders
         with pytest.raises(KeyError, match=wrong):
             get_encoder(wrong)
@@ -422,6 +505,20 @@ def test_names_say_what_was_chosen() -> None:
     name = register_encoder('resnet18', sensors, day_of_year=True)
     assert name == 'resnet18_convlstm_inception_s2x4_s1_doy'
     assert build(name, 10).sensors == {'s2': 6, 's1': 4}
+
+
+def test_options_change_a_name() -> None:
+    name = change_name('resnet18_convlstm_inception_s1', norm='none', hidden_channels=8)
+    assert name == 'resnet18_convlstm_inception_s1_h8_nonorm'
+    assert change_name(name, norm='step', full_resolution=True, hidden_channels=32) == (
+        'resnet18_convlstm_inception_s1_stepnorm_fullres'
+    )
+    assert change_name('utae', late=True, day_of_year=True) == 'utae_late_doy'
+    for wrong, options in (('resnet18', {}), ('utae', {'layers': 3})):
+        with pytest.raises(ValueError, match='expected a backbone that reads series'):
+            change_name(wrong, **options)
+    with pytest.raises(ValueError, match='cannot be read back'):
+        change_name('resnet18_convlstm', late=True)
 
 
 @pytest.mark.parametrize('name', ['resnet19', 'tu-resnet19', 'vgg16_convlstm', 'timm-skresnet18'])

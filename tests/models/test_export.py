@@ -51,18 +51,22 @@ def learn(
     return [{'output': output.detach()}, gradients(model), dict(model.named_buffers())]
 
 
-@pytest.fixture(scope='module')
-def model() -> nn.Module:
-    return build().eval()
+IMPROVED = 'resnet18_convlstm_inception_stepnorm_fullres'
 
 
-@pytest.fixture(scope='module')
-def small() -> nn.Module:
+@pytest.fixture(scope='module', params=['vgg16_convlstm_inception', 'utae_late'])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return build(request.param).eval()
+
+
+@pytest.fixture(
+    scope='module', params=['resnet18_convlstm_inception', IMPROVED, 'resnet18_attention', 'utae']
+)
+def small(request: pytest.FixtureRequest) -> nn.Module:
     """Of a stride of 8 pixels."""
     torch.manual_seed(0)
     options: dict[str, Any] = {'encoder_depth': 3, 'decoder_channels': (32, 16, 8)}
-    backbone = 'resnet18_convlstm_inception'
-    return smp.Unet(backbone, encoder_weights=None, in_channels=12, **options).eval()
+    return smp.Unet(request.param, encoder_weights=None, in_channels=12, **options).eval()
 
 
 @pytest.fixture(scope='module')
@@ -85,9 +89,10 @@ def test_compiled_without_graph_breaks_in_evaluation(model: nn.Module) -> None:
         torch.testing.assert_close(compiled(image), model(image), rtol=0, atol=1e-5)
 
 
-def test_compiled_without_graph_breaks_in_training() -> None:
+@pytest.mark.parametrize('name', ['vgg16_convlstm_inception', IMPROVED, 'utae'])
+def test_compiled_without_graph_breaks_in_training(name: str) -> None:
     image = make_image(h=64).double()
-    eager, traced = build().double().train(), build().double().train()
+    eager, traced = (build(name).double().train() for _ in range(2))
     compiled = torch.compile(traced, fullgraph=True, backend='eager')
     expected, actual = learn(eager, eager, image), learn(traced, compiled, image)
     assert len(expected[1]) == len(dict(eager.named_parameters()))
@@ -195,8 +200,9 @@ def test_autocast_to_bfloat16_in_evaluation(model: nn.Module) -> None:
     assert (output - expected).std() < 0.03 * expected.std()
 
 
-def test_autocast_to_bfloat16_in_training() -> None:
-    model = build('resnet18_convlstm_inception').train()
+@pytest.mark.parametrize('name', ['resnet18_convlstm_inception', IMPROVED, 'utae_late'])
+def test_autocast_to_bfloat16_in_training(name: str) -> None:
+    model = build(name).train()
     with torch.autocast('cpu', torch.bfloat16):
         output = model(make_image(h=64))
         output.square().mean().backward()

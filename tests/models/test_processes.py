@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ VALID = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1], [0, 0, 1, 1]]).b
 
 def make_layer(synchronised: bool) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    layer: nn.Module = ConvLSTM(2, 3, recompute_gates=synchronised).double()
+    norm: Any = 'step' if synchronised else 'shared'
+    layer: nn.Module = ConvLSTM(2, 3, recompute_gates=synchronised, norm=norm).double()
     if synchronised:  # as Lightning does for sync_batchnorm: true
         layer = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
     return layer, torch.randn(4, 4, 2, 5, 6).double()

@@ -63,7 +63,7 @@ def test_the_same_number_of_classes_loads_the_head_too(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize('kind', ['model', 'backbone'])
-@pytest.mark.parametrize('ours', ['resnet18', 'resnet18_convlstm_inception'])
+@pytest.mark.parametrize('ours', ['resnet18', 'resnet18_convlstm_inception', 'resnet18_attention'])
 def test_backbone_checkpoints_of_torchgeo_are_loaded(tmp_path: Path, kind: str, ours: str) -> None:
     """As its classification and its self-supervised tasks write them."""
     resnet = torchvision.models.resnet18()
@@ -75,10 +75,28 @@ def test_backbone_checkpoints_of_torchgeo_are_loaded(tmp_path: Path, kind: str, 
     torch.save(checkpoint, tmp_path / 'backbone.ckpt')
     with pytest.warns(UserWarning, match='fc.weight'):
         task = task_of(3, backbone=ours, in_channels=12, weights=str(tmp_path / 'backbone.ckpt'))
-    spatial = task.model.encoder.spatial if 'convlstm' in ours else task.model.encoder
+    spatial = task.model.encoder
+    if ours != 'resnet18':
+        spatial = spatial.spatial if 'convlstm' in ours else spatial.spatial.series
     assert spatial.layer3[1].conv2.weight.equal(resnet.layer3[1].conv2.weight)
     # The first convolution reads RGB there, and another number of channels here.
     assert spatial.conv1.weight.shape[1] != 3
+
+
+def test_the_paper_s_checkpoint_serves_the_improved_model(tmp_path: Path) -> None:
+    source = task_of(3)
+    mean = source.model.encoder.convlstm.s1.batchnorm.running_mean.normal_()
+    path, options = checkpoint_of(source, tmp_path / 'old.ckpt'), {'norm': 'step'}
+    assert equal_parts(source, task_of(3, weights=path, backbone_kwargs=None)) == {
+        'encoder',
+        'decoder',
+        'segmentation_head',
+    }
+    target = task_of(3, weights=path, backbone_kwargs=options)
+    assert target.hparams['backbone'] == 'resnet18_convlstm_inception_stepnorm'
+    assert target.model.encoder.convlstm.s1.batchnorm.running_mean.eq(mean).all()
+    x = torch.randn(1, 2, 12, 32, 32)
+    torch.testing.assert_close(target.eval()(x), source.eval()(x), rtol=0, atol=1e-5)
 
 
 def test_weight_enums_and_their_names_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

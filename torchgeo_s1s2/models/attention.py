@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -106,20 +107,14 @@ def weigh(features: Tensor, weights: Tensor) -> Tensor:
 
 
 class DateEncoder(nn.Module):
-    """U-TAE's encoder of a single date: 64, 64, 64 and 128 channels, the first at full resolution.
+    """U-TAE's encoder of a single date, padded with zeros: the first features at full resolution.
 
     Garnot and Landrieu, "Panoptic Segmentation of Satellite Image Time Series with Convolutional
-    Temporal Attention Networks", ICCV 2021, https://doi.org/10.1109/ICCV48922.2021.00483, padded
-    with zeros.
+    Temporal Attention Networks", ICCV 2021, https://doi.org/10.1109/ICCV48922.2021.00483.
     """
 
     def __init__(self, in_channels: int, depth: int) -> None:
-        """Initialize a new DateEncoder instance.
-
-        Args:
-            in_channels: Number of bands.
-            depth: Number of times that the image is halved, at most 3.
-        """
+        """Build it for a number of bands, to halve the image *depth* times, at most 3."""
         super().__init__()
         self.out_channels = list(WIDTHS[: depth + 1])
         self.stages = nn.ModuleList([_stem(in_channels, WIDTHS[0])])
@@ -194,10 +189,9 @@ class AttentionEncoder(SeriesEncoder):
 
         Args:
             spatial_encoder: Name of the smp (or 'tu-' timm) encoder, or 'utae'.
-            sensors: Number of bands of each sensor, in the order of the image's channels.
+            sensors: As in :class:`SeriesEncoder`.
             late: Whether each sensor has an encoder and attention of its own.
-            day_of_year: Whether two channels with the day of the year follow the bands of each
-                sensor. They are the positions of the dates, and not read as bands.
+            day_of_year: As in :class:`SeriesEncoder`; positions of the dates, not read as bands.
             full_resolution: Whether the head sees features at full resolution: the first ones of
                 the spatial encoder, or of two convolutions if those are the bands themselves.
                 Always so for 'utae'.
@@ -278,13 +272,9 @@ class AttentionEncoder(SeriesEncoder):
     ) -> list[Tensor]:
         """Features of one group of sensors, without the dates."""
         members = self.groups[group]
-        images = torch.cat(
-            [
-                series[n][:, :, : self._bands(n)].where(seen[n][..., None, None, None], 0)
-                for n in members
-            ],
-            dim=2,
-        )
+        bands = [series[n][:, :, : self._bands(n)] for n in members]
+        masks = [seen[n][..., None, None, None] for n in members]
+        images = torch.cat([x.where(m, 0) for x, m in zip(bands, masks, strict=True)], dim=2)
         valid = torch.stack([seen[n] for n in members], -1).any(-1)
         positions = self._positions(members, series, seen, days)
         if not self._is_dense(group) and not valid.all():
@@ -311,8 +301,8 @@ class AttentionEncoder(SeriesEncoder):
             known = days[..., None].expand_as(valid) if days.ndim == 2 else days[..., columns]
         elif self.planes:
             planes = torch.stack([series[n][:, :, -2:, 0, 0] for n in members], -1).float()
-            angles = torch.atan2(planes[:, :, 0], planes[:, :, 1]) % (2 * math.pi)
-            known = angles * (365.25 / (2 * math.pi))
+            days = torch.atan2(planes[:, :, 0], planes[:, :, 1]) * (365.25 / (2 * math.pi))
+            known = (days - 0.875) % 365.25 + 0.875  # 1..366, which is 0.75 in the next year
         else:
             return (valid.any(-1).cumsum(1) - 1).float()
         return known.gather(-1, valid.int().argmax(-1, keepdim=True))[..., 0].float()
@@ -324,9 +314,11 @@ class AttentionEncoder(SeriesEncoder):
         index = seen.flatten().nonzero()[:, 0]
         if len(index) == len(images):
             return self._encode_parts(group, images)
-        if len(index) == 0:  # takes part in the graph, and in no statistics
-            with _buffers_kept(self.spatial[group]):
-                return [0 * level for level in self._encode_parts(group, images)]
+        if len(index) == 0:  # in no statistics, but in the graph, which is that of other batches
+            with torch.no_grad(), _buffers_kept(self.spatial[group]):
+                levels = self._encode_parts(group, images)
+            parts = [*self.spatial[group].parameters(), *self.stem.parameters()]
+            return [0 * level + 0 * sum(p.sum() for p in parts) for level in levels]
         return [
             level.new_zeros(len(images), *level.shape[1:]).index_copy(0, index, level)
             for level in self._encode_parts(group, images[index])
@@ -339,16 +331,11 @@ class AttentionEncoder(SeriesEncoder):
         at_once = len(images)
         if (recompute or not learning) and not _has_batch_statistics(spatial):
             at_once = max(1, PIXELS // (images.shape[-2] * images.shape[-1]))
-        options: Any = {
-            'use_reentrant': False,
-            'context_fn': lambda: (nullcontext(), _buffers_kept(spatial)),
-        }
-        parts = [
-            checkpoint(self._levels, group, part, **options)
-            if recompute
-            else self._levels(group, part)
-            for part in images.split(at_once)
-        ]
+        call: Any = self._levels
+        if recompute:
+            contexts = partial(_contexts, spatial)
+            call = partial(checkpoint, call, use_reentrant=False, context_fn=contexts)
+        parts = [call(group, part) for part in images.split(at_once)]
         return [torch.cat(level) for level in zip(*parts, strict=True)]
 
     def _is_dense(self, group: str) -> bool:
@@ -364,6 +351,10 @@ class AttentionEncoder(SeriesEncoder):
 def _has_batch_statistics(module: nn.Module) -> bool:
     kind = nn.modules.batchnorm._BatchNorm
     return any(isinstance(part, kind) and part.training for part in module.modules())
+
+
+def _contexts(module: nn.Module) -> tuple[Any, Any]:
+    return nullcontext(), _buffers_kept(module)
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class ConvLSTM(nn.Module):
             kernel_size,
             padding=kernel_size // 2,
         )
-        self.batchnorm: nn.Module = nn.Identity()
+        self.batchnorm: Any = nn.Identity()
         if norm != 'none':
             self.batchnorm = MaskedBatchNorm2d(hidden_channels, STEPS if norm == 'step' else 0)
         self.register_load_state_dict_pre_hook(_spread_statistics)

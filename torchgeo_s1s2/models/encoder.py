@@ -108,7 +108,7 @@ class SeriesEncoder(nn.Module):
     @property
     def output_stride(self) -> int:
         """Stride of the last feature map."""
-        raise NotImplementedError
+        return int(self.spatial.output_stride)
 
     def set_recompute_gates(self, recompute_gates: bool = True) -> None:
         """Choose whether the backward pass computes again what is large: less memory, more time.
@@ -277,10 +277,9 @@ class ConvLSTMInceptionEncoder(SeriesEncoder):
 
         Args:
             spatial_encoder: Name of the smp (or 'tu-' timm) encoder.
-            sensors: Number of bands of each sensor, in the order of the image's channels.
+            sensors: As in :class:`SeriesEncoder`.
             inception: Whether the features of the first date are added.
-            day_of_year: Whether two channels with the day of the year follow the bands of each
-                sensor. They do not tell whether a slot was seen.
+            day_of_year: As in :class:`SeriesEncoder`.
             hidden_channels: Number of channels of the states of each recurrent layer.
             tower_channels: Number of channels of each tower of the Inception module.
             depth: Number of stages of the spatial encoder.
@@ -311,11 +310,6 @@ class ConvLSTMInceptionEncoder(SeriesEncoder):
         """Number of channels of each feature map."""
         channels = list(self.spatial.out_channels)
         return [self.front_channels, *channels[1:]] if self.full_resolution else channels
-
-    @property
-    def output_stride(self) -> int:
-        """Stride of the last feature map."""
-        return int(self.spatial.output_stride)
 
     def set_recompute_gates(self, recompute_gates: bool = True) -> None:
         """Choose whether the recurrent layers compute their gates again in the backward pass.

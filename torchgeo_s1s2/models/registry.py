@@ -195,13 +195,7 @@ def _knows(spatial_encoder: str) -> bool:
 
 
 def register_encoder(
-    spatial_encoder: str,
-    sensors: Mapping[str, int] = SENSORS,
-    inception: bool = True,
-    day_of_year: bool = False,
-    hidden_channels: int = 32,
-    tower_channels: int = 32,
-    **options: Any,
+    spatial_encoder: str, sensors: Mapping[str, int] = SENSORS, *args: Any, **options: Any
 ) -> str:
     """Check options, list the backbone in smp and TorchGeo, and return its name.
 
@@ -218,11 +212,8 @@ def register_encoder(
         spatial_encoder: Name of an encoder of smp, 'utae', or 'tu-' and the name of a timm model;
             the latter two have no pretrained weights here.
         sensors: Number of bands of each sensor, in the order of the image's channels.
-        inception: Whether the features of the first date are added.
-        day_of_year: Whether the day of the year follows the bands of each sensor.
-        hidden_channels: Number of channels of the states of each recurrent layer.
-        tower_channels: Number of channels of each tower of the Inception module.
-        **options: Others of :class:`Backbone`: ``front``, ``late``, ``norm``, ``full_resolution``.
+        *args: The other attributes of :class:`Backbone`, in their order or by name.
+        **options: By name.
 
     Returns:
         The name, for ``encoder_name`` in smp and ``backbone`` in TorchGeo.
@@ -238,8 +229,7 @@ def register_encoder(
         )
     if not sensors or min(sensors.values()) < 1:
         raise ValueError(f'sensors is {dict(sensors)}, expected at least one with its band count')
-    sizes = hidden_channels, tower_channels
-    name = backbone_name(spatial_encoder, sensors, inception, day_of_year, *sizes, **options)
+    name = backbone_name(spatial_encoder, sensors, *args, **options)
     if parse_name(name) is None:
         raise ValueError(
             f"the name '{name}' cannot be read back: sensors {list(sensors)} must not hold '_' nor "
