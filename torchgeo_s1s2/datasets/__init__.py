@@ -5,6 +5,7 @@ from torchgeo_s1s2.datasets.classes import NO_LABEL, SCHEMES, ClassScheme, LandC
 from torchgeo_s1s2.datasets.download import DownloadPlan, SeasonDownload
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE, MultiSenNA
+from torchgeo_s1s2.datasets.region import write_series
 from torchgeo_s1s2.datasets.sensors import SENSOR_BANDS
 from torchgeo_s1s2.datasets.series import SeriesDataset
 from torchgeo_s1s2.datasets.sources import Copy, Download, Source, Synthetic, copy_series
@@ -46,4 +47,5 @@ __all__ = (
     'copy_series',
     'series_report',
     'write_label_files',
+    'write_series',
 )
