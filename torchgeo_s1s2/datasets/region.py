@@ -46,7 +46,7 @@ CHUNK = 2048
 _PASS = pd.Timedelta(minutes=30)  # an orbit takes 98 minutes
 # openEO says t and bands, xarray's to_array says variable, older Earth Engine backends X and Y.
 _DIMENSIONS = {'t': 'time', 'X': 'x', 'Y': 'y', 'bands': 'band', 'variable': 'band'}
-_ORBITS = {'asc': 'ASC', 'ascending': 'ASC', 'desc': 'DESC', 'descending': 'DESC'}
+ORBITS = {'asc': 'ASC', 'ascending': 'ASC', 'desc': 'DESC', 'descending': 'DESC'}
 _WARP = (
     'in degrees; warp them to metres, for instance with '
     'data.rio.reproject(data.rio.estimate_utm_crs(), resolution=10), or ask for a UTM zone'
@@ -179,7 +179,7 @@ def write_patch(
         if (there := read_grid(path)) != grid:
             raise DataError(f'{path} lies at {there}, not at {grid}; choose another tile or root')
     paths = {
-        root / sensor / _name(patch, *key): job
+        root / sensor / file_name(patch, *key): job
         for sensor, own in jobs.items()
         for key, job in own.items()
     }
@@ -212,7 +212,7 @@ def group(
     return groups
 
 
-def _name(patch: str, time: pd.Timestamp, kind: str) -> str:
+def file_name(patch: str, time: pd.Timestamp, kind: str) -> str:
     """File name of an image, without the time of day where it is midnight and so not known."""
     style = '%Y%m%d' if time == time.normalize() else '%Y%m%dT%H%M%S'
     return image_name(patch, time.strftime(style), kind)
@@ -298,7 +298,7 @@ class _Cube:
         """What writes each image."""
         where = [(kind, t) for kind in self.bands for t in range(len(self.times))]
         kinds = [
-            kind if kind != 'S1' else f'S1_{_ORBITS.get(self.orbits[t], "")}'.rstrip('_')
+            kind if kind != 'S1' else f'S1_{ORBITS.get(self.orbits[t], "")}'.rstrip('_')
             for kind, t in where
         ]
         groups = group([self.times[t] for _, t in where], kinds, merge)
@@ -483,8 +483,8 @@ def _bands(dataset: Any, sensor: Sensor) -> dict[str, dict[str, Any]]:
     bands: dict[str, dict[str, Any]] = {}
     for name, variable in dataset.data_vars.items():
         words = re.split(r'[^a-z0-9]+', str(name).lower())
-        orbit = next((_ORBITS[word] for word in words if word in _ORBITS), '')
-        band = sensor.band('_'.join(word for word in words if word not in _ORBITS))
+        orbit = next((ORBITS[word] for word in words if word in ORBITS), '')
+        band = sensor.band('_'.join(word for word in words if word not in ORBITS))
         if band and {'time', 'y', 'x'} <= {*variable.dims}:
             own = bands.setdefault(f'{sensor.name.upper()}_{orbit}'.rstrip('_'), {})
             if band in own:
