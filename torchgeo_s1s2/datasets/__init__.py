@@ -9,6 +9,7 @@ from torchgeo_s1s2.datasets.region import write_series
 from torchgeo_s1s2.datasets.sensors import SENSOR_BANDS
 from torchgeo_s1s2.datasets.series import SeriesDataset
 from torchgeo_s1s2.datasets.sources import Copy, Download, Source, Synthetic, copy_series
+from torchgeo_s1s2.datasets.stac import SentinelRegion, StacCollection
 from torchgeo_s1s2.datasets.time_series import (
     AllDates,
     DateRule,
@@ -40,9 +41,11 @@ __all__ = (
     'NoSeriesError',
     'RandomDates',
     'SeasonDownload',
+    'SentinelRegion',
     'SeriesDataset',
     'SeriesReport',
     'Source',
+    'StacCollection',
     'Synthetic',
     'copy_series',
     'series_report',

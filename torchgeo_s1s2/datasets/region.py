@@ -6,7 +6,8 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -369,6 +370,15 @@ def optional(module: str) -> Any:
         ) from error
 
 
+@contextmanager
+def threads() -> Iterator[dict[str, Any]]:
+    """How dask shall compute: in threads that have all ended afterwards, even after an error."""
+    count = optional('dask').config.get('num_workers', None) or os.cpu_count()
+    # rasterio ignores warnings in its threads, which may leave all of them ignored.
+    with warnings.catch_warnings(), ThreadPoolExecutor(count) as pool:
+        yield {'scheduler': 'threads', 'pool': pool}
+
+
 def lazily(function: Callable[..., NDArray[Any]], *arrays: Any, **kwargs: Any) -> Any:
     """The dask array of a function of the blocks of arrays (H, W), however these are cut."""
     pairs = [part for array in arrays for part in (array, 'yx')]
@@ -433,10 +443,8 @@ def write_bands(path: Path, grid: Grid, bands: Mapping[str, Any], nodata: float)
     with whole(path) as temporary, rasterio.open(temporary, 'w', **profile) as dst:
         dst.descriptions = tuple(bands)
         targets = [_Band(dst, number, nodata) for number in range(1, len(bands) + 1)]
-        # Only threads share an open file.
-        optional('dask.array').store(
-            [*bands.values()], targets, lock=threading.Lock(), scheduler='threads'
-        )
+        with threads() as how:  # only threads share an open file
+            optional('dask.array').store([*bands.values()], targets, lock=threading.Lock(), **how)
     seen = any(target.seen for target in targets)
     if not seen:
         path.unlink()

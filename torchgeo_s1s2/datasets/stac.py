@@ -33,6 +33,7 @@ from torchgeo_s1s2.datasets.region import (
     group,
     lazily,
     optional,
+    threads,
     write_bands,
     write_patch,
 )
@@ -43,8 +44,8 @@ from torchgeo_s1s2.errors import DataError, DownloadError, S1S2Warning
 from torchgeo_s1s2.files import whole
 
 T = TypeVar('T')
-WAITS = (1.0, 4.0)
-"""Seconds before an image is read again."""
+WAITS = (1.0, 2.0, 4.0)
+"""Seconds before an image is read again; GDAL forgets what it had of a file after the first."""
 # GDAL itself repeats a request after these answers.
 HTTP = {
     'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR',
@@ -52,6 +53,7 @@ HTTP = {
     'GDAL_HTTP_RETRY_DELAY': 1,
     'GDAL_HTTP_RETRY_CODES': '429,500,502,503,504',
 }
+FRESH = {'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'}
 _EDGE = 20  # metres: where Sentinel-2's pixels of both 10 and 20 m begin
 
 
@@ -260,8 +262,11 @@ class SentinelRegion(Source):
                     items[item.id] = item, _assets(item, sensor, collection)
             except DataError as error:
                 notes.append(str(error))
+        told = f'{len(notes)} items are left out: {"; ".join(notes[:5])}'
+        if not items:
+            raise DataError(f'no item of {collection.collection} can be used. {told}')
         if notes:
-            warnings.warn(f'{len(notes)} items are left out: {"; ".join(notes[:5])}', S1S2Warning)
+            warnings.warn(told, S1S2Warning, stacklevel=4)
         found = sorted(items.values(), key=lambda own: (-_baseline(own[0]), own[0].id))
         times = [
             pd.Timestamp(i.datetime).tz_convert('UTC').tz_localize(None).floor('s')
@@ -435,7 +440,8 @@ class StacImage:
             layers = [{'mask': self._load(item, [self.collection.mask])[0][0]} for item, _ in items]
             mask = fuse(layers, 0)['mask']
             cloudy = lazily(np.isin, mask, dtype=bool, test_elements=list(self.clouds)).sum()
-            seen, clouds = optional('dask').compute((mask != 0).sum(), cloudy, scheduler='threads')
+            with threads() as how:
+                seen, clouds = optional('dask').compute((mask != 0).sum(), cloudy, **how)
             return float(clouds / max(seen, 1))
 
         return self._patiently(count)[0] or 0
@@ -488,13 +494,15 @@ class StacImage:
         """Do work with the items; again after a while, and then without what is broken."""
         items, notes = [*self.items], list[str]()
         while items:
-            for wait in (*WAITS, None):
+            for wait in (0, *WAITS):
+                time.sleep(wait)
                 try:
-                    return work(items), notes
+                    with rasterio.Env(
+                        **({'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'} if wait else {})
+                    ):
+                        return work(items), notes
                 except RasterioError as error:
                     failure = error
-                    if wait is not None:
-                        time.sleep(wait)
             broken = {
                 i: why
                 for i, (item, assets) in enumerate(items)
@@ -511,7 +519,8 @@ class StacImage:
         for asset in filter(None, (*assets.values(), self.collection.mask)):
             ((value, _),) = self._load(item, [asset])
             try:
-                value.map_blocks(lambda block: block[:1, :1]).compute(scheduler='threads')
+                with threads() as how:
+                    value.map_blocks(lambda block: block[:1, :1]).compute(**how)
             except RasterioError as error:
                 href = item.assets[asset].href
                 return f'{asset} of {item.id} ({href}) is left out: {_reach(href) or error}'
