@@ -76,9 +76,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with serve_files(root) as files:
         url = files.url
         early, late = '2021-07-03T10:30:21Z', '2022-08-05T10:30:21Z'
-        flag = {'earthsearch:boa_offset_applied': False, 's2:processing_baseline': '05.09'}
+        flag: dict[str, Any] = {
+            'earthsearch:boa_offset_applied': False,
+            's2:processing_baseline': '05.09',
+        }
         es, c1, pc = 'earth-l2a', 'c1-l2a', 'pc-l2a'
-        old, new = {'s2:processing_baseline': '03.01'}, {'s2:processing_baseline': '05.10'}
+        old: dict[str, Any] = {'s2:processing_baseline': '03.01'}
+        new: dict[str, Any] = {'s2:processing_baseline': '05.10'}
         items = [
             scene(root, url, 'es_old', early, collection=es, **old),
             scene(root, url, 'es_new', late, collection=es, raster=-0.1, **flag),
