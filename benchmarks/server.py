@@ -109,7 +109,7 @@ def serve_items(items: Sequence[dict[str, Any]], folder: Path) -> Iterator[str]:
     path.write_text(json.dumps({'type': 'FeatureCollection', 'features': [*items]}))
     with create_server(('127.0.0.1', 0)) as free:
         address = f'127.0.0.1:{free.getsockname()[1]}'
-    command = [Path(sys.executable).with_name('rustac'), 'serve', '--create-collections']
+    command: list[Any] = [Path(sys.executable).with_name('rustac'), 'serve', '--create-collections']
     process = subprocess.Popen(
         [*command, '--addr', address, path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

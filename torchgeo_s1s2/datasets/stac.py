@@ -248,7 +248,7 @@ class SentinelRegion(Source):
         ignored = ('chunk', 'num_workers')
         settings = {k: v for k, v in asdict(self).items() if k not in ignored}
         settings |= {'season': [*map(str, self.season)], 'series': repr(series)}
-        return json.loads(json.dumps(settings | {'sensors': [*sensors]}))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(settings | {'sensors': [*sensors]}))
 
     def _images(self, sensor: str, collection: StacCollection) -> dict[Key, 'StacImage']:
         """Images of the region, each of the items of a pass, newest processing first."""
