@@ -249,7 +249,7 @@ def test_pastis_gives_the_same_table(tmp_path: Path) -> None:
     options = ['--data', 'pastis', '--root', str(tmp_path / 'data'), '--output', str(tmp_path)]
     config = accuracy.CONF / 'pastis' / 'pixel_trees.yaml'
     pastis.write(tmp_path / 'data', patches=10)
-    accuracy.main([*options, '--seeds', '1', '--epochs', '1', '--configs', str(config)])
+    accuracy.main([*options, '--seeds=1', '--epochs=1', '--rates=1e-3', '--configs', str(config)])
     [run] = results(tmp_path)['results']
     with np.load(run_folder(tmp_path, 'pixel_trees') / 'predictions.npz') as stored:
         found, mask = (torch.from_numpy(stored[k].astype(int)) for k in ('prediction', 'mask'))

@@ -7,6 +7,7 @@ from torchgeo_s1s2.datasets.ground import BlockSplits, GroundSplits, PolygonSpli
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE, MultiSenNA
 from torchgeo_s1s2.datasets.pastis import PASTIS_CLASSES, PASTISSeries
+from torchgeo_s1s2.datasets.region import write_series
 from torchgeo_s1s2.datasets.sensors import SENSOR_BANDS
 from torchgeo_s1s2.datasets.series import SeriesDataset
 from torchgeo_s1s2.datasets.sources import (
@@ -17,6 +18,7 @@ from torchgeo_s1s2.datasets.sources import (
     VectorLabels,
     copy_series,
 )
+from torchgeo_s1s2.datasets.stac import SentinelRegion, StacCollection
 from torchgeo_s1s2.datasets.time_series import (
     AllDates,
     DateRule,
@@ -54,13 +56,16 @@ __all__ = (
     'PolygonSplits',
     'RandomDates',
     'SeasonDownload',
+    'SentinelRegion',
     'SeriesDataset',
     'SeriesReport',
     'Source',
+    'StacCollection',
     'Synthetic',
     'VectorLabels',
     'copy_series',
     'rasterize_labels',
     'series_report',
     'write_label_files',
+    'write_series',
 )

@@ -25,7 +25,10 @@ from torchgeo_s1s2.files import whole
 
 
 def write_label_files(
-    root: str | os.PathLike[str], overwrite: bool = False, progress: bool = True
+    root: str | os.PathLike[str],
+    overwrite: bool = False,
+    progress: bool = True,
+    names: Sequence[str] | None = None,
 ) -> int:
     """Write the label file of each patch that has images, from the rasters that are there.
 
@@ -38,6 +41,7 @@ def write_label_files(
             unless nothing has labels.
         overwrite: Write label files that are there anew; they stay as they are otherwise.
         progress: Show a progress bar.
+        names: Names of the patches, such as ``mytile_0_0``; all unless given.
 
     Returns:
         Number of label files written.
@@ -48,15 +52,16 @@ def write_label_files(
     """
     root = Path(root)
     rasters = {folder: _rasters(root, folder) for folder in FOLDERS}
-    names = sorted({name for sensor in SENSORS for name in rasters[sensor]})
-    if not names:
+    there = {name for sensor in SENSORS for name in rasters[sensor]}
+    if not there:
         raise FileNotFoundError(
             f'{root} has no image; expected s2/TILE_YYYYMMDD_S2_X_Y.tif or s1/TILE_YYYYMMDD_S1_X_Y'
             '.tif'
         )
     for folder in (LABELS, GROUND_REFERENCE):
         (root / folder).mkdir(exist_ok=True)
-    paths = {name: root / LABELS / f'{name}.json' for name in names}
+    chosen = there if names is None else there & {*names}
+    paths = {name: root / LABELS / f'{name}.json' for name in sorted(chosen)}
     todo = {name: path for name, path in paths.items() if overwrite or not path.exists()}
     for name, path in tqdm(todo.items(), 'Writing labels', unit='patch', disable=not progress):
         with whole(path) as temporary:

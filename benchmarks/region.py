@@ -1,0 +1,120 @@
+"""A region from a STAC API on loopback: time and memory beside plain odc-stac and rasterio.
+
+python -m benchmarks.region speed      # beside plain odc-stac and rasterio
+python -m benchmarks.region map CONFIG CHECKPOINT
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import odc.geo.geobox
+import odc.stac
+import pystac_client
+import rasterio
+from rasterio.warp import transform_bounds
+
+from benchmarks.server import item, serve_files, serve_items, write_cog
+from torchgeo_s1s2.datasets import SENSOR_BANDS, SentinelRegion, StacCollection
+from torchgeo_s1s2.datasets.region import _PROFILE
+
+S2 = StacCollection('sentinel-2-l2a', mask='SCL', offset=0)
+S1 = StacCollection('sentinel-1-rtc', bands={'VV': 'vv', 'VH': 'vh'}, nodata=-32768)
+SEASON = ['2020-01-01', '2020-12-31']
+
+
+def publish(image: Path, folder: Path, url: str) -> dict[str, Any]:
+    """Write an image of a data set in MultiSenGE's layout as COGs, and its STAC item."""
+    _, date, kind, *_ = image.stem.split('_')
+    with rasterio.open(image) as src:
+        value, place, epsg = src.read(), src.transform, src.crs.to_epsg()
+    names = SENSOR_BANDS['s2'] if kind == 'S2' else ('vv', 'vh')
+    bands = dict(zip(names, value, strict=True))
+    if kind == 'S2':
+        bands['SCL'] = np.full(value.shape[1:], 4, np.uint8)
+    for name, band in bands.items():
+        write_cog(folder / image.stem / f'{name}.tif', band, place.c, place.f, epsg=epsg)
+    day = f'{date[:4]}-{date[4:6]}-{date[6:8]}T10:30:00Z'
+    collection = (S2 if kind == 'S2' else S1).collection
+    assets = {name: {'href': f'{url}/{image.stem}/{name}.tif'} for name in bands}
+    first = folder / image.stem / f'{names[0]}.tif'
+    return item(image.stem, collection, day, assets, first)
+
+
+def bounds_of(path: Path, margin: float = 40) -> list[float]:
+    """Degrees of a raster without a margin in metres."""
+    with rasterio.open(path) as src:
+        left, bottom, right, top = src.bounds
+        inner = left + margin, bottom + margin, right - margin, top - margin
+        return [*transform_bounds(src.crs, 'EPSG:4326', *inner)]
+
+
+def plain(api: str, region: SentinelRegion, root: Path) -> None:
+    """The same pixels with odc-stac and rasterio alone, a date at a time."""
+    grid = region.grid()
+    box = odc.geo.geobox.GeoBox((grid.height, grid.width), grid.transform, grid.crs)
+    found = pystac_client.Client.open(api).search(
+        collections=[S2.collection], bbox=region.region, datetime='/'.join(SEASON)
+    )
+    bands = [*SENSOR_BANDS['s2']]
+    chunks: Any = {'x': region.chunk, 'y': region.chunk}
+    data = odc.stac.load(found.items(), bands=bands, geobox=box, chunks=chunks)
+    profile = _PROFILE | {'width': grid.width, 'height': grid.height, 'count': 10, 'predictor': 2}
+    profile |= {'crs': grid.crs, 'transform': grid.transform, 'dtype': 'int16', 'nodata': -10000}
+    for number in range(data.sizes['time']):
+        with rasterio.open(root / f'{number}.tif', 'w', **profile) as dst:
+            dst.write(data.isel(time=number).to_array().compute().values)
+
+
+def child(what: str, api: str, size: int, bounds: str, root: str) -> None:
+    """One run in a process of its own; prints its seconds and peak of memory."""
+    region = SentinelRegion(
+        json.loads(bounds), SEASON, api, {'s2': S2}, clouds=[], num_workers=2, chunk=1024
+    )
+    start = time.perf_counter()
+    if what == 'plain':
+        plain(api, region, Path(root))
+    else:
+        region.write(root, ['s2'], progress=False)
+    seconds = time.perf_counter() - start
+    # What getrusage tells includes the parent's peak.
+    status = Path('/proc/self/status').read_text()
+    peak = int(status.split('VmHWM:')[1].split()[0]) // 1024
+    print(json.dumps({'what': what, 'size': size, 'seconds': seconds, 'peak MiB': peak}))
+
+
+def speed(sizes: tuple[int, ...] = (2048, 4096), rounds: int = 3, dates: int = 4) -> None:
+    """Runs that take turns; a table of seconds and peak memory."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name, serve_files(Path(name)) as files:
+        root, items, side = Path(name), [], max(sizes) + 8
+        for date in range(dates):
+            folder, assets = root / str(date), {}
+            for band in (*SENSOR_BANDS['s2'], 'SCL'):
+                smooth = rng.integers(1, 3000, (side // 8 + 1,) * 2).repeat(8, 0).repeat(8, 1)
+                value = (smooth[:side, :side] + rng.integers(0, 64, (side, side))).astype('int16')
+                write_cog(folder / f'{band}.tif', value, 399960, 5400000, nodata=0)
+                assets[band] = {'href': f'{files.url}/{date}/{band}.tif'}
+            day = f'2020-0{date + 5}-03T10:30:00Z'
+            items.append(item(str(date), S2.collection, day, assets, folder / 'SCL.tif'))
+        with serve_items(items, root) as api:
+            for size in [*sizes] * rounds:
+                for what in ('ours', 'plain'):
+                    west, north, east, south = 399960, 5400000, *(v * 10 for v in (size, size))
+                    place = (west + 20, north - south + 20, west + east - 20, north - 20)
+                    bounds = json.dumps([*transform_bounds('EPSG:32632', 'EPSG:4326', *place)])
+                    with tempfile.TemporaryDirectory(dir=root) as out:
+                        command = [sys.executable, '-m', 'benchmarks.region', 'child', what, api]
+                        subprocess.run([*command, str(size), bounds, out], check=True)
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['child']:
+        child(sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])
+    else:
+        speed()

@@ -1,0 +1,257 @@
+"""write_series: what the usual sources of xarray give comes back pixel by pixel."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+
+from torchgeo_s1s2.datasets import SENSOR_BANDS, AllDates, MultiSenGE, write_series
+from torchgeo_s1s2.errors import DataError, S1S2Warning
+
+xr = pytest.importorskip('xarray', reason='the extra stac is not installed')
+pytest.importorskip('dask', reason='the extra stac is not installed')
+
+BANDS = SENSOR_BANDS['s2']
+HEIGHT, WIDTH, LEFT, TOP = 40, 50, 600000.0, 5400000.0
+TIMES = pd.to_datetime(['2020-07-03T10:30:21', '2020-08-05T10:30:22'])
+X, Y = LEFT + 10 * np.arange(WIDTH) + 5, TOP - 10 * np.arange(HEIGHT) - 5
+WKT = rasterio.CRS.from_epsg(32632).to_wkt()
+RNG = np.random.default_rng(0)
+VALUES = RNG.integers(1, 9000, (2, len(BANDS), HEIGHT, WIDTH))
+VALUES[0, :, 3, 4] = 0  # no observation
+POWER = RNG.gamma(4, 0.02, (2, 2, HEIGHT, WIDTH)).astype('float32')
+COMMON = ['blue', 'green', 'red', 'rededge1', 'rededge2', 'rededge3']
+COMMON += ['nir', 'nir08', 'swir16', 'swir22']
+DIMS = ('time', 'y', 'x')
+
+
+def odc(values: Any = VALUES, names: Any = BANDS, dtype: str = 'uint16', **attrs: Any) -> Any:
+    attrs = attrs or {'nodata': 0}
+    bands = {n: (DIMS, values[:, i].astype(dtype), attrs) for i, n in enumerate(names)}
+    crs = ((), 32632, {'spatial_ref': WKT, 'grid_mapping_name': 'transverse_mercator'})
+    return xr.Dataset(bands, {'time': TIMES, 'y': Y, 'x': X, 'spatial_ref': crs})
+
+
+def xee() -> Any:
+    """Earth Engine: decoded floats, the CRS in an attribute."""
+    values = np.where(VALUES == 0, np.nan, VALUES)
+    names = [name.replace('B0', 'B') for name in BANDS]
+    data = odc(values, names, 'float32', crs='EPSG:32632', id='B2').drop_vars('spatial_ref')
+    return data.assign(SCL=data['B2'])
+
+
+def openeo() -> Any:
+    """A netCDF of openEO as decode_cf=False leaves it: t, a variable crs, -32768."""
+    values = np.where(VALUES == 0, -32768, VALUES)
+    data = odc(values, BANDS, 'int16', _FillValue=-32768, grid_mapping='crs')
+    crs = xr.DataArray(0, attrs={'crs_wkt': WKT})
+    return data.drop_vars('spatial_ref').rename(time='t').assign(crs=crs)
+
+
+def cubo() -> Any:
+    """stackstac below cubo: one array with the corners of pixels, the EPSG code in an attribute."""
+    array = xr.DataArray(
+        np.where(VALUES == 0, np.nan, VALUES),
+        dims=('time', 'band', 'y', 'x'),
+        coords={'time': TIMES, 'band': [*BANDS], 'y': Y + 5, 'x': X - 5, 'epsg': 32632},
+        attrs={'epsg': 32632, 'resolution': 10, 'central_x': 600250.0, 'edge_size_m': 500},
+    )
+    return array.assign_coords({'title': ('band', [*BANDS]), 's2:mgrs_tile': '32ULU'})
+
+
+def sentle() -> Any:
+    """sentle: both sensors in one array, latest time first, corners, NaN where not seen."""
+    seen = np.concatenate([np.where(VALUES == 0, np.nan, VALUES), np.full_like(POWER, np.nan)], 1)
+    array = xr.DataArray(
+        seen.astype('float32'),
+        dims=('time', 'band', 'y', 'x'),
+        coords={'time': TIMES, 'band': [*BANDS, 'vv_asc', 'vh_asc'], 'spatial_ref': 0},
+    )
+    array['spatial_ref'].attrs['crs_wkt'] = WKT
+    x = ('x', (X - 5).astype('float32'), {'coord_save_mode': 'top-left'})
+    y = ('y', (Y + 5).astype('float32'), {'coord_save_mode': 'top-left'})
+    return array.assign_coords(x=x, y=y).isel(time=[1, 0])
+
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    'odc-stac': odc,
+    'common names': lambda: odc(
+        names=[
+            'blue',
+            'green',
+            'red',
+            'rededge1',
+            'rededge2',
+            'rededge3',
+            'nir',
+            'nir08',
+            'swir16',
+            'swir22',
+        ]
+    ),
+    'xee': xee,
+    'openEO': openeo,
+    'cubo': cubo,
+    'sentle': sentle,
+    'y ascending': lambda: odc().isel(y=slice(None, None, -1)),
+    'x descending, transposed': lambda: odc().isel(x=slice(None, None, -1)).transpose('x', ...),
+    'time with a zone': lambda: odc().assign_coords(
+        time=np.array([*TIMES.tz_localize('UTC').tz_convert('Asia/Tokyo')], object)
+    ),
+    '65535': lambda: odc(np.where(VALUES == 0, 65535, VALUES), nodata=65535),
+    'dask': lambda: odc().chunk({'time': 1, 'y': 17, 'x': 30}),
+}
+
+
+def read(path: Path) -> Any:
+    with rasterio.open(path) as src:
+        return src.read(masked=True)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_shapes(shape: str, tmp_path: Path) -> None:
+    write_series(tmp_path, SHAPES[shape](), tile='32ULU', progress=False)
+    paths = sorted((tmp_path / 's2').iterdir())
+    assert [p.name for p in paths] == [
+        '32ULU_20200703T103021_S2_0_0.tif',
+        '32ULU_20200805T103022_S2_0_0.tif',
+    ]
+    for path, expected in zip(paths, VALUES, strict=True):
+        value = read(path)
+        with rasterio.open(path) as src:
+            assert src.descriptions == BANDS
+            assert src.transform[:6] == (10, 0, LEFT, 0, -10, TOP)
+            assert src.crs.to_epsg() == 32632
+        np.testing.assert_array_equal(value.filled(0), expected)
+        np.testing.assert_array_equal(value.mask, expected == 0)
+
+
+def test_reads_as_a_data_set(tmp_path: Path) -> None:
+    labels = xr.DataArray(RNG.integers(1, 15, (HEIGHT, WIDTH)), {'y': Y, 'x': X}, ('y', 'x'))
+    labels.attrs['crs'] = 'EPSG:32632'
+    s1 = odc(POWER, ('vv', 'vh'), 'float32', nodata=np.nan)
+    write_series(tmp_path, odc(), s1, labels=labels[::-1], progress=False)
+    sample = MultiSenGE(tmp_path, 'all', AllDates(2))[0]
+    image = sample['image'].numpy()
+    expected = np.where(VALUES == 0, np.nan, VALUES * 1e-4)
+    np.testing.assert_allclose(image[:, :10], expected, rtol=1e-6)
+    np.testing.assert_allclose(image[:, 10:], 10 * np.log10(POWER), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(sample['mask'], labels.values - 1)
+
+
+def orbits(states: list[str]) -> Any:
+    """Two slices of one pass, each with half of the columns, and another pass of that day."""
+    half = np.where(np.arange(WIDTH) < WIDTH // 2, POWER[:1], np.nan)
+    values = np.concatenate([half, np.where(np.isnan(half), 2 * POWER[:1], np.nan), 3 * POWER[:1]])
+    s1 = odc(POWER, ('vv', 'vh'), 'float32', nodata=np.nan).isel(time=[0, 0, 0])
+    times = pd.to_datetime(['2020-07-03T05:40:10', '2020-07-03T05:40:35', '2020-07-03T17:10:00'])
+    s1 = s1.assign_coords(time=times, **{'sat:orbit_state': ('time', states)})
+    return s1.assign({n: (DIMS, values[:, i]) for i, n in enumerate(('vv', 'vh'))})
+
+
+@pytest.mark.parametrize(
+    ('merge', 'names'),
+    [
+        ('pass', ['20200703T054010_S1_DESC', '20200703T171000_S1_ASC']),
+        ('day', ['20200703T054010_S1']),
+        (None, ['20200703T054010_S1_DESC', '20200703T054035_S1_DESC', '20200703T171000_S1_ASC']),
+    ],
+)
+def test_merge(merge: Any, names: list[str], tmp_path: Path) -> None:
+    s1 = orbits(['descending', 'descending', 'ascending'])
+    write_series(tmp_path, s1=s1, merge=merge, progress=False)
+    paths = sorted((tmp_path / 's1').iterdir())
+    assert sorted(p.name for p in paths) == [f'region_{name}_0_0.tif' for name in names]
+    if merge:
+        left = np.arange(WIDTH) < WIDTH // 2
+        np.testing.assert_array_equal(read(paths[0]), np.where(left, POWER[0], 2 * POWER[0]))
+
+
+@pytest.mark.parametrize('state', ['', 'ascending'])
+def test_passes_are_told_by_time(state: str, tmp_path: Path) -> None:
+    write_series(tmp_path, s1=orbits([state] * 3), progress=False)
+    assert len([*(tmp_path / 's1').iterdir()]) == 2
+
+
+def test_offset_and_unit(tmp_path: Path) -> None:
+    data = odc().assign_coords({'s2:processing_baseline': ('time', ['03.01', '05.00'])})
+    with pytest.warns(S1S2Warning, match='1 acquisitions of processing baseline 04.00'):
+        write_series(tmp_path / 'as it is', data, progress=False)
+    offset = xr.where(data['s2:processing_baseline'].astype(float) >= 4, -1000, 0)
+    db = odc(10 * np.log10(POWER), ('vv', 'vh'), 'float32')
+    write_series(tmp_path, data, db, unit='db', offset=offset, progress=False)
+    expected = np.where(VALUES == 0, -10000, VALUES - np.array([0, 1000])[:, None, None, None])
+    for number, path in enumerate(sorted((tmp_path / 's2').iterdir())):
+        np.testing.assert_array_equal(read(path).filled(-10000), expected[number])
+    for number, path in enumerate(sorted((tmp_path / 's1').iterdir())):
+        np.testing.assert_allclose(read(path), POWER[number], rtol=1e-5)
+    reflectance = odc(VALUES * 1e-4, BANDS, 'float32', nodata=0)
+    write_series(tmp_path, reflectance, tile='b', unit='reflectance', progress=False)
+    path = next((tmp_path / 's2').glob('b_202008*'))
+    np.testing.assert_allclose(read(path), VALUES[1], rtol=1e-6)
+
+
+def test_goes_on(tmp_path: Path) -> None:
+    def fail(block: Any) -> Any:
+        raise OSError('the disk of the source broke')
+
+    data = odc().chunk({'time': 1})
+    broken = data.copy(deep=False)
+    first, second = data['B12'].isel(time=[0]), data['B12'].isel(time=[1])
+    second = second.copy(data=second.data.map_blocks(fail, dtype='uint16', meta=np.empty(0)))
+    broken['B12'] = xr.concat([first, second], 'time')
+    with pytest.raises(OSError, match='the source broke'):
+        write_series(tmp_path, broken, progress=False)
+    (path,) = (tmp_path / 's2').iterdir()
+    written = path.stat().st_mtime_ns
+    write_series(tmp_path, data, progress=False)
+    assert path.stat().st_mtime_ns == written
+    assert len([*(tmp_path / 's2').iterdir()]) == 2
+    with pytest.raises(DataError, match='choose another tile or root'):
+        write_series(tmp_path, data.isel(x=slice(1, None)), progress=False)
+
+
+def test_leaves_empty_dates_out(tmp_path: Path) -> None:
+    data = odc(VALUES * np.array([0, 1])[:, None, None, None])
+    with pytest.warns(S1S2Warning, match='1 of 2 images are left out: 1 have no pixel'):
+        write_series(tmp_path, data, progress=False)
+    assert len([*(tmp_path / 's2').iterdir()]) == 1
+
+
+def test_on_the_workers_of_a_cluster(tmp_path: Path) -> None:
+    distributed = pytest.importorskip('distributed', reason='the extra stac is not installed')
+    data = odc().chunk({'time': 1, 'y': 20})
+    options = {'n_workers': 2, 'threads_per_worker': 1, 'dashboard_address': None}
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+        write_series(tmp_path, data, progress=False)
+        ran = client.run(lambda dask_worker: len(dask_worker.state.log))
+    assert sum(bool(n) for n in ran.values()) >= 1
+    for path, expected in zip(sorted((tmp_path / 's2').iterdir()), VALUES, strict=True):
+        np.testing.assert_array_equal(read(path).filled(0), expected)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda d: d.rename(x='lon', y='lat'), 'lat, lon, in degrees; warp them'),
+        (lambda d: d.drop_vars('spatial_ref'), 'does not say its CRS'),
+        (lambda d: d.assign_coords(spatial_ref=0).assign_attrs(crs='EPSG:4326'), 'in degrees'),
+        (lambda d: d.rename(time='day'), 'lack time'),
+        (lambda d: d.assign_coords(x=X + 3 * (X[9] < X)), 'not the even steps of a grid'),
+        (lambda d: d.assign(blue=d['B02']), 'B02 is there twice'),
+        (lambda d: d[['B02']].rename(B02='reflectance'), 'no band of s2'),
+        (lambda d: d.assign(B02=d['B02'].assign_attrs(scale_factor=1e-4)), 'B02 is packed'),
+        (lambda d: d.assign(B02=d['B02'].astype(complex)), 'expected real numbers'),
+        (lambda d: d * 0, 'has a pixel'),
+    ],
+)
+def test_refuses(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings(action='ignore'), pytest.raises(DataError, match=message):
+        write_series(tmp_path, change(odc()), progress=False)
+    with pytest.raises(DataError, match='nothing to write'):
+        write_series(tmp_path)

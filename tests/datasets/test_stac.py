@@ -1,0 +1,302 @@
+"""Regions from a STAC API on loopback, with what Earth Search and Planetary Computer do."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.warp import transform_bounds
+
+from benchmarks.server import Files, item, serve_files, serve_items, write_cog
+from torchgeo_s1s2.datasets import SENSOR_BANDS, SentinelRegion, StacCollection, stac
+from torchgeo_s1s2.datasets.time_series import EvenlySpaced, MonthlySeries
+from torchgeo_s1s2.errors import DataError, DownloadError, NoSeriesError, S1S2Warning
+
+for module in ('odc.stac', 'pystac_client', 'rustac'):
+    pytest.importorskip(module, reason='the extra stac is not installed')
+
+LEFT, TOP, SIZE = 399960, 5400000, 96  # metres, and pixels of 10 m
+INNER = (LEFT + 200, TOP - 700, LEFT + 800, TOP - 100)
+BANDS = SENSOR_BANDS['s2']
+COMMON = stac.SOURCES['earth-search']['s2'].bands
+COARSE = {'B05', 'B06', 'B07', 'B8A', 'B11', 'B12'}
+RNG = np.random.default_rng(0)
+
+
+class World(NamedTuple):
+    """What is served."""
+
+    api: str
+    files: Files
+    root: Path
+
+
+def scene(world: Path, url: str, name: str, day: str, low: int = 1, **told: Any) -> dict[str, Any]:
+    """An item of Sentinel-2 with its files: 0 without data, in the third row, and no tag."""
+    earth = told.pop('earth', True)
+    raster = told.pop('raster', None)
+    cloudy = told.pop('cloudy', 0.1)
+    assets: dict[str, dict[str, Any]] = {}
+    for band in BANDS:
+        res = 20 if band in COARSE else 10
+        value = RNG.integers(low, 6000, (SIZE * 10 // res,) * 2).astype('uint16')
+        value[2] = 0
+        key = COMMON[band] if earth else band
+        write_cog(world / name / f'{key}.tif', value, LEFT, TOP, res)
+        assets[key] = {'href': f'{url}/{name}/{key}.tif'}
+        if raster is not None:
+            assets[key]['raster:bands'] = [{'nodata': 0, 'scale': 0.0001, 'offset': raster}]
+    scl = np.where(RNG.random((SIZE // 2, SIZE // 2)) < cloudy, 9, 4).astype('uint8')
+    key = 'scl' if earth else 'SCL'
+    write_cog(world / name / f'{key}.tif', scl, LEFT, TOP, 20)
+    assets[key] = {'href': f'{url}/moved/{name}/{key}.tif'}
+    first = next(iter(world.joinpath(name).iterdir()))
+    return item(name, told.pop('collection'), day, assets, first, **told)
+
+
+def radar(world: Path, url: str, name: str, day: str, half: slice, orbit: str) -> dict[str, Any]:
+    """A slice of Sentinel-1: power in some columns, -32768 or a border of 0 elsewhere."""
+    assets = {}
+    for key in ('vv', 'vh'):
+        value = np.full((SIZE, SIZE), -32768, np.float32)
+        value[:, half] = RNG.gamma(4, 0.02, value[:, half].shape)
+        value[5] = 0
+        write_cog(world / name / f'{key}.tif', value, LEFT, TOP, nodata=-32768)
+        assets[key] = {'href': f'{url}/{name}/{key}.tif'}
+    properties = {'sat:orbit_state': orbit}
+    return item(name, 'sentinel-1-rtc', day, assets, world / name / 'vv.tif', **properties)
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    root = tmp_path_factory.mktemp('world')
+    with serve_files(root) as files:
+        url = files.url
+        early, late = '2021-07-03T10:30:21Z', '2022-08-05T10:30:21Z'
+        flag: dict[str, Any] = {
+            'earthsearch:boa_offset_applied': False,
+            's2:processing_baseline': '05.09',
+        }
+        es, c1, pc = 'earth-l2a', 'c1-l2a', 'pc-l2a'
+        old: dict[str, Any] = {'s2:processing_baseline': '03.01'}
+        new: dict[str, Any] = {'s2:processing_baseline': '05.10'}
+        items = [
+            scene(root, url, 'es_old', early, collection=es, **old),
+            scene(root, url, 'es_new', late, collection=es, raster=-0.1, **flag),
+            scene(root, url, 'c1', early, collection=c1, raster=-0.1, **flag),
+            scene(root, url, 'pc_old', late, collection=pc, earth=False, **old),
+            scene(root, url, 'pc_reprocessed', early, collection=pc, earth=False, low=1000, **new),
+            scene(root, url, 'pc_clouds', '2021-09-01T10:30:21Z', collection=pc, earth=False,
+                  cloudy=0.9, **new),
+            scene(root, url, 'silent', early, collection='silent', earth=False),
+            radar(root, url, 's1_a', '2021-07-04T05:40:10Z', slice(0, 60), 'descending'),
+            radar(root, url, 's1_b', '2021-07-04T05:40:35Z', slice(50, 96), 'descending'),
+            radar(root, url, 's1_c', '2021-07-04T17:10:00Z', slice(0, 96), 'ascending'),
+        ]  # fmt: skip
+        lacking = scene(root, url, 'lacking', early, collection='lacking', earth=False, **new)
+        del lacking['assets']['B11']
+        whole = scene(root, url, 'entire', late, collection='lacking', earth=False, **new)
+        broken = scene(root, url, 'broken', early, collection='broken', earth=False, **new)
+        (root / 'broken' / 'B04.tif').write_bytes(b'<html>Not a raster</html>')
+        gone = scene(root, url, 'gone', late, collection='broken', earth=False, **new)
+        (root / 'gone' / 'B12.tif').unlink()
+        good = scene(root, url, 'good', '2021-10-01T10:30:21Z', collection='broken', earth=False,
+                     **new)  # fmt: skip
+        fragile = [
+            scene(root, url, f'fragile_{n}', f'2022-01-0{n + 1}T10:30:21Z', collection='fragile',
+                  earth=False, **new)
+            for n in range(5)
+        ]  # fmt: skip
+        items += [lacking, whole, broken, gone, good, *fragile]
+        with serve_items(items, root) as api:
+            yield World(api, files, root)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stac, 'WAITS', (0.01, 0.01, 0.01))
+    monkeypatch.setitem(stac.HTTP, 'GDAL_HTTP_RETRY_DELAY', 0.01)
+
+
+def region(world: World, kind: str, **options: Any) -> SentinelRegion:
+    """A region of one collection of the world, as a source describes it."""
+    sources = stac.SOURCES
+    known = {
+        'earth-l2a': sources['earth-search']['s2'],
+        'c1-l2a': sources['earth-search-c1']['s2'],
+        'sentinel-1-rtc': sources['planetary-computer']['s1'],
+    }
+    description = known.get(kind, sources['planetary-computer']['s2'])
+    sensor = 's1' if kind == 'sentinel-1-rtc' else 's2'
+    own = {sensor: replace(description, collection=kind, url=world.api)}
+    bounds = transform_bounds('EPSG:32632', 'EPSG:4326', *INNER, densify_pts=21)
+    usual = {'region': [*bounds], 'season': ['2021-01-01', '2022-12-31'], 'collections': own}
+    return SentinelRegion(**(usual | options))
+
+
+def direct(world: World, name: str, path: Path, offset: int, earth: bool) -> Any:
+    """The same pixels read with rasterio alone: rows and columns of a file on the tile's grid."""
+    with rasterio.open(path) as src:
+        col, row = round((src.transform.c - LEFT) / 10), round((TOP - src.transform.f) / 10)
+        rows, columns = slice(row, row + src.height), slice(col, col + src.width)
+    bands = []
+    for key in [*(COMMON[b] if earth else b for b in BANDS), 'scl' if earth else 'SCL']:
+        with rasterio.open(world.root / name / f'{key}.tif') as src:
+            value = src.read(1).astype(int)
+        repeat = SIZE // len(value)
+        bands.append(value.repeat(repeat, 0).repeat(repeat, 1)[rows, columns])
+    *bands, scl = bands
+    return np.array([np.where((b == 0) | (scl == 9), -10000, b + offset) for b in bands])
+
+
+def read(path: Path) -> Any:
+    with rasterio.open(path) as src:
+        return src.read()
+
+
+@pytest.mark.parametrize(
+    ('kind', 'offsets'),
+    [
+        ('earth-l2a', {'es_old': 0, 'es_new': 0}),
+        ('c1-l2a', {'c1': -1000}),
+        ('pc-l2a', {'pc_reprocessed': -1000, 'pc_old': 0}),
+    ],
+)
+def test_pixels_and_offsets(
+    kind: str, offsets: dict[str, int], world: World, tmp_path: Path, capsys: Any
+) -> None:
+    region(world, kind).write(tmp_path, ['s2'])
+    paths = sorted((tmp_path / 's2').iterdir())
+    assert len(paths) == len(offsets)
+    for path, (name, offset) in zip(paths, offsets.items(), strict=True):
+        expected = direct(world, name, path, offset, kind != 'pc-l2a')
+        np.testing.assert_array_equal(read(path), expected)
+        with rasterio.open(path) as src:
+            assert src.descriptions == BANDS
+            assert src.nodata == -10000
+            assert all(v % 20 == 0 for v in src.bounds)
+            assert src.bounds.left <= INNER[0]
+            assert src.bounds.top >= INNER[3]
+    seen = 3 if kind == 'pc-l2a' else len(offsets)
+    assert (
+        f's2: {len(paths)} of {seen} dates, {len(paths)} images of {kind}'
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ('orbits', 'names'),
+    [
+        ('apart', ['20210704T054010_S1_DESC', '20210704T171000_S1_ASC']),
+        ('merged', ['20210704T054010_S1']),
+        ('ascending', ['20210704T171000_S1_ASC']),
+    ],
+)
+def test_sentinel_1(orbits: Any, names: list[str], world: World, tmp_path: Path) -> None:
+    region(world, 'sentinel-1-rtc', orbits=orbits).write(tmp_path, ['s1'], progress=False)
+    paths = sorted((tmp_path / 's1').iterdir())
+    assert [p.name for p in paths] == [f'region_{name}_0_0.tif' for name in names]
+    with rasterio.open(paths[0]) as src:
+        value, left, top = src.read(1), *(round(v / 10) for v in (src.bounds.left, src.bounds.top))
+        at = np.s_[TOP // 10 - top :, left - LEFT // 10 :]
+        first, last = (read(world.root / s / 'vv.tif')[0] for s in ('s1_a', 's1_b'))
+        assert src.descriptions == ('VV', 'VH')
+        assert np.isnan(src.nodata)
+    if orbits != 'ascending':
+        np.testing.assert_array_equal(
+            value, np.where(first > 0, first, np.where(last > 0, last, np.nan))[at][:64, :64]
+        )
+
+
+def test_a_date_rule_reads_what_it_chooses(world: World, tmp_path: Path) -> None:
+    source = region(world, 'pc-l2a', max_clouds=1.0)
+    source.write(tmp_path, ['s2'], EvenlySpaced(n=1), progress=False)
+    assert len([*(tmp_path / 's2').iterdir()]) == 1
+    with pytest.raises(NoSeriesError, match='no S2 date'):
+        source.write(tmp_path / 'b', ['s2'], MonthlySeries(months=[1]), progress=False)
+
+
+def test_goes_on_without_asking_twice(world: World, tmp_path: Path) -> None:
+    source = region(world, 'pc-l2a')
+    source.write(tmp_path, ['s2'], progress=False)
+    path, other = sorted((tmp_path / 's2').iterdir())
+    written = path.stat().st_mtime_ns
+    before = world.files.asked.total()
+    replace(source, chunk=256).write(tmp_path, ['s2'], progress=False)
+    assert world.files.asked.total() == before
+    other.unlink()
+    (tmp_path / 'region.region.json').unlink()
+    source.write(tmp_path, ['s2'], progress=False)
+    assert other.exists()
+    assert path.stat().st_mtime_ns == written
+    with pytest.raises(DataError, match='choose another tile or root'):
+        replace(source, epsg=32631).write(tmp_path, ['s2'], progress=False)
+
+
+@pytest.mark.parametrize(
+    ('number', 'faults'),
+    enumerate([[429, 429], [503], ['drop'], ['drop', 429, 'drop']]),
+)
+def test_refused_and_dropped_requests(
+    number: int, faults: list[Any], world: World, tmp_path: Path
+) -> None:
+    path = f'/fragile_{number}/B08.tif'
+    world.files.faults[path] = [*faults]
+    source = region(world, 'fragile', season=[f'2022-01-0{number + 1}'] * 2)
+    source.write(tmp_path, ['s2'], progress=False)
+    (written,) = (tmp_path / 's2').iterdir()
+    assert not world.files.faults[path]
+    expected = direct(world, f'fragile_{number}', written, -1000, False)
+    np.testing.assert_array_equal(read(written), expected)
+
+
+def test_what_is_missing_or_broken_is_named(world: World, tmp_path: Path) -> None:
+    with pytest.warns(S1S2Warning, match=r'1 items are left out: lacking lacks B11 \(no such'):
+        region(world, 'lacking').write(tmp_path / 'a', ['s2'], progress=False)
+    with pytest.warns(S1S2Warning) as told:
+        region(world, 'broken').write(tmp_path / 'b', ['s2'], progress=False)
+    (message,) = (str(w.message) for w in told if w.category is S1S2Warning)
+    assert '2 of 3 images are left out: 2 cannot be read' in message
+    assert f'B04 of broken ({world.files.url}/broken/B04.tif) is left out' in message
+    assert 'B12 of gone' in message
+    assert '404' in message
+    assert len([*(tmp_path / 'b' / 's2').iterdir()]) == 1
+
+
+def test_a_server_that_wants_no_more_is_an_error(world: World, tmp_path: Path) -> None:
+    world.files.faults['/fragile_4/B02.tif'] = [429] * 1000
+    source = region(world, 'fragile', season=['2022-01-05', '2022-01-05'])
+    with pytest.raises(DownloadError, match=r'cannot be reached .429.*start again later'):
+        source.write(tmp_path, ['s2'], progress=False)
+
+
+def test_refuses(world: World, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match='amplitudes in radar geometry, neither calibrated'):
+        SentinelRegion([7, 48, 8, 49], ['2021-01-01', '2021-02-01'], 'earth-search').write(tmp_path)
+    with pytest.raises(DataError, match=r"nothing is known of 'https://a\.b' as a source of s2"):
+        SentinelRegion([7, 48, 8, 49], ['2021-01-01', '2021-02-01'], 'https://a.b').write(tmp_path)
+    with pytest.raises(DataError, match='expected west, south, east, north'):
+        SentinelRegion([8, 48, 7, 49], ['2021-01-01', '2021-02-01']).grid()
+    with pytest.raises(DataError, match='silent says no processing baseline'):
+        region(world, 'silent').write(tmp_path, ['s2'])
+    with pytest.raises(DownloadError, match=r'has nothing of .* choose another season'):
+        region(world, 'pc-l2a', season=['2001-01-01', '2001-02-01']).write(tmp_path, ['s2'])
+    own = {'s2': StacCollection('sentinel-2-l2a', 'http://127.0.0.1:9')}
+    with pytest.raises(DownloadError, match=r'cannot be searched .* Check the network'):
+        region(world, 'pc-l2a', collections=own).write(tmp_path, ['s2'])
+
+
+def test_a_file_of_geometries_and_a_zone(tmp_path: Path) -> None:
+    import geopandas as gpd
+    from shapely import box
+
+    gpd.GeoSeries([box(*INNER)], crs=32632).to_file(tmp_path / 'field.gpkg')
+    season = ['2021-01-01', '2021-02-01']
+    grid = SentinelRegion(str(tmp_path / 'field.gpkg'), season).grid()
+    assert grid.epsg == 32632
+    # The outline comes back from degrees with a rounding error, and is never cut short.
+    assert grid.bounds[0] in (INNER[0], INNER[0] - 20)
+    assert SentinelRegion(str(tmp_path / 'field.gpkg'), season, epsg=32631).grid().epsg == 32631

@@ -1,0 +1,95 @@
+"""conf/region.yaml: from a place and a season to a map in one run."""
+
+import json
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.windows import from_bounds
+from torchgeo.main import main
+
+import torchgeo_s1s2
+from torchgeo_s1s2.datasets import write_label_files
+from torchgeo_s1s2.errors import DownloadError
+
+for module in ('odc.stac', 'pystac_client', 'rustac'):
+    pytest.importorskip(module, reason='the extra stac is not installed')
+
+CONF = Path(torchgeo_s1s2.__file__).parent / 'conf' / 'region.yaml'
+FIT = Path(__file__).parent / 'conf' / 'multisenge.yaml'
+MODEL = ('--model.init_args.backbone=resnet18_convlstm_inception', '--trainer.accelerator=cpu')
+
+
+def read(path: Path) -> Any:
+    with rasterio.open(path) as src:
+        return src.read()
+
+
+def test_predict_downloads_maps_and_writes(tmp_path: Path) -> None:
+    from benchmarks.region import S1, S2, SEASON, bounds_of, publish
+    from benchmarks.server import serve_files, serve_items
+
+    with chdir(tmp_path):
+        main(['fit', f'--config={FIT}', '--data.init_args.source.init_args.size=64'])
+    images = sorted(tmp_path.glob('data/s[12]/32ULU_*.tif'))
+    patch = images[0].stem.split('_', 3)[-1]
+    images = [image for image in images if image.stem.endswith(patch)]
+    assert {image.parent.name for image in images} == {'s1', 's2'}
+    with serve_files(tmp_path / 'cogs') as files:
+        items = [publish(image, tmp_path / 'cogs', files.url) for image in images]
+        with serve_items(items, tmp_path) as api:
+            known = {s: vars(c) for s, c in (('s2', S2), ('s1', S1))}
+            source = {'region': bounds_of(images[0]), 'season': SEASON, 'source': api}
+            own = {'source': {'init_args': source | {'collections': known}}}
+            (tmp_path / 'own.yaml').write_text(json.dumps({'data': {'init_args': own}}))
+            options = [*MODEL, '--ckpt_path=outputs/best.ckpt', '--config=own.yaml']
+            with chdir(tmp_path):
+                main(['predict', f'--config={CONF}', *options])
+    # The same pixels cut out with rasterio alone, and mapped.
+    direct = tmp_path / 'direct'
+    for image in images:
+        (direct / image.parent.name).mkdir(parents=True, exist_ok=True)
+        day = image.stem.split('_')[1]
+        own_path = next((tmp_path / 'data' / 'region' / image.parent.name).glob(f'*_{day}T*'), None)
+        if own_path is None:  # the date rule does not want it
+            continue
+        with rasterio.open(own_path) as src, rasterio.open(image) as whole:
+            window = from_bounds(*src.bounds, whole.transform).round_offsets().round_lengths()
+            value = whole.read(window=window)
+            profile = whole.profile | {'width': src.width, 'height': src.height}
+            profile['transform'] = src.transform
+            np.testing.assert_array_equal(src.read(), value)
+        name = image.name.replace(patch, '0_0')
+        with rasterio.open(direct / image.parent.name / name, 'w', **profile) as dst:
+            dst.write(value)
+    write_label_files(direct, progress=False)
+    with chdir(tmp_path):
+        plain = ['--data.init_args.source=null', '--data.init_args.root=direct']
+        elsewhere = '--trainer.callbacks.init_args.output_dir=outputs/direct'
+        main(['predict', f'--config={CONF}', *options[:-1], *plain, elsewhere])
+    ours, theirs = (sorted(tmp_path.glob(f'outputs/{n}/*.tif')) for n in ('region', 'direct'))
+    assert ours
+    assert [p.name for p in ours] == [p.name for p in theirs]
+    for path, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(read(path), read(other))
+
+
+def test_without_network_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        'http_proxy',
+        'https_proxy',
+        'HTTP_PROXY',
+        'HTTPS_PROXY',
+        'ALL_PROXY',
+        'all_proxy',
+    ):
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')
+    with chdir(tmp_path), pytest.raises(DownloadError) as error:
+        main(['predict', f'--config={CONF}', *MODEL])
+    message = str(error.value)
+    assert message.startswith('sentinel-2-l2a at https://planetarycomputer.microsoft.com/api/stac')
+    assert 'Check the network' in message
+    assert '\n' not in message

@@ -1,0 +1,573 @@
+"""A place and a season in MultiSenGE's layout, from xarray, whatever made it."""
+
+import os
+import re
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import rasterio
+from affine import Affine
+from numpy.typing import NDArray
+from rasterio.crs import CRS
+from rasterio.errors import CRSError
+from rasterio.windows import Window
+from tqdm import tqdm
+
+from torchgeo_s1s2.datasets.catalog import (
+    FOLDERS,
+    GROUND_REFERENCE,
+    LABELS,
+    image_name,
+    reference_name,
+)
+from torchgeo_s1s2.datasets.labels import write_label_files
+from torchgeo_s1s2.datasets.rasters import Grid, read_grid
+from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings
+from torchgeo_s1s2.errors import DataError, S1S2Warning
+from torchgeo_s1s2.files import whole
+
+Merge = Literal['pass', 'day'] | None
+Key = tuple[pd.Timestamp, str]
+"""Time of an image and what names its sensor, such as ``S1_ASC``."""
+
+CHUNK = 2048
+"""Height and width in pixels of the chunks of what has none; a multiple of the files' blocks."""
+
+_PASS = pd.Timedelta(minutes=30)  # an orbit takes 98 minutes
+# openEO says t and bands, xarray's to_array says variable, older Earth Engine backends X and Y.
+_DIMENSIONS = {'t': 'time', 'X': 'x', 'Y': 'y', 'bands': 'band', 'variable': 'band'}
+ORBITS = {'asc': 'ASC', 'ascending': 'ASC', 'desc': 'DESC', 'descending': 'DESC'}
+_WARP = (
+    'in degrees; warp them to metres, for instance with '
+    'data.rio.reproject(data.rio.estimate_utm_crs(), resolution=10), or ask for a UTM zone'
+)
+_PROFILE = {
+    'driver': 'GTiff',
+    'tiled': True,
+    'blockxsize': 256,
+    'blockysize': 256,
+    'interleave': 'band',
+    'compress': 'zstd',
+    'zstd_level': 1,
+    'num_threads': 'all_cpus',
+    'bigtiff': 'if_safer',
+}
+
+
+class Outcome(NamedTuple):
+    """Why an image was not written, empty if it was, and what was left out of it."""
+
+    left_out: str = ''
+    notes: tuple[str, ...] = ()
+
+
+Job = Callable[[Path], Outcome]
+"""Writes the image of a path; goes to worker processes."""
+
+
+def write_series(
+    root: str | os.PathLike[str],
+    s2: Any = None,
+    s1: Any = None,
+    tile: str = 'region',
+    labels: Any = None,
+    merge: Merge = 'pass',
+    unit: str | Mapping[str, str] | None = None,
+    offset: Any = None,
+    nodata: Mapping[str, float] | None = None,
+    corners: bool | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write series of images from xarray as a patch of a data set in MultiSenGE's layout.
+
+    Takes what odc-stac, xee, openEO, cubo, stackstac and sentle give as it is: a Dataset with a
+    variable a band, or a DataArray with a dimension ``band``; with x, y and time in any order and
+    direction, and a CRS in metres where rioxarray, odc-geo or CF conventions have it. Bands are
+    known by name (``B02``, ``B2``) or common name (``blue``); names such as ``vv_asc``, or a
+    coordinate ``sat:orbit_state``, tell the orbits of Sentinel-1 apart.
+
+    Each acquisition becomes a GeoTIFF that names its bands and tags its no-data value. dask
+    computes it chunk by chunk, with a few chunks in memory; where there is a ``dask.distributed``
+    client, on its workers, which must see ``root``. A file is there whole or not at all, and those
+    that are there are not written again.
+
+    Args:
+        root: Folder of the data set; made if it is not there.
+        s2: Sentinel-2, Dataset or DataArray; None for none.
+        s1: Sentinel-1, on the same pixels; may be the same array.
+        tile: Name of the tile, of letters, digits and ``_``; the patch is ``TILE_0_0``.
+        labels: DataArray (y, x) of labels on the same pixels, below 255.
+        merge: What makes one image: acquisitions of one orbit less than half an hour apart
+            (``'pass'``), those of a day (``'day'``) or of one time (None). The first that saw a
+            pixel gives it.
+        unit: What the values are if not reflectance x 10,000 and linear power, as in
+            :class:`~torchgeo_s1s2.datasets.MultiSenGE`; files hold these.
+        offset: What to add to Sentinel-2's values, as there, or a DataArray of it along time.
+        nodata: By sensor, the value without an observation, in place of what the arrays say.
+            Where they do not: NaN, 0 of unsigned types, -10000 (Sentinel-2) or 0 of others.
+        corners: Whether x and y are those of the pixels' upper left corners and not of their
+            centres; what cubo and sentle tell of that unless given.
+        progress: Show a progress bar.
+
+    Returns:
+        The root.
+
+    Raises:
+        DataError: If an array does not say where it lies or what it is, or another patch of that
+            name is there.
+        ImportError: If the extra ``stac`` is not installed.
+    """
+    units = {name: reading.unit for name, reading in readings([*SENSORS], unit=unit).items()}
+    cubes = {
+        name: _Cube(data, SENSORS[name], units[name], (nodata or {}).get(name), corners)
+        for name, data in (('s2', s2), ('s1', s1))
+        if data is not None
+    }
+    if not cubes:
+        raise DataError('there is nothing to write; give s2, s1 or both')
+    if 's2' in cubes:
+        cubes['s2'].add(offset)
+    grid, *others = (cube.grid for cube in cubes.values())
+    image = None
+    if labels is not None:
+        dataset = _dataset(labels.to_dataset(name='labels'), {'y', 'x'})
+        others.append(_grid(dataset, corners))
+        labels = dataset['labels'].transpose('y', 'x')
+        tag = _tag_of(labels)
+        how = {'kind': 'uint8', 'tag': 255, 'missing': np.nan if tag is None else tag}
+        image = lazily(clean, dask_of(labels), dtype='uint8', **how)
+    if any(other != grid for other in others):
+        raise DataError(f's2, s1 and labels lie on different pixels, {[grid, *others]}; warp them')
+    jobs = {name: cube.jobs(merge) for name, cube in cubes.items()}
+    write_patch(root, tile, grid, jobs, progress, image)
+    return Path(root)
+
+
+def write_patch(
+    root: str | os.PathLike[str],
+    tile: str,
+    grid: Grid,
+    jobs: Mapping[str, Mapping[Key, Job]],
+    progress: bool = True,
+    labels: Any = None,
+) -> dict[str, str]:
+    """Write the images of a patch that are not there, its labels (H, W) and its label file.
+
+    Returns:
+        Why images were left out, by file name.
+
+    Raises:
+        DataError: If another patch of that name is there, or none has a pixel.
+    """
+    root, patch = Path(root), f'{tile}_0_0'
+    if re.fullmatch(r'\w+', tile) is None:
+        raise DataError(f'tile is {tile!r}; expected letters, digits and _')
+    for folder in (LABELS, *FOLDERS):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    pattern = f's[12]/{tile}_[0-9]*_0_0.tif'
+    for path in sorted(root.glob(pattern))[:1]:
+        if (there := read_grid(path)) != grid:
+            raise DataError(f'{path} lies at {there}, not at {grid}; choose another tile or root')
+    paths = {
+        root / sensor / file_name(patch, *key): job
+        for sensor, own in jobs.items()
+        for key, job in own.items()
+    }
+    outcomes = dict(_run({p: job for p, job in paths.items() if not p.exists()}, progress))
+    _warn(outcomes, len(paths))
+    if not any(root.glob(pattern)):
+        raise DataError(f'none of the {len(paths)} images of {tile} has a pixel: nothing to write')
+    if labels is not None:
+        path = root / GROUND_REFERENCE / reference_name(patch)
+        write_bands(path, grid, {'label': labels}, 255)
+    write_label_files(root, overwrite=True, progress=False, names=[patch])
+    return {path.name: outcome.left_out for path, outcome in outcomes.items() if outcome.left_out}
+
+
+def group(
+    times: Sequence[pd.Timestamp], kinds: Sequence[str], merge: Merge
+) -> dict[Key, list[int]]:
+    """Numbers of the acquisitions that make one image, in the order of time."""
+    groups: dict[Key, list[int]] = {}
+    last: Key = pd.Timestamp(0), ''
+    for i in sorted(range(len(times)), key=lambda i: (merge == 'day' or kinds[i], times[i])):
+        kind = kinds[i].split('_')[0] if merge == 'day' else kinds[i]
+        same = times[i] == last[0]
+        if merge == 'pass':
+            same = times[i] - times[groups[last][-1]] <= _PASS if groups else False
+        if merge == 'day':
+            same = times[i].date() == last[0].date()
+        last = last if same and kind == last[1] else (times[i], kind)
+        groups.setdefault(last, []).append(i)
+    return groups
+
+
+def file_name(patch: str, time: pd.Timestamp, kind: str) -> str:
+    """File name of an image, without the time of day where it is midnight and so not known."""
+    style = '%Y%m%d' if time == time.normalize() else '%Y%m%dT%H%M%S'
+    return image_name(patch, time.strftime(style), kind)
+
+
+def _run(jobs: Mapping[Path, Job], progress: bool) -> Iterator[tuple[Path, Outcome]]:
+    """Do the jobs: on the workers of a distributed client if there is one, else one by one."""
+    client: Any = None
+    with suppress(ImportError, ValueError):
+        client = import_module('distributed').get_client()
+    hidden = not (progress and jobs)
+    with tqdm(desc='Writing images', total=len(jobs), unit='image', disable=hidden) as bar:
+        if client is None:
+            for path, job in jobs.items():
+                yield path, job(path)
+                bar.update()
+            return
+        futures = {client.submit(job, path, pure=False): path for path, job in jobs.items()}
+        for future in import_module('distributed').as_completed(futures):
+            yield futures[future], future.result()
+            bar.update()
+
+
+def _warn(outcomes: Mapping[Path, Outcome], count: int) -> None:
+    reasons = Counter(filter(None, (outcome.left_out for outcome in outcomes.values())))
+    notes = [note for outcome in outcomes.values() for note in outcome.notes]
+    if reasons:
+        why = '; '.join(f'{n} {reason}' for reason, n in reasons.items())
+        notes.insert(0, f'{reasons.total()} of {count} images are left out: {why}')
+    if notes:
+        warnings.warn('; '.join(notes), S1S2Warning, stacklevel=4)
+
+
+class _Cube:
+    """A sensor's part of an xarray: its bands (time, y, x), north up, and how to clean them."""
+
+    def __init__(
+        self,
+        data: Any,
+        sensor: Sensor,
+        unit: str | None,
+        nodata: float | None,
+        corners: bool | None,
+    ) -> None:
+        dataset = _dataset(data, {'time', 'y', 'x'})
+        self.sensor, self.nodata = sensor, nodata
+        self.unit = None if unit == next(iter(sensor.units)) else unit
+        self.grid = _grid(dataset, corners)
+        times = pd.to_datetime(dataset['time'].values, utc=True)
+        self.times = [*times.tz_localize(None).floor('s')]
+        self.offsets = [0.0] * len(times)
+        self.bands = _bands(dataset, sensor)
+        self.baselines, self.orbits = (
+            np.broadcast_to(
+                dataset.coords[name].values if name in dataset.coords else '', len(times)
+            )
+            for name in ('s2:processing_baseline', 'sat:orbit_state')
+        )
+        variables = [v for own in self.bands.values() for v in own.values()]
+        self.type = self._type(variables)
+        self.tag = np.nan if self.type == 'float32' else self._missing(variables[0])
+
+    def add(self, offset: Any) -> None:
+        """Say what is to be added at each time."""
+        late = sum(float(baseline or 0) >= 4 for baseline in self.baselines)
+        if offset is None and late:
+            warnings.warn(
+                f's2 has {late} acquisitions of processing baseline 04.00 and later, whose values '
+                'are 1,000 too high unless their source has harmonised them; give offset=-1000, '
+                'or 0 if it has',
+                S1S2Warning,
+                stacklevel=3,
+            )
+        if hasattr(offset, 'dims'):
+            self.offsets = [*map(float, np.broadcast_to(offset.values, len(self.times)))]
+        else:
+            reading = readings(['s2'], offset=offset)['s2']
+            self.offsets = [reading.offset(np.datetime64(time)) for time in self.times]
+        if any(self.offsets) and self.type != 'float32':
+            self.type, self.tag = 'int16', self.sensor.nodata
+
+    def jobs(self, merge: Merge) -> dict[Key, Job]:
+        """What writes each image."""
+        where = [(kind, t) for kind in self.bands for t in range(len(self.times))]
+        kinds = [
+            kind if kind != 'S1' else f'S1_{ORBITS.get(self.orbits[t], "")}'.rstrip('_')
+            for kind, t in where
+        ]
+        groups = group([self.times[t] for _, t in where], kinds, merge)
+        return {
+            key: SeriesImage(self.grid, [self._layer(*where[i]) for i in numbers], self.tag)
+            for key, numbers in groups.items()
+        }
+
+    def _layer(self, kind: str, time: int) -> dict[str, Any]:
+        """Bands at a time in the unit of the layout."""
+        how = {
+            'dtype': self.type,
+            'kind': self.type,
+            'tag': self.tag,
+            'offset': self.offsets[time],
+            'positive': self.sensor.positive and self.unit != 'db',
+            'convert': partial(_to_layout, self.sensor, self.unit) if self.unit else None,
+        }
+        return {
+            name: lazily(clean, dask_of(v.isel(time=time)), missing=self._missing(v), **how)
+            for name, v in self.bands[kind].items()
+        }
+
+    def _type(self, variables: Sequence[Any]) -> str:
+        """Type of the files: that of the arrays where GeoTIFF has it and values stay."""
+        for v in variables:
+            if v.attrs.get('scale_factor', 1) != 1 or v.attrs.get('add_offset', 0) != 0:
+                raise DataError(f'{v.name} is packed; unpack it with xarray.decode_cf, give unit')
+            if v.dtype.kind not in 'uif':
+                raise DataError(f'{v.name} has the type {v.dtype}; expected real numbers')
+        kinds = {v.dtype.name for v in variables}
+        same = len(kinds) == 1 and kinds <= {'uint8', 'uint16', 'int16', 'int32'} and not self.unit
+        return kinds.pop() if same else 'float32'
+
+    def _missing(self, variable: Any) -> float:
+        """Value without an observation."""
+        tag = _tag_of(variable) if self.nodata is None else self.nodata
+        usual = {'f': np.nan, 'u': 0.0, 'i': self.sensor.nodata}
+        return usual[variable.dtype.kind] if tag is None else tag
+
+
+@dataclass(frozen=True)
+class SeriesImage:
+    """Writes an image of layers, each with dask arrays (H, W) of its bands."""
+
+    grid: Grid
+    layers: Sequence[Mapping[str, Any]]
+    nodata: float
+
+    def __call__(self, path: Path) -> Outcome:
+        """Write it, unless it is empty."""
+        written = write_bands(path, self.grid, fuse(self.layers, self.nodata), self.nodata)
+        return Outcome('' if written else 'have no pixel')
+
+
+def optional(module: str) -> Any:
+    """Import a module of the extra ``stac``.
+
+    Raises:
+        ImportError: If it is not installed; the message says how to.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f'{module} cannot be imported ({error}); install what it takes to read regions with '
+            'pip install "torchgeo-s1s2[stac]"'
+        ) from error
+
+
+@contextmanager
+def threads() -> Iterator[dict[str, Any]]:
+    """How dask shall compute: in threads that have all ended afterwards, even after an error."""
+    count = optional('dask').config.get('num_workers', None) or os.cpu_count()
+    # rasterio ignores warnings in its threads, which may leave all of them ignored.
+    with warnings.catch_warnings(), ThreadPoolExecutor(count) as pool:
+        yield {'scheduler': 'threads', 'pool': pool}
+
+
+def lazily(function: Callable[..., NDArray[Any]], *arrays: Any, **kwargs: Any) -> Any:
+    """The dask array of a function of the blocks of arrays (H, W), however these are cut."""
+    pairs = [part for array in arrays for part in (array, 'yx')]
+    return optional('dask.array').blockwise(function, 'yx', *pairs, **kwargs)
+
+
+def clean(
+    value: NDArray[Any],
+    *clouds: NDArray[np.bool_],
+    kind: str,
+    tag: float,
+    missing: float,
+    offset: float = 0,
+    positive: bool = False,
+    convert: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
+) -> NDArray[Any]:
+    """Values as files have them: a tag for what is missing, cloudy, not finite, or not positive."""
+    empty = _is(value, missing)
+    if value.dtype.kind == 'f':
+        empty |= ~np.isfinite(value)
+    if positive:
+        empty |= ~(value > 0)
+    for cloud in clouds:
+        empty |= cloud
+    if offset:
+        value = value.astype(np.float32 if value.dtype.kind == 'f' else np.int32) + offset
+    if convert:
+        value = convert(value)
+    if kind != 'float32' and value.dtype != kind:
+        value = value.clip(np.iinfo(kind).min, np.iinfo(kind).max)
+    value = value.astype(kind)
+    value[empty] = tag
+    return value
+
+
+def fuse(layers: Sequence[Mapping[str, Any]], nodata: float) -> dict[str, Any]:
+    """One dask array a band, each pixel from the first layer that has it."""
+    return {
+        name: lazily(_first_seen, *(layer[name] for layer in layers), dtype=a.dtype, nodata=nodata)
+        for name, a in layers[0].items()
+    }
+
+
+def _first_seen(first: NDArray[Any], *others: NDArray[Any], nodata: float) -> NDArray[Any]:
+    out = first.copy() if others else first
+    for other in others:
+        np.copyto(out, other, where=_is(out, nodata))
+    return out
+
+
+def _is(value: NDArray[Any], nodata: float) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = np.isnan(value) if np.isnan(nodata) else value == nodata
+    return found
+
+
+def write_bands(path: Path, grid: Grid, bands: Mapping[str, Any], nodata: float) -> bool:
+    """Write dask arrays (H, W) as bands of a GeoTIFF, block by block; False if all is missing."""
+    dtype = next(iter(bands.values())).dtype
+    place = {'width': grid.width, 'height': grid.height, 'crs': grid.crs}
+    profile = _PROFILE | place | {'transform': grid.transform, 'nodata': nodata, 'dtype': dtype}
+    profile |= {'count': len(bands), 'predictor': 3 if dtype.kind == 'f' else 2}
+    with whole(path) as temporary, rasterio.open(temporary, 'w', **profile) as dst:
+        dst.descriptions = tuple(bands)
+        targets = [_Band(dst, number, nodata) for number in range(1, len(bands) + 1)]
+        with threads() as how:  # only threads share an open file
+            optional('dask.array').store([*bands.values()], targets, lock=threading.Lock(), **how)
+    seen = any(target.seen for target in targets)
+    if not seen:
+        path.unlink()
+    return seen
+
+
+class _Band:
+    """A band of an open file, to which dask assigns blocks."""
+
+    def __init__(self, dst: Any, number: int, nodata: float) -> None:
+        self.dst, self.number, self.nodata, self.seen = dst, number, nodata, False
+
+    def __setitem__(self, where: tuple[slice, slice], value: NDArray[Any]) -> None:
+        (top, bottom), (left, right) = ((part.start, part.stop) for part in where)
+        self.seen = self.seen or not _is(value, self.nodata).all()
+        self.dst.write(value, self.number, window=Window(left, top, right - left, bottom - top))
+
+
+def _dataset(data: Any, dimensions: set[str]) -> Any:
+    """A Dataset with a variable a band, whose columns go east and rows south."""
+    data = data.rename({old: new for old, new in _DIMENSIONS.items() if old in data.dims})
+    if degrees := {'lat', 'lon', 'latitude', 'longitude'} & {*map(str, data.dims)}:
+        raise DataError(f'the pixels lie along {", ".join(sorted(degrees))}, {_WARP}')
+    if not hasattr(data, 'data_vars'):
+        single = {} if 'band' in data.dims else {'name': data.name or 'band'}
+        data = data.to_dataset('band' if 'band' in data.dims else None, **single).assign_attrs(
+            data.attrs
+        )
+    if 'time' in data.coords and 'time' not in data.dims:
+        data = data.expand_dims('time')
+    if lacking := dimensions - {*map(str, data.dims)}:
+        raise DataError(
+            f'the dimensions are {", ".join(map(str, data.dims))} and lack '
+            f'{", ".join(sorted(lacking))}; rename them with data.rename'
+        )
+    for name, step in (('x', 1), ('y', -1)):
+        if (data[name].values[-1] - data[name].values[0]) * step < 0:
+            data = data.isel({name: slice(None, None, -1)})
+    return data
+
+
+def _bands(dataset: Any, sensor: Sensor) -> dict[str, dict[str, Any]]:
+    """Variables by kind (``S1``, ``S1_ASC``) and band."""
+    bands: dict[str, dict[str, Any]] = {}
+    for name, variable in dataset.data_vars.items():
+        words = re.split(r'[^a-z0-9]+', str(name).lower())
+        orbit = next((ORBITS[word] for word in words if word in ORBITS), '')
+        band = sensor.band('_'.join(word for word in words if word not in ORBITS))
+        if band and {'time', 'y', 'x'} <= {*variable.dims}:
+            own = bands.setdefault(f'{sensor.name.upper()}_{orbit}'.rstrip('_'), {})
+            if band in own:
+                raise DataError(f'{band} is there twice, as {own[band].name} and {name}; drop one')
+            own[band] = variable.transpose('time', 'y', 'x')
+    if not bands:
+        raise DataError(
+            f'no band of {sensor.name} is among {", ".join(map(str, dataset.data_vars))}; rename '
+            f'them to {", ".join(sensor.bands)}'
+        )
+    return {kind: {b: own[b] for b in sensor.bands if b in own} for kind, own in bands.items()}
+
+
+def _tag_of(variable: Any) -> float | None:
+    """Value that a variable says to have where it has none."""
+    names = ('_FillValue', 'nodata', 'missing_value')
+    tags = [variable.attrs[name] for name in names if variable.attrs.get(name) is not None]
+    return float(tags[0]) if tags else None
+
+
+def _to_layout(sensor: Sensor, unit: str, value: NDArray[Any]) -> NDArray[Any]:
+    """Bring values to the unit of the layout's files."""
+    one = next(iter(sensor.units.values()))(np.ones(1, np.float32))
+    return sensor.units[unit](value.astype(np.float32)) / one
+
+
+def _grid(dataset: Any, corners: bool | None) -> Grid:
+    """Where the pixels lie."""
+    crs = _crs(dataset)
+    if not crs.is_projected:
+        raise DataError(f'the pixels are in {crs}, {_WARP}')
+    (left, width), (top, height) = (_axis(dataset[name]) for name in ('x', 'y'))
+    half = 0 if (_at_corners(dataset) if corners is None else corners) else 0.5
+    transform = Affine(width, 0, left - half * width, 0, height, top - half * height)
+    return Grid(crs, transform, dataset.sizes['x'], dataset.sizes['y'])
+
+
+def _axis(coordinate: Any) -> tuple[float, float]:
+    """First value and step of a coordinate."""
+    values = coordinate.values.astype(float)
+    steps = np.diff(values)
+    if not steps.size or np.ptp(steps) > abs(steps.mean()) / 10:
+        raise DataError(
+            f'{coordinate.name} holds {values[:3]} ..., which are not the even steps of a grid; '
+            'resample the pixels'
+        )
+    return values[0], steps.mean()
+
+
+def _at_corners(dataset: Any) -> bool:
+    """Whether coordinates are those of upper left corners, as far as sentle and stackstac tell.
+
+    sentle says so in an attribute of x and y. stackstac, also below cubo, gives corners unless
+    asked, on a grid whose corners are multiples of the resolution.
+    """
+    x, attrs = dataset['x'], dataset.attrs
+    if 'coord_save_mode' in x.attrs:
+        return bool(x.attrs['coord_save_mode'] == 'top-left')
+    if not {'spec', 'central_x'} & {*attrs} or 'resolution' not in attrs:
+        return False
+    return bool(abs(float(x[0]) / float(attrs['resolution']) % 1 - 0.5) > 0.25)
+
+
+def _crs(dataset: Any) -> CRS:
+    """CRS of a grid mapping (rioxarray, odc-geo, openEO, sentle), or attributes (xee, cubo)."""
+    names = ('spatial_ref', 'crs_wkt', 'crs', 'proj:code', 'epsg', 'proj:epsg')
+    places = [v.attrs for v in (*dataset.variables.values(), dataset)]
+    places.append({n: v.item() for n, v in dataset.coords.items() if n in names and not v.dims})
+    for name in names:
+        for value in (place[name] for place in places if place.get(name)):
+            with suppress(CRSError):
+                return CRS.from_user_input(value)
+    raise DataError('the array does not say its CRS; give it, as in data.rio.write_crs(32632)')
+
+
+def dask_of(array: Any) -> Any:
+    """The dask array of a DataArray, which is cut to chunks unless it has some."""
+    return (array if array.chunks else array.chunk({'y': CHUNK, 'x': CHUNK})).data

@@ -1,0 +1,607 @@
+"""A region from a STAC API, and what each source of Sentinel data must be told."""
+
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import ceil, floor
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import rasterio
+from affine import Affine
+from rasterio.errors import RasterioError
+from shapely import box
+from shapely.geometry import mapping
+from shapely.geometry.base import BaseGeometry
+from tqdm import tqdm
+
+from torchgeo_s1s2.datasets.rasters import Grid, crs_of
+from torchgeo_s1s2.datasets.region import (
+    CHUNK,
+    ORBITS,
+    Key,
+    Outcome,
+    clean,
+    file_name,
+    fuse,
+    group,
+    lazily,
+    optional,
+    threads,
+    write_bands,
+    write_patch,
+)
+from torchgeo_s1s2.datasets.sensors import SENSORS
+from torchgeo_s1s2.datasets.sources import Source, Wanted
+from torchgeo_s1s2.datasets.time_series import DateRule
+from torchgeo_s1s2.errors import DataError, DownloadError, S1S2Warning
+from torchgeo_s1s2.files import whole
+
+T = TypeVar('T')
+WAITS = (1.0, 2.0, 4.0)
+"""Seconds before an image is read again; GDAL forgets what it had of a file after the first."""
+# GDAL itself repeats a request after these answers.
+HTTP = {
+    'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR',
+    'GDAL_HTTP_MAX_RETRY': 5,
+    'GDAL_HTTP_RETRY_DELAY': 1,
+    'GDAL_HTTP_RETRY_CODES': '429,500,502,503,504',
+}
+FRESH = {'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'}
+_EDGE = 20  # metres: where Sentinel-2's pixels of both 10 and 20 m begin
+
+
+@dataclass(frozen=True)
+class StacCollection:
+    """What of a collection its items do not say, or say wrongly.
+
+    Attributes:
+        collection: Its id.
+        url: Address of its STAC API; that of the region's source unless given.
+        bands: Asset of each band, where neither its name nor its common name tells.
+        nodata: Value without an observation in files that have no tag.
+        offset: What to add to Sentinel-2's values, or ``'item'``: after what the item says, -1000
+            from processing baseline 04.00 on, unless it has been added or the asset has another.
+        mask: Asset that classifies pixels, empty for none.
+        clouds: Its classes that are clouds or their shadows.
+        sign: Whether Planetary Computer is to sign the addresses of files.
+        refused: Why the collection cannot be used, empty if it can.
+    """
+
+    collection: str
+    url: str = ''
+    bands: Mapping[str, str] = field(default_factory=dict)
+    nodata: float = 0
+    offset: float | Literal['item'] = 'item'
+    mask: str = ''
+    clouds: Sequence[int] = (3, 8, 9, 10)  # of sen2cor's SCL: shadow, medium, high, cirrus
+    sign: bool = False
+    refused: str = ''
+
+
+_EARTH_SEARCH = 'https://earth-search.aws.element84.com/v1'
+_PLANETARY = 'https://planetarycomputer.microsoft.com/api/stac/v1'
+_NAMES = ('blue', 'green', 'red', 'rededge1', 'rededge2', 'rededge3')
+_COMMON = dict(zip(SENSORS['s2'].bands, (*_NAMES, 'nir', 'nir08', 'swir16', 'swir22'), strict=True))
+_GRD = StacCollection(
+    'sentinel-1-grd',
+    _EARTH_SEARCH,
+    refused='holds amplitudes in radar geometry, neither calibrated nor corrected for terrain; '
+    "take Sentinel-1 from another source, as in collections={'s1': 'planetary-computer'}, or leave "
+    "it out with sensors=['s2']",
+)
+SOURCES: dict[str, dict[str, StacCollection]] = {
+    # The COGs have been harmonised: earthsearch:boa_offset_applied and raster:bands of the items
+    # often deny it (github.com/Element84/earth-search, issues 9, 66 and 71; rslearn, pull 501).
+    # Files in sentinel-cogs of before 2022 have no tag; GRD after the README there.
+    'earth-search': {
+        's2': StacCollection('sentinel-2-l2a', _EARTH_SEARCH, _COMMON, offset=0, mask='scl'),
+        's1': _GRD,
+    },
+    # Baseline 05 on, never harmonised; raster:bands are right (the same README, and issue 41).
+    'earth-search-c1': {
+        's2': StacCollection('sentinel-2-c1-l2a', _EARTH_SEARCH, _COMMON, mask='scl'),
+        's1': _GRD,
+    },
+    # Not harmonised (github.com/microsoft/PlanetaryComputer, issue 134), without raster:bands.
+    # Sentinel-1 is gamma nought, linear, terrain corrected; borders hold 0 (issues 307 and 493).
+    'planetary-computer': {
+        's2': StacCollection('sentinel-2-l2a', _PLANETARY, mask='SCL', sign=True),
+        's1': StacCollection(
+            'sentinel-1-rtc', _PLANETARY, {'VV': 'vv', 'VH': 'vh'}, -32768, sign=True
+        ),
+    },
+}
+"""The collections of each source by sensor, after its documentation and its users' issues."""
+
+
+@dataclass
+class SentinelRegion(Source):
+    """Downloads a place and a season from a STAC API, as one patch of a data set.
+
+    The images lie on a grid of 10 m in one UTM zone, in whose lattice Sentinel-2's tiles lie too.
+    Values are reflectance x 10,000 (int16) and linear power (float32), offsets applied; clouds are
+    missing. Of a date rule, only the dates that it may choose are read. What will be read is told
+    before. An image is there whole or not at all, and an interrupted run goes on; a finished one
+    needs no network. A missing or broken file is left out with a warning that names it.
+
+    Attributes:
+        region: West, south, east and north in degrees, or a file of geometries, whose bounds count.
+        season: First and last day.
+        source: One of ``SOURCES``, or the address of a STAC API.
+        collections: By sensor, a description of the collection, or the name of another source.
+        tile: Name of the tile; the patch is ``TILE_0_0``.
+        epsg: UTM zone; that of the region's centre unless given.
+        clouds: Classes of the mask that become missing, in place of the collection's; [] for none.
+        max_clouds: Share of the pixels seen from which on a date is left out.
+        orbits: Whether images of ascending and descending orbits of Sentinel-1 are kept
+            ``'apart'``, ``'merged'`` day by day, or only ``'ascending'`` or ``'descending'`` taken.
+        resampling: How pixels of another size or zone are resampled, a name that GDAL has.
+        chunk: Height and width in pixels of what is read at once; memory follows it.
+        num_workers: Number of threads that read.
+
+    Raises:
+        DataError: If a collection is refused, or says too little.
+        DownloadError: If the API or its files cannot be reached.
+        NoSeriesError: If the dates there make no series.
+    """
+
+    region: list[float] | str
+    season: list[str]
+    source: str = 'planetary-computer'
+    collections: dict[str, StacCollection | str] | None = None
+    tile: str = 'region'
+    epsg: int | None = None
+    clouds: list[int] | None = None
+    max_clouds: float = 0.5
+    orbits: Literal['apart', 'merged', 'ascending', 'descending'] = 'apart'
+    resampling: str = 'nearest'
+    chunk: int = CHUNK
+    num_workers: int = 8
+
+    def fill(self, root: Path, wanted: Wanted) -> None:
+        """Download what the date rule may choose."""
+        self.write(root, wanted.series.reads(wanted.sensors), wanted.series)
+
+    def write(
+        self,
+        root: str | Path,
+        sensors: Sequence[str] = tuple(SENSORS),
+        series: DateRule | None = None,
+        progress: bool = True,
+    ) -> Path:
+        """Download what is not there.
+
+        Args:
+            root: Folder of the data set; made if it is not there.
+            sensors: ``('s2', 's1')`` or one of them.
+            series: Date rule that chooses dates; all unless given.
+            progress: Print the plan and show progress bars.
+
+        Returns:
+            The root.
+        """
+        root = Path(root)
+        root.mkdir(parents=True, exist_ok=True)
+        state = _State(root / f'{self.tile}.region.json', self._settings(sensors, series))
+        if state.finished:
+            return root
+        known = {sensor: self.collection(sensor) for sensor in sensors}
+        images = {sensor: self._images(sensor, c) for sensor, c in known.items()}
+        with optional('dask').config.set(num_workers=self.num_workers):
+            self._leave_clouds_out(images.get('s2', {}), state, progress)
+            while True:
+                chosen = {s: self._choose(s, images, state.left_out, series) for s in images}
+                self._tell(root, chosen, images, progress)
+                failed = write_patch(root, self.tile, self.grid(), chosen, progress)
+                state.left_out |= failed
+                state.save(finished=not failed or series is None)
+                if state.finished:
+                    return root
+
+    def collection(self, sensor: str) -> StacCollection:
+        """Description of the collection of a sensor."""
+        own = (self.collections or {}).get(sensor, self.source)
+        if isinstance(own, StacCollection):
+            known = own if own.url else StacCollection(**{**asdict(own), 'url': self.source})
+        elif own in SOURCES:
+            known = SOURCES[own][sensor]
+        else:
+            raise DataError(
+                f'nothing is known of {own!r} as a source of {sensor}; choose one of '
+                f'{", ".join(SOURCES)}, or describe its collection, as in collections={{{sensor!r}:'
+                " StacCollection('sentinel-2-l2a', mask='SCL')}"
+            )
+        if known.refused:
+            raise DataError(f'{known.collection} at {known.url} {known.refused}')
+        return known
+
+    def geometry(self) -> BaseGeometry:
+        """The region in degrees."""
+        if isinstance(self.region, str):
+            return gpd.read_file(self.region).to_crs(4326).union_all()
+        west, south, east, north = self.region
+        if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
+            raise DataError(
+                f'region is {self.region}; expected west, south, east, north in degrees'
+            )
+        return box(west, south, east, north)
+
+    def grid(self) -> Grid:
+        """Pixels of the region."""
+        place = gpd.GeoSeries([self.geometry().segmentize(0.01)], crs=4326)
+        epsg = self.epsg or place.estimate_utm_crs().to_epsg()
+        west, south, east, north = place.to_crs(epsg).total_bounds / _EDGE
+        left, bottom, right, top = (
+            _EDGE * f(v) for f, v in ((floor, west), (floor, south), (ceil, east), (ceil, north))
+        )
+        width, height = (right - left) // 10, (top - bottom) // 10
+        return Grid(crs_of(epsg), Affine(10, 0, left, 0, -10, top), width, height)
+
+    def _settings(self, sensors: Sequence[str], series: DateRule | None) -> dict[str, Any]:
+        ignored = ('chunk', 'num_workers')
+        settings = {k: v for k, v in asdict(self).items() if k not in ignored}
+        settings |= {'season': [*map(str, self.season)], 'series': repr(series)}
+        return json.loads(json.dumps(settings | {'sensors': [*sensors]}))
+
+    def _images(self, sensor: str, collection: StacCollection) -> dict[Key, 'StacImage']:
+        """Images of the region, each of the items of a pass, newest processing first."""
+        items, notes = {}, []
+        for item in self._search(collection):
+            try:
+                if (
+                    self.orbits in ('apart', 'merged', item.properties.get('sat:orbit_state'))
+                    or sensor == 's2'
+                ):
+                    items[item.id] = item, _assets(item, sensor, collection)
+            except DataError as error:
+                notes.append(str(error))
+        told = f'{len(notes)} items are left out: {"; ".join(notes[:5])}'
+        if not items:
+            raise DataError(f'no item of {collection.collection} can be used. {told}')
+        if notes:
+            warnings.warn(told, S1S2Warning, stacklevel=4)
+        found = sorted(items.values(), key=lambda own: (-_baseline(own[0]), own[0].id))
+        times = [
+            pd.Timestamp(i.datetime).tz_convert('UTC').tz_localize(None).floor('s')
+            for i, _ in found
+        ]
+        orbits = [ORBITS.get(str(i.properties.get('sat:orbit_state')), '') for i, _ in found]
+        kinds = [f'S1_{o}'.rstrip('_') if sensor == 's1' else 'S2' for o in orbits]
+        merge: Any = 'day' if sensor == 's1' and self.orbits == 'merged' else 'pass'
+        clouds = tuple(collection.clouds if self.clouds is None else self.clouds)
+        how = (sensor, collection, self.grid(), clouds, self.resampling, self.chunk)
+        return {
+            key: StacImage([found[i] for i in numbers], *how)
+            for key, numbers in group(times, kinds, merge).items()
+        }
+
+    def _search(self, collection: StacCollection) -> list[Any]:
+        """Items of the region and the season."""
+        client, requests = optional('pystac_client'), optional('requests')
+        retry = optional('urllib3').Retry(
+            5, backoff_factor=0.5, status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None
+        )
+        where = f'{collection.collection} at {collection.url}'
+        try:
+            api = client.Client.open(
+                collection.url, stac_io=client.stac_api_io.StacApiIO(max_retries=retry)
+            )
+            search = api.search(
+                collections=[collection.collection],
+                intersects=mapping(self.geometry()),
+                datetime='/'.join(map(str, self.season)),
+            )
+            items = [*search.items()]
+        except (client.exceptions.APIError, requests.RequestException, OSError) as error:
+            raise DownloadError(
+                f'{where} cannot be searched ({str(error).splitlines()[0][:200]}). Check the '
+                'network and the address; the next start goes on with what is there'
+            ) from None
+        if not items:
+            raise DownloadError(
+                f'{where} has nothing of {self.region} from {self.season[0]} to {self.season[-1]}; '
+                'choose another season, region or source'
+            )
+        return items
+
+    def _leave_clouds_out(
+        self, images: Mapping[Key, 'StacImage'], state: '_State', progress: bool
+    ) -> None:
+        """Look up the share of clouds of each date."""
+        if self.max_clouds >= 1:
+            return
+        todo = {file_name(f'{self.tile}_0_0', *key): image for key, image in images.items()}
+        todo = {n: image for n, image in todo.items() if n not in state.clouds and image.has_mask}
+        bar = tqdm(todo.items(), 'Looking for clouds', disable=not (progress and todo), unit='date')
+        for name, image in bar:
+            state.clouds[name] = image.cloud_share()
+        state.save()
+        cloudy = {n for n, share in state.clouds.items() if share > self.max_clouds}
+        state.left_out |= dict.fromkeys(cloudy, f'have more than {self.max_clouds:.0%} of clouds')
+
+    def _choose(
+        self,
+        sensor: str,
+        images: Mapping[str, Mapping[Key, 'StacImage']],
+        left_out: Mapping[str, str],
+        series: DateRule | None,
+    ) -> dict[Key, 'StacImage']:
+        """Images of a sensor that a date rule may choose."""
+        left = {
+            s: sorted(k for k in own if file_name(f'{self.tile}_0_0', *k) not in left_out)
+            for s, own in images.items()
+        }
+        chosen: Iterable[int] = range(len(left[sensor]))
+        if series is not None:
+            times = {s: np.array([k[0] for k in keys], 'datetime64[s]') for s, keys in left.items()}
+            chosen = sorted(series.candidates(times)[sensor])
+        return {left[sensor][i]: images[sensor][left[sensor][i]] for i in chosen}
+
+    def _tell(
+        self,
+        root: Path,
+        chosen: Mapping[str, Mapping[Key, 'StacImage']],
+        images: Mapping[str, Mapping[Key, 'StacImage']],
+        progress: bool,
+    ) -> None:
+        """Print what will be read, and compare it with the disk."""
+        grid, total = self.grid(), 0
+        lines = [f'{self.tile}: {grid.width} x {grid.height} pixels of 10 m, EPSG:{grid.epsg}']
+        for sensor, own in chosen.items():
+            paths = {root / sensor / file_name(f'{self.tile}_0_0', *key) for key in own}
+            size = (2 if sensor == 's2' else 4) * len(SENSORS[sensor].bands)
+            size *= grid.width * grid.height * sum(not path.exists() for path in paths)
+            total += size
+            items = sum(len(image.items) for image in own.values())
+            lines.append(
+                f'{sensor}: {len(own)} of {len(images[sensor])} dates, {items} images of '
+                f'{self.collection(sensor).collection}, at most {size / 1e9:.3f} GB to write'
+            )
+        if progress:
+            print('\n'.join(lines))
+        if total > (free := shutil.disk_usage(root).free):
+            raise DownloadError(
+                f'{total / 1e9:.1f} GB are to be written to {root}, which has {free / 1e9:.1f} GB '
+                'free; make room, or choose fewer dates or a smaller region'
+            )
+
+
+class _State:
+    """What a run has learnt, in a file, so that the next one need not."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        same = kept.get('settings') == settings
+        self.finished: bool = same and kept['finished']
+        self.left_out: dict[str, str] = kept['left_out'] if same else {}
+        self.clouds: dict[str, float] = kept['clouds'] if same else {}
+
+    def save(self, finished: bool = False) -> None:
+        self.finished = finished
+        names = ('settings', 'finished', 'left_out', 'clouds')
+        with whole(self.path) as temporary:
+            temporary.write_text(json.dumps({n: getattr(self, n) for n in names}, indent=1))
+
+
+@dataclass(frozen=True)
+class StacImage:
+    """Writes an image of the items of a pass, each with its assets by band.
+
+    Attributes:
+        items: STAC items, newest processing first.
+        sensor: ``'s2'`` or ``'s1'``.
+        collection: What is to be known of them.
+        grid: Where to.
+        clouds: Classes of the mask that become missing.
+        resampling: How.
+        chunk: Height and width of what is read at once.
+    """
+
+    items: Sequence[tuple[Any, Mapping[str, str]]]
+    sensor: str
+    collection: StacCollection
+    grid: Grid
+    clouds: Sequence[int]
+    resampling: str
+    chunk: int
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether clouds are to be looked for."""
+        return bool(self.collection.mask and self.clouds)
+
+    @property
+    def tag(self) -> float:
+        """Value without an observation in the file."""
+        return SENSORS['s2'].nodata if self.sensor == 's2' else np.nan
+
+    def __call__(self, path: Path) -> Outcome:
+        """Write it, without items of which a file cannot be read."""
+        written, notes = self._patiently(
+            lambda items: write_bands(
+                path, self.grid, fuse([self._layer(*own) for own in items], self.tag), self.tag
+            )
+        )
+        why = {None: 'cannot be read', False: 'have no pixel', True: ''}[written]
+        return Outcome(why, tuple(notes))
+
+    def cloud_share(self) -> float:
+        """Share of the pixels seen that are clouds, 0 if none is seen."""
+
+        def count(items: Sequence[Any]) -> float:
+            layers = [{'mask': self._load(item, [self.collection.mask])[0][0]} for item, _ in items]
+            mask = fuse(layers, 0)['mask']
+            cloudy = lazily(np.isin, mask, dtype=bool, test_elements=list(self.clouds)).sum()
+            with threads() as how:
+                seen, clouds = optional('dask').compute((mask != 0).sum(), cloudy, **how)
+            return float(clouds / max(seen, 1))
+
+        return self._patiently(count)[0] or 0
+
+    def _layer(self, item: Any, assets: Mapping[str, str]) -> dict[str, Any]:
+        """Bands of an item in the unit of the layout, clouds missing."""
+        loaded = self._load(item, [*assets.values()])
+        clouds = []
+        if self.has_mask:
+            ((mask, _),) = self._load(item, [self.collection.mask])
+            clouds = [lazily(np.isin, mask, dtype=bool, test_elements=list(self.clouds))]
+        kind = 'int16' if self.sensor == 's2' else 'float32'
+        how = {'dtype': kind, 'kind': kind, 'tag': self.tag, 'positive': self.sensor == 's1'}
+        return {
+            band: lazily(
+                clean,
+                value,
+                *clouds,
+                missing=nodata,
+                offset=_offset(item, asset, self.collection) if self.sensor == 's2' else 0,
+                **how,
+            )
+            for (band, asset), (value, nodata) in zip(assets.items(), loaded, strict=True)
+        }
+
+    def _load(self, item: Any, assets: Sequence[str]) -> list[tuple[Any, float]]:
+        """Assets of an item on the grid, and their values without an observation."""
+        box_of = optional('odc.geo.geobox').GeoBox
+        usual = {
+            'data_type': 'uint16' if self.sensor == 's2' else 'float32',
+            'nodata': self.collection.nodata,
+        }
+        kinds = {'*': usual, self.collection.mask: {'data_type': 'uint8', 'nodata': 0}}
+        with rasterio.Env(**HTTP):
+            data = optional('odc.stac').load(
+                [item],
+                bands=assets,
+                geobox=box_of(
+                    (self.grid.height, self.grid.width), self.grid.transform, self.grid.crs
+                ),
+                chunks={'x': self.chunk, 'y': self.chunk},
+                resampling={'*': self.resampling, self.collection.mask or 'mask': 'nearest'},
+                stac_cfg={item.collection_id: {'assets': kinds}, '*': {'warnings': 'ignore'}},
+                patch_url=optional('planetary_computer').sign if self.collection.sign else None,
+            )
+        arrays = [data[name].isel(time=0) for name in assets]
+        return [(a.data, float(a.attrs.get('nodata', self.collection.nodata))) for a in arrays]
+
+    def _patiently(self, work: Callable[[Sequence[Any]], T]) -> tuple[T | None, list[str]]:
+        """Do work with the items; again after a while, and then without what is broken."""
+        items, notes = [*self.items], list[str]()
+        while items:
+            for wait in (0, *WAITS):
+                time.sleep(wait)
+                try:
+                    with rasterio.Env(
+                        **({'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'} if wait else {})
+                    ):
+                        return work(items), notes
+                except RasterioError as error:
+                    failure = error
+            broken = {
+                i: why
+                for i, (item, assets) in enumerate(items)
+                if (why := self._broken(item, assets))
+            }
+            if not broken:
+                raise DownloadError(f'{items[0][0].id} cannot be read: {failure}') from failure
+            notes += broken.values()
+            items = [own for i, own in enumerate(items) if i not in broken]
+        return None, notes
+
+    def _broken(self, item: Any, assets: Mapping[str, str]) -> str:
+        """Which file of an item cannot be read, empty if all can."""
+        for asset in filter(None, (*assets.values(), self.collection.mask)):
+            ((value, _),) = self._load(item, [asset])
+            try:
+                with threads() as how:
+                    value.map_blocks(lambda block: block[:1, :1]).compute(**how)
+            except RasterioError as error:
+                href = item.assets[asset].href
+                return f'{asset} of {item.id} ({href}) is left out: {_reach(href) or error}'
+        return ''
+
+
+def _reach(href: str) -> str:
+    """Why a file is not there, if its server says so.
+
+    Raises:
+        DownloadError: If the server does not answer, or wants no more requests now.
+    """
+    requests = optional('requests')
+    if not href.startswith('http'):
+        return ''
+    try:
+        answer = requests.get(href, headers={'Range': 'bytes=0-0'}, timeout=30, stream=True)
+    except requests.RequestException as error:
+        status, why = 500, str(error)
+    else:
+        status, why = answer.status_code, f'{answer.status_code} {answer.reason}'
+    if status == 429 or status >= 500:
+        raise DownloadError(
+            f'{href} cannot be reached ({why[:200]}); start again later, and the run goes on'
+        ) from None
+    return why if status >= 400 else ''
+
+
+def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str]:
+    """Asset of each band.
+
+    Raises:
+        DataError: If the item lacks one.
+    """
+    known = SENSORS[sensor]
+    named = {known.band(_common(asset.to_dict())): key for key, asset in item.assets.items()}
+    named |= {known.band(key): key for key in item.assets}
+    assets = {band: collection.bands.get(band, named.get(band, '')) for band in known.bands}
+    wanted = {**assets, 'mask': collection.mask} if collection.mask else assets
+    lacking = [f'{b} ({a or "no such name"})' for b, a in wanted.items() if a not in item.assets]
+    if lacking:
+        raise DataError(f'{item.id} lacks {", ".join(lacking)}')
+    for asset in assets.values() if sensor == 's2' else ():
+        _offset(item, asset, collection)
+    return assets
+
+
+def _common(asset: Mapping[str, Any]) -> str:
+    """Common name of the band of an asset, after STAC 1.0 or 1.1."""
+    bands = asset.get('eo:bands') or asset.get('bands') or [{}]
+    name = bands[0].get('common_name') or bands[0].get('eo:common_name') if len(bands) == 1 else ''
+    return str(name or '')
+
+
+def _baseline(item: Any) -> float:
+    """Processing baseline of an item, 0 if it does not say."""
+    for name in ('s2:processing_baseline', 'processing:version'):
+        try:
+            return float(item.properties[name])
+        except (KeyError, ValueError):
+            continue
+    return 0
+
+
+def _offset(item: Any, asset: str, collection: StacCollection) -> float:
+    """What to add to the values of an asset, after what its item says and never its date.
+
+    Raises:
+        DataError: If it does not say.
+    """
+    if collection.offset != 'item':
+        return collection.offset
+    baseline, applied = _baseline(item), item.properties.get('earthsearch:boa_offset_applied')
+    if applied or 0 < baseline < 4:
+        return 0
+    own = item.assets[asset].to_dict()
+    told = {**(own.get('raster:bands') or own.get('bands') or [{}])[0]}
+    if (offset := told.get('offset', told.get('raster:offset'))) is not None:
+        return float(round(offset / told.get('scale', told.get('raster:scale', 1))))
+    if not baseline:
+        raise DataError(
+            f'{item.id} says no processing baseline; give the offset of its collection, 0 or -1000'
+        )
+    return -1000
