@@ -65,7 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patches = {'31UFQ': 2, '32ULU': 2, '31UFP': 1, '31UEQ': 1}
     root = write_synthetic(folder / 'data' / 'synthetic', 32, patches, incomplete=0, progress=False)
     shutil.copytree(root, folder / 'data' / 'mine', ignore=shutil.ignore_patterns('labels'))
-    write_checkpoint(folder / 'outputs' / 'demo' / 'best.ckpt')
+    for name in ('demo', 'pastis'):
+        write_checkpoint(folder / 'outputs' / name / 'best.ckpt')
     (folder / 'data' / 'MultiSenGE').mkdir()
     (folder / 'served').mkdir()
     for name in ('labels', 'ground_reference', 's2', 's1'):

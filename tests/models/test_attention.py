@@ -148,3 +148,21 @@ def test_a_few_dates_at_a_time_are_the_same(
         state = dict(again.named_buffers()) | {n: p.grad for n, p in again.named_parameters()}
         results.append([output.detach(), state])
     torch.testing.assert_close(results[1], results[0])
+
+
+def test_a_series_goes_on_over_the_new_year() -> None:
+    """Days are counted from the beginning of the year in which a series begins, seen slots only."""
+    text = [
+        ['2018-10-01T11:30', '2018-12-31T23:59', '2019-10-01T00:00'],
+        ['2020-12-31T01:00', '', ''],
+    ]
+    stamps = [
+        [np.datetime64(t or '1969-12-31T23:59:59', 's').astype(int) for t in row] for row in text
+    ]
+    times = torch.from_numpy(np.array(stamps))[:, :, None]
+    found = ImageSeries.from_batch(
+        {'image': torch.zeros(2, 3, 1, 2, 2), 'acquisition_times': times}
+    )
+    assert found.days is not None
+    assert found.days[0, :, 0].tolist() == [274, 365, 365 + 274]
+    assert found.days[1, 0, 0] == 366

@@ -565,6 +565,7 @@ class SeriesDataset(GeoDataset):
             except UnreadableError as error:
                 chosen[i] = self._without(series, error)
                 return self._filled(grid, chosen)  # anew, for some dates may have changed
+            canvas.add_labels(self.read_labels(series.patch, grid), series.inside)
         return canvas
 
     def _fill(self, canvas: '_Canvas', series: _Series) -> None:
@@ -576,7 +577,6 @@ class SeriesDataset(GeoDataset):
                     value = self._slot(series.patch, sensor, positions, canvas.grid)
                     time = int(times[positions[0]].astype(np.int64))
                     canvas.add(sensor, t, time, value, series.inside)
-        canvas.add_labels(self.read_labels(series.patch, canvas.grid), series.inside)
 
     def _slot(self, patch: int, sensor: str, positions: Sequence[int], grid: Grid) -> Array:
         """Mean of the acquisitions of a slot in the unit of a sample."""

@@ -34,7 +34,8 @@ class ImageSeries(NamedTuple):
         image: Series of shape (B, T, C, H, W) or (B, T * C, H, W).
         valid: Booleans of shape (B, T, S), whether each of the S sensors saw a slot, or (B, T) for
             all sensors alike. If None, a slot of a sensor that is 0 everywhere counts as empty.
-        days: Day of the year of each slot (B, T, S), 1..366, or None. Only attention reads it.
+        days: Day of each slot (B, T, S), counted from the beginning of the year in which the series
+            begins, or None. Only attention reads it.
     """
 
     image: Tensor
@@ -66,7 +67,13 @@ class ImageSeries(NamedTuple):
             else:
                 valid = valid & inside.view(*inside.shape, *[1] * (valid.ndim - 2))
         times = batch.get('acquisition_times')
-        return cls(image, valid, None if times is None else day_of_year(times))
+        return cls(image, valid, None if times is None else _days(times))
+
+
+def _days(times: Tensor) -> Tensor:
+    """Days (B, T, S) from the beginning of the year in which a series begins, 1 for its first."""
+    first = torch.where(times < 0, times.amax(), times).flatten(1).amin(1)[:, None, None]
+    return (times - first).add(first % 86400).div(86400, rounding_mode='floor') + day_of_year(first)
 
 
 class SeriesEncoder(nn.Module):
