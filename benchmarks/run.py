@@ -82,7 +82,8 @@ class Recorder(Callback):
             np.savez_compressed(path, prediction=prediction, mask=mask, classes=self._classes)
 
     def _keep(self, module: LightningModule, inputs: Any, logits: Tensor) -> None:
-        self._classes, self._image = logits.shape[1], inputs[0][:1]
+        self._classes = logits.shape[1]
+        self._image = getattr(inputs[0], 'image', inputs[0])[:1]  # of an ImageSeries
         self._prediction = logits.detach().argmax(1).cpu()
 
     def _collected(self) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ def test_calls_take_turns_and_the_median_counts() -> None:
 def test_memory_of_a_block() -> None:
     with common.measured() as found:
         np.ones(2**25)  # 256 MiB
-    assert 250 < found['added at most (MiB)'] < 300
+    assert 200 < found['added at most (MiB)'] < 300  # other blocks may be freed meanwhile
     assert found['before (MiB)'] > 50
     assert 0 < found['seconds'] < 60
 

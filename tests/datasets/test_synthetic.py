@@ -211,13 +211,13 @@ def test_with_context_the_ground_is_the_same_and_pixels_say_less(tmp_path: Path)
     means = {}
     for context in (False, True):
         folder = tmp_path / str(context)
-        write_synthetic(folder, 48, {'31UFQ': 8}, haze=0, context=context, progress=False)
+        write_synthetic(folder, 64, {'31UFQ': 10}, incomplete=0, context=context, progress=False)
         dataset = MultiSenGE(folder, 'all', splits={})
         samples = [dataset[i] for i in range(len(dataset))]
         masks = np.concatenate([s['mask'].numpy().ravel() for s in samples])
         vh = np.concatenate([s['image'][0, 11].numpy().ravel() for s in samples])
         means[context] = masks, [vh[masks == label - 1].mean() for label in (1, 3)]
     np.testing.assert_array_equal(means[False][0], means[True][0])
-    # Backscatter without plants is -12 and -15 dB.
-    assert means[False][1][0] - means[False][1][1] > 1.5
-    assert abs(means[True][1][0] - means[True][1][1]) < 0.7
+    # Backscatter without plants is -12 and -15 dB, and plants weaken that of the first more.
+    plain, alike = (abs(vh[0] - vh[1]) for _, vh in means.values())
+    assert alike < plain / 2
