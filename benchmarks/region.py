@@ -1,7 +1,7 @@
-"""A region from a STAC API on loopback: time and memory beside plain odc-stac and rasterio.
+"""A region from a STAC API on loopback.
 
-python -m benchmarks.region speed      # beside plain odc-stac and rasterio
-python -m benchmarks.region map CONFIG CHECKPOINT
+python -m benchmarks.region speed           # time and memory beside plain odc-stac and rasterio
+python -m benchmarks.region map CHECKPOINT  # of the demo: conf/region.yaml, and a picture
 """
 
 import json
@@ -9,22 +9,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import odc.geo.geobox
 import odc.stac
 import pystac_client
 import rasterio
+import torchgeo.main
 from rasterio.warp import transform_bounds
 
+import torchgeo_s1s2
 from benchmarks.server import item, serve_files, serve_items, write_cog
-from torchgeo_s1s2.datasets import SENSOR_BANDS, SentinelRegion, StacCollection
+from torchgeo_s1s2.datasets import SENSOR_BANDS, MultiSenGE, SentinelRegion, StacCollection
+from torchgeo_s1s2.datasets.classes import class_scheme
 from torchgeo_s1s2.datasets.region import _PROFILE
+from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
 S2 = StacCollection('sentinel-2-l2a', mask='SCL', offset=0)
 S1 = StacCollection('sentinel-1-rtc', bands={'VV': 'vv', 'VH': 'vh'}, nodata=-32768)
+CONF = Path(torchgeo_s1s2.__file__).parent / 'conf' / 'region.yaml'
 SEASON = ['2020-01-01', '2020-12-31']
 
 
@@ -113,8 +120,51 @@ def speed(sizes: tuple[int, ...] = (2048, 4096), rounds: int = 3, dates: int = 4
                         subprocess.run([*command, str(size), bounds, out], check=True)
 
 
+def map_region(checkpoint: str, output: Path = Path('outputs/region.png')) -> None:
+    """Serve a synthetic patch, and map it by ``conf/region.yaml``."""
+    checkpoint = str(Path(checkpoint).resolve())
+    with tempfile.TemporaryDirectory() as name, serve_files(Path(name, 'cogs')) as files:
+        root = Path(name)
+        write_synthetic(root / 'source', 256, {'31UEQ': 1}, incomplete=0, haze=0)
+        images = sorted(root.glob('source/s[12]/*.tif'))
+        items = [publish(image, root / 'cogs', files.url) for image in images]
+        with serve_items(items, root) as api:
+            own = {'region': bounds_of(images[0], 150), 'season': SEASON, 'source': api}
+            own['collections'] = {s: vars(c) for s, c in (('s2', S2), ('s1', S1))}
+            settings = {'data': {'init_args': {'source': {'init_args': own}}}}
+            (root / 'own.yaml').write_text(json.dumps(settings))
+            with chdir(root):
+                options = ['--config=own.yaml', f'--ckpt_path={checkpoint}']
+                torchgeo.main.main(['predict', f'--config={CONF}', *options])
+        with rasterio.open(root / 'outputs' / 'region' / '32631.tif') as src:
+            colours, ids = src.colormap(1), src.read(1)
+            with rasterio.open(next(root.glob('source/ground_reference/*.tif'))) as reference:
+                corner = round((src.transform.c - reference.transform.c) / 10)
+        sample = MultiSenGE(root / 'source', 'all', splits={})[0]
+    rows = slice(corner, corner + len(ids)), slice(corner, corner + ids.shape[1])
+    scheme = class_scheme(10)
+    truth = scheme.remap(sample['mask'].numpy() + 1)[rows]
+    panels = {f'{np.datetime64(int(sample["acquisition_times"][t, 0]), "D")}': t for t in (0, 3)}
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout='constrained')
+    for ax, (title, t) in zip(axes, panels.items(), strict=False):
+        rgb = sample['image'][t, [2, 1, 0]].permute(1, 2, 0).numpy()[rows]
+        ax.imshow((rgb * 3).clip(0, 1))
+        ax.set_title(f'served, {title}')
+    axes[2].imshow(np.array([colours[i] for i in range(256)], np.uint8)[ids])
+    axes[2].set_title('the map (COG)')
+    axes[3].imshow(truth, scheme.cmap, vmin=-0.5, vmax=9.5, interpolation='none')
+    axes[3].set_title('truth')
+    for ax in axes:
+        ax.axis('off')
+    figure.suptitle('Synthetic data: a box in degrees and a season in, a map out')
+    figure.savefig(output)
+    print(f'Written: {output}')
+
+
 if __name__ == '__main__':
     if sys.argv[1:2] == ['child']:
         child(sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])
+    elif sys.argv[1:2] == ['map']:
+        map_region(sys.argv[2])
     else:
         speed()

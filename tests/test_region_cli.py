@@ -5,10 +5,12 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
+import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
 from rasterio.windows import from_bounds
+from shapely import box
 from torchgeo.main import main
 
 import torchgeo_s1s2
@@ -33,7 +35,7 @@ def test_predict_downloads_maps_and_writes(tmp_path: Path) -> None:
     from benchmarks.server import serve_files, serve_items
 
     with chdir(tmp_path):
-        main(['fit', f'--config={FIT}', '--data.init_args.source.init_args.size=64'])
+        main(['fit', f'--config={FIT}', '--data.init_args.source.init_args.size=128'])
     images = sorted(tmp_path.glob('data/s[12]/32ULU_*.tif'))
     patch = images[0].stem.split('_', 3)[-1]
     images = [image for image in images if image.stem.endswith(patch)]
@@ -42,7 +44,7 @@ def test_predict_downloads_maps_and_writes(tmp_path: Path) -> None:
         items = [publish(image, tmp_path / 'cogs', files.url) for image in images]
         with serve_items(items, tmp_path) as api:
             known = {s: vars(c) for s, c in (('s2', S2), ('s1', S1))}
-            source = {'region': bounds_of(images[0]), 'season': SEASON, 'source': api}
+            source = {'region': bounds_of(images[0], 120), 'season': SEASON, 'source': api}
             own = {'source': {'init_args': source | {'collections': known}}}
             (tmp_path / 'own.yaml').write_text(json.dumps({'data': {'init_args': own}}))
             options = [*MODEL, '--ckpt_path=outputs/best.ckpt', '--config=own.yaml']
@@ -66,6 +68,7 @@ def test_predict_downloads_maps_and_writes(tmp_path: Path) -> None:
         with rasterio.open(direct / image.parent.name / name, 'w', **profile) as dst:
             dst.write(value)
     write_label_files(direct, progress=False)
+    check_fit(tmp_path, source | {'collections': known}, images[0])
     with chdir(tmp_path):
         plain = ['--data.init_args.source=null', '--data.init_args.root=direct']
         elsewhere = '--trainer.callbacks.init_args.output_dir=outputs/direct'
@@ -75,6 +78,34 @@ def test_predict_downloads_maps_and_writes(tmp_path: Path) -> None:
     assert [p.name for p in ours] == [p.name for p in theirs]
     for path, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(read(path), read(other))
+
+
+def check_fit(folder: Path, source: dict[str, Any], image: Path) -> None:
+    """Polygons make the region, which is there by now, a training set split by blocks of ground."""
+    with rasterio.open(image) as src:
+        left, bottom, right, top = src.bounds
+        middle, crs = (left + right) / 2, src.crs
+    halves = [box(left, bottom, middle, top), box(middle, bottom, right, top)]
+    fields = gpd.GeoDataFrame({'crop': ['maize', 'wood']}, geometry=halves, crs=crs).to_crs(4326)
+    fields.to_file(folder / 'fields.gpkg')
+    labels: dict[str, Any] = {'file': str(folder / 'fields.gpkg'), 'attribute': 'crop'}
+    labels |= {'classes': {'maize': 6, 'wood': 11}}
+    datasets = 'torchgeo_s1s2.datasets'
+    sources = [
+        {'class_path': f'{datasets}.SentinelRegion', 'init_args': source},
+        {'class_path': f'{datasets}.VectorLabels', 'init_args': labels},
+    ]
+    blocks = {'size': 640, 'shares': {'train': 0.5, 'val': 0.5}}
+    splits = {'class_path': f'{datasets}.BlockSplits', 'init_args': blocks}
+    data = {'source': sources, 'splits': splits, 'patch_size': 32, 'batch_size': 2}
+    (folder / 'fit.yaml').write_text(json.dumps({'data': {'init_args': data}}))
+    with chdir(folder):
+        main(['fit', f'--config={CONF}', *MODEL, '--config=fit.yaml', '--trainer.max_epochs=1'])
+    [reference] = (folder / 'data' / 'region' / 'ground_reference').glob('*.tif')
+    with rasterio.open(reference) as src:
+        half = round((middle - src.bounds.left) / 10)
+        assert (read(reference)[0, :, :half] == 6).all()
+        assert (read(reference)[0, :, half:] == 11).all()
 
 
 def test_without_network_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

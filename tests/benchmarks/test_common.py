@@ -24,10 +24,15 @@ def test_calls_take_turns_and_the_median_counts() -> None:
     assert order == ['changing', 'changing', 'steady', 'steady'] * 3
 
 
-def test_memory_of_a_block() -> None:
+def fill_memory() -> dict[str, float]:
     with common.measured() as found:
         np.ones(2**25)  # 256 MiB
-    assert 200 < found['added at most (MiB)'] < 300  # other blocks may be freed meanwhile
+    return found
+
+
+def test_memory_of_a_block() -> None:
+    found = common.alone(fill_memory)  # for the memory of this process has been used by others
+    assert 250 < found['added at most (MiB)'] < 300
     assert found['before (MiB)'] > 50
     assert 0 < found['seconds'] < 60
 

@@ -11,8 +11,9 @@ from torchgeo_s1s2.errors import ImplausibleValuesError
 # Of reflectance: no band is brighter on average than fresh snow, and some band is brighter than
 # deep water.
 _DARK, _BRIGHT = 0.01, 1.5
-# Of a single pixel: no noise is as far below 0, and no cloud or roof is as bright.
-_LEAST, _MOST = -0.2, 5.0
+# Of a single pixel: what stands for none, such as -9999, lies further below 0 than a correction of
+# relief or haze that overshoots, and no cloud or roof is as bright.
+_LEAST, _MOST = -0.9, 5.0
 # Lowest reflectance of an image whose values are 1,000 too high: shadows, water and forest have
 # 0 to 0.05 in some band, which the offset of processing baseline 04.00 makes 0.1 to 0.2.
 _OFFSET_FLOOR = 0.095, 0.2
