@@ -144,7 +144,8 @@ def map_region(checkpoint: str, output: Path = Path('outputs/region.png')) -> No
     rows = slice(corner, corner + len(ids)), slice(corner, corner + ids.shape[1])
     scheme = class_scheme(10)
     truth = scheme.remap(sample['mask'].numpy() + 1)[rows]
-    panels = {f'{np.datetime64(int(sample["acquisition_times"][t, 0]), "D")}': t for t in (0, 3)}
+    days = sample['acquisition_times'][:, 0].numpy().astype('datetime64[s]').astype('datetime64[D]')
+    panels = {str(days[t]): t for t in (0, 3)}
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout='constrained')
     for ax, (title, t) in zip(axes, panels.items(), strict=False):
         rgb = sample['image'][t, [2, 1, 0]].permute(1, 2, 0).numpy()[rows]
@@ -157,7 +158,7 @@ def map_region(checkpoint: str, output: Path = Path('outputs/region.png')) -> No
     for ax in axes:
         ax.axis('off')
     figure.suptitle('Synthetic data: a box in degrees and a season in, a map out')
-    figure.savefig(output)
+    figure.savefig(output, dpi=70)
     print(f'Written: {output}')
 
 
