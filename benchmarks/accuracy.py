@@ -159,10 +159,10 @@ class Run:
         """Confusion matrix of each test patch, (N, K, K)."""
         return confusions(**self.predictions(), classes=classes)
 
-    def result(self, scheme: ClassScheme) -> Row:
-        """Scores of the test split and costs of the training."""
+    def result(self, scheme: ClassScheme, matrices: NDArray[np.int64]) -> Row:
+        """Scores of the confusion matrices of the test patches, and costs of the training."""
         fit = self.fit()
-        found = scores(self.confusions(len(scheme)).sum(0))
+        found = scores(matrices.sum(0))
         class_f1 = found.pop('class_f1').tolist()
         return {
             'contestant': self.config.stem,
@@ -253,10 +253,11 @@ def write_comparison(runs: Sequence[Run], output: Path, about: Mapping[str, Any]
                 f'{run.folder} was tested on other patches than {runs[0].folder}; give all '
                 'contestants the same data, split and series'
             )
-    results = [run.result(scheme) for run in runs]
-    matrices: dict[str, list[NDArray[np.int64]]] = {}
+    results, matrices = list[Row](), dict[str, list[NDArray[np.int64]]]()
     for run in runs:
-        matrices.setdefault(run.title, []).append(run.confusions(len(scheme)))
+        own = run.confusions(len(scheme))
+        results.append(run.result(scheme, own))
+        matrices.setdefault(run.title, []).append(own)
     text = tables(results, scheme, resampled(matrices))
     title = f'{about["data"]}: accuracy on the test split'
     report(output, title, {**about, **made(runs)}, results, text)

@@ -80,20 +80,7 @@ def sentle() -> Any:
 
 SHAPES: dict[str, Callable[[], Any]] = {
     'odc-stac': odc,
-    'common names': lambda: odc(
-        names=[
-            'blue',
-            'green',
-            'red',
-            'rededge1',
-            'rededge2',
-            'rededge3',
-            'nir',
-            'nir08',
-            'swir16',
-            'swir22',
-        ]
-    ),
+    'common names': lambda: odc(names=COMMON),
     'xee': xee,
     'openEO': openeo,
     'cubo': cubo,

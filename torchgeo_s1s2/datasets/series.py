@@ -347,7 +347,7 @@ class SeriesDataset(GeoDataset):
         number = self._index.groupby('patch').cumcount() + 1
         several = self._index['patch'].duplicated(keep=False).to_numpy()
         names = self._index['name'] + ('_' + number.astype(str)).where(several, '')
-        self.index = self._index.assign(name=names.to_numpy()).drop(columns='split')
+        self._index = self._index.assign(name=names.to_numpy()).drop(columns='split')
 
     def check(self, index: int = 0) -> None:
         """Read one pixel of each raster of a row, which costs little whatever its size.

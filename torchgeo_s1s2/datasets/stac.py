@@ -53,7 +53,7 @@ HTTP = {
     'GDAL_HTTP_RETRY_DELAY': 1,
     'GDAL_HTTP_RETRY_CODES': '429,500,502,503,504',
 }
-FRESH = {'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'}
+FRESH = {'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'}  # forgets what GDAL had of a file
 _EDGE = 20  # metres: where Sentinel-2's pixels of both 10 and 20 m begin
 
 
@@ -193,13 +193,15 @@ class SentinelRegion(Source):
         if state.finished:
             return root
         known = {sensor: self.collection(sensor) for sensor in sensors}
-        images = {sensor: self._images(sensor, c) for sensor, c in known.items()}
+        geometry = self.geometry()
+        grid = self._grid_around(geometry)
+        images = {sensor: self._images(sensor, c, geometry, grid) for sensor, c in known.items()}
         with optional('dask').config.set(num_workers=self.num_workers):
             self._leave_clouds_out(images.get('s2', {}), state, progress)
             while True:
                 chosen = {s: self._choose(s, images, state.left_out, series) for s in images}
-                self._tell(root, chosen, images, progress)
-                failed = write_patch(root, self.tile, self.grid(), chosen, progress)
+                self._tell(root, grid, chosen, images, progress)
+                failed = write_patch(root, self.tile, grid, chosen, progress)
                 state.left_out |= failed
                 state.save(finished=not failed or series is None)
                 if state.finished:
@@ -235,7 +237,10 @@ class SentinelRegion(Source):
 
     def grid(self) -> Grid:
         """Pixels of the region."""
-        place = gpd.GeoSeries([self.geometry().segmentize(0.01)], crs=4326)
+        return self._grid_around(self.geometry())
+
+    def _grid_around(self, geometry: BaseGeometry) -> Grid:
+        place = gpd.GeoSeries([geometry.segmentize(0.01)], crs=4326)
         epsg = self.epsg or place.estimate_utm_crs().to_epsg()
         west, south, east, north = place.to_crs(epsg).total_bounds / _EDGE
         left, bottom, right, top = (
@@ -250,10 +255,16 @@ class SentinelRegion(Source):
         settings |= {'season': [*map(str, self.season)], 'series': repr(series)}
         return json.loads(json.dumps(settings | {'sensors': [*sensors]}))
 
-    def _images(self, sensor: str, collection: StacCollection) -> dict[Key, 'StacImage']:
+    def _name(self, key: Key) -> str:
+        """File name of an image."""
+        return file_name(f'{self.tile}_0_0', *key)
+
+    def _images(
+        self, sensor: str, collection: StacCollection, geometry: BaseGeometry, grid: Grid
+    ) -> dict[Key, 'StacImage']:
         """Images of the region, each of the items of a pass, newest processing first."""
         items, notes = {}, []
-        for item in self._search(collection):
+        for item in self._search(collection, geometry):
             try:
                 if (
                     self.orbits in ('apart', 'merged', item.properties.get('sat:orbit_state'))
@@ -276,13 +287,13 @@ class SentinelRegion(Source):
         kinds = [f'S1_{o}'.rstrip('_') if sensor == 's1' else 'S2' for o in orbits]
         merge: Any = 'day' if sensor == 's1' and self.orbits == 'merged' else 'pass'
         clouds = tuple(collection.clouds if self.clouds is None else self.clouds)
-        how = (sensor, collection, self.grid(), clouds, self.resampling, self.chunk)
+        how = (sensor, collection, grid, clouds, self.resampling, self.chunk)
         return {
             key: StacImage([found[i] for i in numbers], *how)
             for key, numbers in group(times, kinds, merge).items()
         }
 
-    def _search(self, collection: StacCollection) -> list[Any]:
+    def _search(self, collection: StacCollection, geometry: BaseGeometry) -> list[Any]:
         """Items of the region and the season."""
         client, requests = optional('pystac_client'), optional('requests')
         retry = optional('urllib3').Retry(
@@ -295,7 +306,7 @@ class SentinelRegion(Source):
             )
             search = api.search(
                 collections=[collection.collection],
-                intersects=mapping(self.geometry()),
+                intersects=mapping(geometry),
                 datetime='/'.join(map(str, self.season)),
             )
             items = [*search.items()]
@@ -317,7 +328,7 @@ class SentinelRegion(Source):
         """Look up the share of clouds of each date."""
         if self.max_clouds >= 1:
             return
-        todo = {file_name(f'{self.tile}_0_0', *key): image for key, image in images.items()}
+        todo = {self._name(key): image for key, image in images.items()}
         todo = {n: image for n, image in todo.items() if n not in state.clouds and image.has_mask}
         bar = tqdm(todo.items(), 'Looking for clouds', disable=not (progress and todo), unit='date')
         for name, image in bar:
@@ -335,7 +346,7 @@ class SentinelRegion(Source):
     ) -> dict[Key, 'StacImage']:
         """Images of a sensor that a date rule may choose."""
         left = {
-            s: sorted(k for k in own if file_name(f'{self.tile}_0_0', *k) not in left_out)
+            s: sorted(key for key in own if self._name(key) not in left_out)
             for s, own in images.items()
         }
         chosen: Iterable[int] = range(len(left[sensor]))
@@ -347,15 +358,16 @@ class SentinelRegion(Source):
     def _tell(
         self,
         root: Path,
+        grid: Grid,
         chosen: Mapping[str, Mapping[Key, 'StacImage']],
         images: Mapping[str, Mapping[Key, 'StacImage']],
         progress: bool,
     ) -> None:
         """Print what will be read, and compare it with the disk."""
-        grid, total = self.grid(), 0
+        total = 0
         lines = [f'{self.tile}: {grid.width} x {grid.height} pixels of 10 m, EPSG:{grid.epsg}']
         for sensor, own in chosen.items():
-            paths = {root / sensor / file_name(f'{self.tile}_0_0', *key) for key in own}
+            paths = {root / sensor / self._name(key) for key in own}
             size = (2 if sensor == 's2' else 4) * len(SENSORS[sensor].bands)
             size *= grid.width * grid.height * sum(not path.exists() for path in paths)
             total += size
@@ -497,9 +509,7 @@ class StacImage:
             for wait in (0, *WAITS):
                 time.sleep(wait)
                 try:
-                    with rasterio.Env(
-                        **({'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'} if wait else {})
-                    ):
+                    with rasterio.Env(**(FRESH if wait else {})):
                         return work(items), notes
                 except RasterioError as error:
                     failure = error

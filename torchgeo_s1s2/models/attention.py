@@ -168,9 +168,9 @@ class AttentionEncoder(SeriesEncoder):
 
     Slots that were not seen are neither encoded nor attended to: they cost nothing. Compiled or
     exported, where shapes must not depend on data, they are encoded and then masked; a batch norm
-    that trains must not see them, so its encoder is compiled with graph breaks. Dates are at days
-    of the year if :class:`ImageSeries` says them or planes hold them (*day_of_year*), and otherwise
-    at the number of slots seen before.
+    that trains must not see them, so its encoder is compiled with graph breaks. Dates are at the
+    days that :class:`ImageSeries` says, at days of the year if planes hold them (*day_of_year*),
+    and otherwise at the number of slots seen before.
 
     Garnot and Landrieu, ICCV 2021, https://doi.org/10.1109/ICCV48922.2021.00483.
     """
@@ -294,7 +294,7 @@ class AttentionEncoder(SeriesEncoder):
         seen: dict[str, Tensor],
         days: Tensor | None,
     ) -> Tensor:
-        """Days of the year (B, T) of the first sensor that saw a slot, or the slots before it."""
+        """Days (B, T) of the first sensor that saw a slot, or the number of slots before it."""
         valid = torch.stack([seen[n] for n in members], -1)
         if days is not None:
             columns = [[*self.sensors].index(n) for n in members]
