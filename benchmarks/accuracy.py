@@ -49,8 +49,8 @@ CONF = Path(__file__).parent / 'conf'
 BASE = CONF / 'base.yaml'
 SETTINGS: dict[str, dict[str, Any]] = {
     'old': {},
-    'small': {'context': True, 'patches': {'31UFQ': 24, '32ULU': 24, '31UFP': 24, '31UEQ': 64}},
-    'large': {'context': True, 'patches': {'31UFQ': 96, '32ULU': 96, '31UFP': 32, '31UEQ': 64}},
+    'small': {'context': True, 'patches': {'31UFQ': 24, '32ULU': 24, '31UFP': 24, '31UEQ': 200}},
+    'large': {'context': True, 'patches': {'31UFQ': 96, '32ULU': 96, '31UFP': 32, '31UEQ': 200}},
 }
 """Synthetic data: pixels that need their surroundings, and enough patches to test on."""
 RATES = (3e-4, 1e-3, 3e-3)
