@@ -31,12 +31,16 @@ def test_one_real_patch_is_learnt_and_mapped(
         augment=False,
     )
     task = S1S2SemanticSegmentation(
-        num_classes=10, in_channels=48, class_weights='balanced', patience=50
+        backbone='utae',
+        num_classes=10,
+        in_channels=48,
+        class_weights='balanced',
+        patience=50,
     )
     trainer = Trainer(
         default_root_dir=tmp_path,
         accelerator='cpu',
-        max_epochs=80,
+        max_epochs=30,
         logger=False,
         enable_checkpointing=False,
         log_every_n_steps=1,

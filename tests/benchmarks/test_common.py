@@ -27,20 +27,16 @@ def test_calls_take_turns_and_the_median_counts() -> None:
 def fill_memory() -> dict[str, float]:
     with common.measured() as found:
         held = np.ones(2**25)  # 256 MiB, held until the block ends
-    return found | {'held (MiB)': held.nbytes / 2**20}
+    return found | {'held (MiB)': held.nbytes / 2**20, 'process': os.getpid()}
 
 
-def test_memory_of_a_block() -> None:
-    found = common.alone(fill_memory)  # for the memory of this process has been used by others
+def test_memory_of_a_block_in_a_process_of_its_own() -> None:
+    found = common.alone(fill_memory)
     assert found['held (MiB)'] == 256
     assert found['added at most (MiB)'] == pytest.approx(256, rel=0.1)
     assert found['before (MiB)'] > 50
     assert 0 < found['seconds'] < 60
-
-
-def test_a_function_alone_has_another_process() -> None:
-    pid: object = common.alone(os.getpid)  # type: ignore[arg-type]
-    assert pid != os.getpid()
+    assert found['process'] != os.getpid()
 
 
 def test_results_are_written_with_where_they_are_from(tmp_path: Path) -> None:
