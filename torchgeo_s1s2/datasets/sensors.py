@@ -42,6 +42,12 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(re.split(r'[^a-z0-9]+', text.lower()))
 
 
+@lru_cache(maxsize=256)
+def _spellings(bands: tuple[str, ...]) -> dict[str, str]:
+    """Bands by what files call them, in lower case: B02 is also B2."""
+    return {name: b for b in bands for name in (b.lower(), b.lower().replace('b0', 'b'))}
+
+
 @dataclass(frozen=True)
 class Sensor:
     """A sensor of a data set.
@@ -69,9 +75,9 @@ class Sensor:
 
     def band(self, text: str | None) -> str | None:
         """Name of the band that a file calls ``text``, None if it is none of the sensor's."""
-        words = _words(text or '')
-        named = [b for b in self.bands if {b.lower(), b.lower().replace('b0', 'b')} & {*words}]
-        return named[0] if len(named) == 1 else self.aliases.get(''.join(words))
+        words, spellings = _words(text or ''), _spellings(self.bands)
+        named = {spellings[word] for word in words if word in spellings}
+        return named.pop() if len(named) == 1 else self.aliases.get(''.join(words))
 
 
 SENSORS = {
