@@ -11,8 +11,8 @@ With --data pastis the contestants are those of conf/pastis, on PASTIS-R or data
 A finished run is not repeated, an interrupted one goes on from its last checkpoint. One that was
 made by other configurations, code or data than there are now is refused, or repeated with --again.
 
-With --robustness, ConvLSTM+Inception is trained twice on synthetic data, without and with dropout
-of dates and sensors, and both checkpoints map the test tile under changed conditions.
+With --robustness, ConvLSTM+Inception and U-TAE are trained twice on synthetic data, without and
+with dropout of dates and sensors, and all checkpoints map the test tile under changed conditions.
 """
 
 import argparse
@@ -414,9 +414,12 @@ def compare_conditions(args: argparse.Namespace) -> None:
     data = prepare(args.root, incomplete=0)
     if not (args.root / MARKER).exists():
         raise ValueError(f'{args.root} is not synthetic, so its seasons cannot be shifted')
+    configs = args.configs or [CONF / f'{name}.yaml' for name in ('inception', 'utae')]
     runs = {
-        name: Run(CONF / 'inception.yaml', 0, args.output / 'runs' / name, options)
-        for name, options in robustness.TRAININGS.items()
+        name: Run(config.resolve(), 0, args.output / 'runs' / name, options)
+        for config in configs
+        for training, options in robustness.TRAININGS.items()
+        for name in [f'{config.stem} {training}']
     }
     for name, run in runs.items():
         print(f'Training: {name}', flush=True)

@@ -36,16 +36,12 @@ def output(root: Path) -> Output:
         benchmarks.run.run(*command[3:])
         return subprocess.CompletedProcess(command, 0)
 
-    conf, folder = root.parent / 'conf', root.parent / 'out'
-    conf.mkdir()
-    small = (accuracy.CONF / 'inception_resnet18.yaml').read_text()
-    (conf / 'inception.yaml').write_text(small)
+    folder, small = root.parent / 'out', accuracy.CONF / 'inception_resnet18.yaml'
     arguments = ['--root', str(root), '--output', str(folder), '--epochs', '1']
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, 'run', here)
-        patch.setattr(accuracy, 'CONF', conf)
         patch.delitem(robustness.TRAININGS, 'plain')
-        accuracy.main(['--robustness', *arguments])
+        accuracy.main(['--robustness', *arguments, '--configs', str(small)])
     return folder, trained
 
 
@@ -67,11 +63,11 @@ def test_one_of_the_trainings_is_with_dropout(output: Output) -> None:
 def test_undisturbed_series_score_as_in_the_test_of_torchgeo(output: Output) -> None:
     undisturbed = [r for r in results(output) if r['condition'] in ('4 of 4', 'both', '0')]
     assert len(undisturbed) == 4
-    run = accuracy.Run(Path(), 0, output[0] / 'runs' / 'dropout')
+    run = accuracy.Run(Path(), 0, output[0] / 'runs' / 'inception_resnet18 dropout')
     expected = scores(run.confusions(10).sum(0))
     for r in undisturbed:
-        assert r['F1, dropout'] == pytest.approx(expected['f1'], abs=1e-6)
-        assert r['kappa, dropout'] == pytest.approx(expected['kappa'], abs=1e-6)
+        assert r['F1, inception_resnet18 dropout'] == pytest.approx(expected['f1'], abs=1e-6)
+        assert r['kappa, inception_resnet18 dropout'] == pytest.approx(expected['kappa'], abs=1e-6)
 
 
 def test_the_table_holds_every_condition(output: Output) -> None:
