@@ -6,7 +6,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +32,8 @@ KINDS = {
     **dict.fromkeys(SENSORS, Kind()),
 }
 """What each archive can hold. MultiSenGE's 8,157 label files have 40 MB, the largest 7 kB."""
-_HALF_WRITTEN = re.compile(r'\.(\w+_\d+_\d+\.(?:tif|json))\.[a-z0-9_]{8}')
 _RECORD = re.compile(r'([0-9a-f]{64})  ([^\n]+)\n')
-_HIDDEN = '.download'
+_HIDDEN, _UNFINISHED = '.download', '.download/unfinished'
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,7 @@ class SeasonDownload:
             self._archives = {
                 folder: RemoteArchive(
                     f'{self.url}/{folder}.tgz',
-                    Journal(self.root / _HIDDEN / f'{folder}.jsonl'),
+                    Journal(self.root / _HIDDEN / f'{folder}.json'),
                     kind,
                     self.hosts,
                     self.progress,
@@ -243,14 +242,9 @@ class SeasonDownload:
 
     def _first_plan(self) -> DownloadPlan:
         """The plan, in folders that are clear of what an interruption left half written."""
-        for folder in self._archives:
+        shutil.rmtree(self.root / _UNFINISHED, ignore_errors=True)
+        for folder in (*self._archives, _UNFINISHED):
             (self.root / folder).mkdir(exist_ok=True)
-            for path in (self.root / folder).glob('.*.*'):
-                name = _HALF_WRITTEN.fullmatch(path.name)
-                if name and path.is_dir() and not path.is_symlink():
-                    (path / name[1]).unlink(missing_ok=True)
-                    with suppress(OSError):  # something else is in it
-                        path.rmdir()
         self._fetch_labels()
         return self._plan()
 
@@ -313,7 +307,7 @@ class SeasonDownload:
                 f'{path}: what {self._archives[folder].url} holds has another checksum than '
                 f'{self._checksums.path} recorded; delete its line there if the archive is right'
             )
-        with whole(path) as temporary:
+        with whole(path, within=self.root / _UNFINISHED) as temporary:
             temporary.write_bytes(content)
         self._checksums.add(f'{folder}/{name}', digest)
 
@@ -361,15 +355,15 @@ class SeasonDownload:
         self, catalog: Catalog, row: int, held: Mapping[str, Set[str] | None]
     ) -> dict[str, set[str]]:
         """Names of the images that the series of a patch needs by sensor, none without a series."""
-        there, times = {}, {}
-        for sensor, names in held.items():
-            t = catalog.times(row, sensor)
-            there[sensor] = [
+        there = {
+            sensor: [
                 i
-                for i in range(len(t))
+                for i in range(len(catalog.times(row, sensor)))
                 if names is None or catalog.path(row, sensor, i).name in names
             ]
-            times[sensor] = t[there[sensor]]
+            for sensor, names in held.items()
+        }
+        times = {sensor: catalog.times(row, sensor)[own] for sensor, own in there.items()}
         try:
             chosen = self.series.candidates(times)
         except NoSeriesError:
@@ -390,7 +384,7 @@ class _Checksums(dict[str, str]):
         self.path = path
         text = path.read_text() if path.exists() else ''
         super().__init__((name, digest) for digest, name in _RECORD.findall(text))
-        if text != self._text():
+        if text and not text.endswith('\n'):
             self._rewrite()
 
     def agrees(self, name: str, digest: str) -> bool:
@@ -410,12 +404,9 @@ class _Checksums(dict[str, str]):
             del self[name]
         self._rewrite()
 
-    def _text(self) -> str:
-        return ''.join(f'{digest}  {name}\n' for name, digest in self.items())
-
     def _rewrite(self) -> None:
         with whole(self.path) as temporary:
-            temporary.write_text(self._text())
+            temporary.write_text(''.join(f'{digest}  {name}\n' for name, digest in self.items()))
 
 
 def _gigabytes(size: float) -> str:
