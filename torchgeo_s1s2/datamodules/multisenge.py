@@ -26,6 +26,7 @@ class MultiSenGEDataModule(SeriesDataModule):
         self,
         root: str | Path = 'data',
         batch_size: int = 8,
+        *,
         series: DateRule | None = None,
         classes: int | ClassScheme = 14,
         sensors: Sequence[str] = tuple(SENSORS),

@@ -23,6 +23,7 @@ class PASTISSeriesDataModule(SeriesDataModule):
         root: str | Path = 'data',
         fold: int = 1,
         batch_size: int = 4,
+        *,
         series: DateRule | None = None,
         classes: ClassScheme | None = None,
         sensors: Sequence[str] = tuple(PASTIS_SENSORS),

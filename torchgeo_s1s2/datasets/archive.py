@@ -68,8 +68,7 @@ class Version(NamedTuple):
 
     def differs(self, other: 'Version') -> bool:
         """Whether both say something, and not the same."""
-        pairs = zip(self, other, strict=True)
-        return any(a != b for a, b in pairs if a is not None and b is not None)
+        return any(a != b for a, b in zip(self, other, strict=True) if None not in (a, b))
 
 
 class RestartPoint(NamedTuple):

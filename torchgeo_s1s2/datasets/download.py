@@ -77,19 +77,16 @@ class DownloadPlan:
 
     def __str__(self) -> str:
         """A table of files and gigabytes."""
-        titles = 'needed', 'to be written', 'label files name', 'archive holds'
+        titles = '', 'needed', 'to be written', 'label files name', 'archive holds'
         rows = [
             f'{self.root}: {self.patches:,} of {self.patches_in_all:,} patches have the series',
-            ' '.join([f'{"":16}', *(f'{title:>19}' for title in titles)]),
+            '{:16} {:>19} {:>19} {:>19} {:>19}'.format(*titles),
         ]
         for folder, held in self.held.items():
-            needed, size = len(self.needed.get(folder, ())), self.sizes[folder]
+            needed, size = len(self.needed.get(folder, ())), self.sizes[folder] / 1e9
             counts = needed, self._files_to_write(folder), self.in_all[folder], held
-            cells = [
-                f'{"not known yet":>19}' if n is None else f'{n:9,} {_gigabytes(n * size):>6} GB'
-                for n in counts
-            ]
-            rows.append(' '.join([f'{folder:16}', *cells]))
+            cells = ('not known yet' if n is None else f'{n:,} {n * size:6.1f} GB' for n in counts)
+            rows.append('{:16} {:>19} {:>19} {:>19} {:>19}'.format(folder, *cells))
         rows.append('GB are estimates: number of files times the bytes that one has')
         if None in self.held.values():
             rows.append(
@@ -107,8 +104,8 @@ class DownloadPlan:
         free = shutil.disk_usage(self.root).free
         if self.size > free:
             raise DownloadError(
-                f'about {_gigabytes(self.size)} GB are to be written to {self.root}, its disk has '
-                f'{_gigabytes(free)} GB free; make room, give another root, or choose fewer dates, '
+                f'about {self.size / 1e9:.1f} GB are to be written to {self.root}, its disk has '
+                f'{free / 1e9:.1f} GB free; make room, give another root, or choose fewer dates, '
                 'tiles or sensors'
             )
 
@@ -407,7 +404,3 @@ class _Checksums(dict[str, str]):
     def _rewrite(self) -> None:
         with whole(self.path) as temporary:
             temporary.write_text(''.join(f'{digest}  {name}\n' for name, digest in self.items()))
-
-
-def _gigabytes(size: float) -> str:
-    return f'{size / 1e9:.1f}'

@@ -275,14 +275,13 @@ def _write_patch(
     crs, transform = CRS.from_epsg(epsg), from_origin(left + 10 * x, top - 10 * y, 10, 10)
     names: dict[str, list[str]] = {sensor: [] for sensor in SENSORS}
     for sensor in SENSORS:
-        for day in rng.permutation(days[sensor]):
-            date = str(np.datetime64(f'{settings["year"]}-01-01') + int(day)).replace('-', '')
+        for day in rng.permutation(days[sensor]).tolist():
+            date = str(np.datetime64(f'{settings["year"]}-01-01') + day).replace('-', '')
             names[sensor].append(image_name(name, date, sensor))
-            image: NDArray[Any] = (
-                _reflectance(rng, scene, int(day), settings['haze'])
-                if sensor == 's2'
-                else _backscatter(rng, scene, int(day))
-            )
+            if sensor == 's2':
+                image: NDArray[Any] = _reflectance(rng, scene, day, settings['haze'])
+            else:
+                image = _backscatter(rng, scene, day)
             _write_raster(root / sensor / names[sensor][-1], image, crs, transform)
     labels = scene.label.astype(np.uint8)
     path = root / GROUND_REFERENCE / reference_name(name)
