@@ -26,6 +26,7 @@ class MultiSenGEDataModule(SeriesDataModule):
         self,
         root: str | Path = 'data',
         batch_size: int = 8,
+        num_workers: int = 0,
         *,
         series: DateRule | None = None,
         classes: int | ClassScheme = 14,
@@ -45,6 +46,7 @@ class MultiSenGEDataModule(SeriesDataModule):
         Args:
             root: Folder of the data set.
             batch_size: Number of patches in a batch.
+            num_workers: Number of processes that read.
             series: Date rule; the paper's ``MonthlySeries()`` unless given.
             classes: Number of classes, or a class scheme of your own.
             sensors: ``('s2', 's1')`` or one of them.
@@ -73,6 +75,7 @@ class MultiSenGEDataModule(SeriesDataModule):
         super().__init__(
             dataset_class,
             batch_size,
+            num_workers,
             series=series or MonthlySeries(),
             classes=classes,
             sensors=sensors,

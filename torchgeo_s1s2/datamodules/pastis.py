@@ -23,6 +23,7 @@ class PASTISSeriesDataModule(SeriesDataModule):
         root: str | Path = 'data',
         fold: int = 1,
         batch_size: int = 4,
+        num_workers: int = 0,
         *,
         series: DateRule | None = None,
         classes: ClassScheme | None = None,
@@ -40,6 +41,7 @@ class PASTISSeriesDataModule(SeriesDataModule):
             fold: Which of the five official rotations, 1..5: the first trains on the folds 1 to 3,
                 validates on 4 and tests on 5, and each of the others goes on by one.
             batch_size: Number of patches in a batch.
+            num_workers: Number of processes that read.
             series: Date rule; ``AllDates(max_length=61)`` unless given.
             classes: Class scheme; that of PASTIS without the void class unless given.
             sensors: Some of ``('s2', 's1a', 's1d')``.
@@ -67,6 +69,7 @@ class PASTISSeriesDataModule(SeriesDataModule):
         super().__init__(
             PASTISSeries,
             batch_size,
+            num_workers,
             predict_split=predict_split,
             root=root,
             series=series or AllDates(max_length=61),

@@ -73,7 +73,7 @@ class SeriesDataModule(NonGeoDataModule):
         self,
         dataset_class: type[SeriesDataset],
         batch_size: int,
-        num_workers: int = 0,
+        num_workers: int,
         patch_size: Size | None = None,
         predict_split: str = 'test',
         predict_patch_size: Size | None = None,

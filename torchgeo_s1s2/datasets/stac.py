@@ -6,7 +6,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil, floor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,12 +14,14 @@ from typing import Any, Literal, TypeVar
 import geopandas as gpd
 import numpy as np
 import rasterio
+import requests
 from affine import Affine
 from rasterio.errors import RasterioError
 from shapely import box
 from shapely.geometry import mapping
 from shapely.geometry.base import BaseGeometry
 from tqdm import tqdm
+from urllib3.util import Retry
 
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.datasets.region import (
@@ -211,7 +213,7 @@ class SentinelRegion(Source):
         """Description of the collection of a sensor."""
         own = (self.collections or {}).get(sensor, self.source)
         if isinstance(own, StacCollection):
-            known = own if own.url else StacCollection(**{**asdict(own), 'url': self.source})
+            known = replace(own, url=own.url or self.source)
         elif own in SOURCES:
             known = SOURCES[own][sensor]
         else:
@@ -222,7 +224,7 @@ class SentinelRegion(Source):
             )
         if known.refused:
             raise DataError(f'{known.collection} at {known.url} {known.refused}')
-        return known
+        return known if self.clouds is None else replace(known, clouds=self.clouds)
 
     def geometry(self) -> BaseGeometry:
         """The region in degrees."""
@@ -277,8 +279,7 @@ class SentinelRegion(Source):
         times = utc(item.datetime for item, _ in found)
         kinds = [kind_of(sensor, item.properties.get('sat:orbit_state')) for item, _ in found]
         merge: Any = 'day' if sensor == 's1' and self.orbits == 'merged' else 'pass'
-        clouds = tuple(collection.clouds if self.clouds is None else self.clouds)
-        how = (sensor, collection, grid, clouds, self.resampling, self.chunk)
+        how = (sensor, collection, grid, self.resampling, self.chunk)
         return {
             key: StacImage([found[i] for i in numbers], *how)
             for key, numbers in group(times, kinds, merge).items()
@@ -286,10 +287,8 @@ class SentinelRegion(Source):
 
     def _search(self, collection: StacCollection) -> list[Any]:
         """Items of the region and the season."""
-        client, requests = optional('pystac_client'), optional('requests')
-        retry = optional('urllib3').Retry(
-            5, backoff_factor=WAITS[0] / 2, status_forcelist=_BUSY, allowed_methods=None
-        )
+        client = optional('pystac_client')
+        retry = Retry(5, backoff_factor=WAITS[0] / 2, status_forcelist=_BUSY, allowed_methods=None)
         where = f'{collection.collection} at {collection.url}'
         try:
             api = client.Client.open(
@@ -403,7 +402,6 @@ class StacImage:
         sensor: ``'s2'`` or ``'s1'``.
         collection: What is to be known of them.
         grid: Where to.
-        clouds: Classes of the mask that become missing.
         resampling: How.
         chunk: Height and width of what is read at once.
     """
@@ -412,14 +410,13 @@ class StacImage:
     sensor: str
     collection: StacCollection
     grid: Grid
-    clouds: Sequence[int]
     resampling: str
     chunk: int
 
     @property
     def has_mask(self) -> bool:
         """Whether clouds are to be looked for."""
-        return bool(self.collection.mask and self.clouds)
+        return bool(self.collection.mask and self.collection.clouds)
 
     @property
     def tag(self) -> float:
@@ -442,12 +439,16 @@ class StacImage:
         def count(items: Sequence[Any]) -> float:
             layers = [{'mask': self._load(item, [self.collection.mask])[0][0]} for item, _ in items]
             mask = fuse(layers, 0)['mask']
-            cloudy = lazily(np.isin, mask, dtype=bool, test_elements=list(self.clouds)).sum()
+            cloudy = self._cloudy(mask).sum()
             with threads() as how:
                 seen, clouds = optional('dask').compute((mask != 0).sum(), cloudy, **how)
             return float(clouds / max(seen, 1))
 
         return self._patiently(count)[0] or 0
+
+    def _cloudy(self, mask: Any) -> Any:
+        """Where a mask has clouds."""
+        return lazily(np.isin, mask, dtype=bool, test_elements=[*self.collection.clouds])
 
     def _layer(self, item: Any, assets: Mapping[str, str]) -> dict[str, Any]:
         """Bands of an item in the unit of the layout, clouds missing."""
@@ -455,7 +456,7 @@ class StacImage:
         clouds = []
         if self.has_mask:
             ((mask, _),) = self._load(item, [self.collection.mask])
-            clouds = [lazily(np.isin, mask, dtype=bool, test_elements=list(self.clouds))]
+            clouds = [self._cloudy(mask)]
         kind = 'int16' if self.sensor == 's2' else 'float32'
         how = {'dtype': kind, 'kind': kind, 'tag': self.tag, 'positive': self.sensor == 's1'}
         return {
