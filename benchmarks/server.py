@@ -4,17 +4,20 @@ The API is rustac's. The files come from a server of our own, as no other one fa
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from socket import create_server
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 from urllib.error import URLError
 from urllib.parse import urlparse
 from urllib.request import urlopen
@@ -27,25 +30,53 @@ from shapely import box
 from shapely.geometry import mapping, shape
 
 
-class Files(NamedTuple):
-    """A server of files.
+@dataclass
+class Files:
+    """A server of files, with the faults of real ones; names are paths below its address.
 
     Attributes:
+        root: Folder of the files, which are below ``moved/`` too, by a redirect.
+        contents: Files that are in no folder.
         url: Its address.
-        faults: What a path answers next, each once: a status, or ``'drop'`` to break off midway.
-        asked: Number of requests of each path.
+        faults: What a name answers next, each once: a status, or ``'drop'`` to break off midway.
+        headers: Headers of answers that are such a status.
+        cuts: Bytes after which the next answers of a name break off.
+        etags: Version of each file.
+        ranges: Whether a part of a file can be had.
+        excess: What the length that is told has too much.
+        asked: Name and first byte of each request.
+        sent: Bytes sent of each name.
     """
 
-    url: str
-    faults: dict[str, list[Any]]
-    asked: Counter[str]
+    root: Path | None = None
+    contents: dict[str, bytes] = field(default_factory=dict)
+    url: str = ''
+    faults: dict[str, list[Any]] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    cuts: dict[str, list[int]] = field(default_factory=dict)
+    etags: defaultdict[str, str] = field(default_factory=lambda: defaultdict(lambda: '"1"'))
+    ranges: bool = True
+    excess: int = 0
+    asked: list[tuple[str, int]] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
+
+    def open(self, name: str) -> BinaryIO | None:
+        """A file, None if there is none."""
+        if name in self.contents:
+            return BytesIO(self.contents[name])
+        path = self.root and self.root / name
+        return path.open('rb') if path and path.is_file() else None
+
+    def first_bytes(self, name: str) -> list[int]:
+        """First byte of each request of a file."""
+        return [first for asked, first in self.asked if asked == name]
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
 
-    def __init__(self, files: Files, root: Path, *args: Any) -> None:
-        self.files, self.root = files, root
+    def __init__(self, files: Files, *args: Any) -> None:
+        self.files = files
         super().__init__(*args)
 
     def log_message(self, *args: Any) -> None:
@@ -55,31 +86,40 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = urlparse(self.path).path
-        self.files.asked[path] += 1
-        fault = next(iter(self.files.faults.get(path, ())), 200)
-        if fault != 200:
-            self.files.faults[path].pop(0)
-        if path.startswith('/moved/'):
-            return self._answer(302, Location=self.files.url + path.removeprefix('/moved'))
-        file = self.root / path.lstrip('/')
-        if (isinstance(fault, int) and fault != 200) or not file.is_file():
-            return self._answer(fault if isinstance(fault, int) and fault != 200 else 404)
-        size = file.stat().st_size
+        files, name = self.files, urlparse(self.path).path.lstrip('/')
         first, last = self.headers.get('Range', 'bytes=0-').removeprefix('bytes=').split('-')
-        start, stop = int(first), min(int(last or size), size - 1) + 1
-        partly = {'Content-Range': f'bytes {start}-{stop - 1}/{size}'}
-        headers = partly if 'Range' in self.headers else {}
-        with file.open('rb') as content:
-            content.seek(start)
-            body = content.read(stop - start) if self.command == 'GET' else b''
-        length = {'Content-Length': str(stop - start), 'Accept-Ranges': 'bytes'}
-        self._answer(206 if headers else 200, **headers, **length)
-        if fault == 'drop':
-            self.wfile.write(body[: len(body) // 2])
-            self.close_connection = True
+        files.asked.append((name, int(first)))
+        faults = files.faults.get(name)
+        fault = faults.pop(0) if faults else None
+        if isinstance(fault, int):
+            self._answer(fault, **files.headers)
+        elif name.startswith('moved/'):
+            self._answer(302, Location=f'{files.url}/{name.removeprefix("moved/")}')
+        elif content := files.open(name):
+            with content:
+                self._send(name, content, int(first), last, fault == 'drop')
         else:
-            self.wfile.write(body)
+            self._answer(404)
+
+    def _send(self, name: str, content: BinaryIO, first: int, last: str, drop: bool) -> None:
+        files, size = self.files, content.seek(0, os.SEEK_END)
+        etag, part = files.etags[name], {}
+        start, stop = 0, size
+        if 'Range' in self.headers and files.ranges and self.headers.get('If-Range', etag) == etag:
+            start, stop = first, min(int(last or size), size - 1) + 1
+            part = {'Content-Range': f'bytes {start}-{stop - 1}/{size}'}
+        told = {'ETag': etag, 'Content-Length': str(stop - start + files.excess)}
+        self._answer(206 if part else 200, **part, **told, **{'Accept-Ranges': 'bytes'})
+        if self.command == 'HEAD':
+            return
+        cuts = files.cuts.get(name)
+        length = cuts.pop(0) if cuts else (stop - start) // (2 if drop else 1)
+        self.close_connection = length < stop - start + files.excess
+        content.seek(start)
+        with suppress(OSError):  # nobody listens any more
+            while length > 0 and (chunk := content.read(min(length, 2**16))):
+                files.sent[name] += self.wfile.write(chunk)
+                length -= len(chunk)
 
     def _answer(self, status: int, **headers: str) -> None:
         self.send_response(status)
@@ -89,12 +129,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve_files(root: Path) -> Iterator[Files]:
-    """Serve the files of a folder, and below ``/moved/`` by a redirect."""
-    files = Files('', {}, Counter())
-    server = ThreadingHTTPServer(('127.0.0.1', 0), lambda *args: _Handler(files, root, *args))
-    files = files._replace(url=f'http://127.0.0.1:{server.server_address[1]}')
-    Thread(target=server.serve_forever, daemon=True).start()
+def serve_files(root: Path | None = None) -> Iterator[Files]:
+    """Serve the files of a folder, and what is put into ``contents``."""
+    files = Files(root)
+    server = ThreadingHTTPServer(('127.0.0.1', 0), lambda *args: _Handler(files, *args))
+    server.daemon_threads = True
+    files.url = f'http://127.0.0.1:{server.server_address[1]}'
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield files
     finally:

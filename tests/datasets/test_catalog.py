@@ -13,6 +13,8 @@ from pandas.testing import assert_frame_equal
 from torchgeo_s1s2.datasets import AllDates, Catalog, EvenlySpaced, MultiSenGE, cache, catalog
 from torchgeo_s1s2.errors import S1S2Warning
 
+IMAGE = '31UEQ_20200704_S1_0_0.tif'
+
 
 def test_patches_and_acquisitions_of_two_zones(two_zones: Path) -> None:
     catalog = Catalog(two_zones)
@@ -25,7 +27,11 @@ def test_patches_and_acquisitions_of_two_zones(two_zones: Path) -> None:
     assert (patches[['width', 'height']] == 32).all(axis=None)
     # 500000 E in zone 31 is 3 degrees east, the zone's central meridian.
     assert patches.geometry[0].bounds[0] == pytest.approx(3.0, abs=1e-9)
-    assert len(catalog.acquisitions) == 3 * (4 + 4)
+    table = catalog.acquisitions
+    assert list(table.columns) == ['patch', 'sensor', 'time', 'path']
+    assert table['patch'].value_counts().to_dict() == {0: 8, 1: 8, 2: 8}
+    assert table.iloc[4].tolist() == [0, 's1', np.datetime64('2020-07-04'), f's1/{IMAGE}']
+    assert all((two_zones / path).exists() for path in table['path'])
     assert catalog.missing == {'s2': 0, 's1': 0}
     assert catalog.path(1, 's2', 2) == two_zones / 's2' / '31UEQ_20200904_S2_33_0.tif'
     assert catalog.ground_reference(2) == two_zones / 'ground_reference' / '32ULU_GR_0_0.tif'
@@ -223,29 +229,16 @@ def test_malformed_label_file_names_itself(two_zones: Path, text: str, message: 
 )
 def test_label_file_that_names_what_cannot_be_its_own(two_zones: Path, name: str) -> None:
     path = write_label_file(two_zones, '31UEQ', 0, 0, corresponding_s2=name)
-    with pytest.raises(ValueError, match=f'{name}. as an image of s2; expected 31UEQ_Y') as error:
+    message = f'{path} names .{name}. as an image of s2; expected 31UEQ_Y'
+    with pytest.raises(ValueError, match=message):
         Catalog(two_zones)
-    assert str(path) in str(error.value)
 
 
 def test_unreadable_raster_names_itself(two_zones: Path) -> None:
     path = two_zones / 'ground_reference' / '32ULU_GR_0_0.tif'
     path.write_bytes(b'not a raster')
-    with pytest.raises(OSError, match='cannot be read') as error:
+    with pytest.raises(OSError, match=f'{path} cannot be read'):
         Catalog(two_zones)
-    assert str(path) in str(error.value)
-
-
-def test_images_by_name(two_zones: Path) -> None:
-    catalog = Catalog(two_zones)
-    table = catalog.acquisitions
-    assert list(table.columns) == ['patch', 'sensor', 'time', 'path']
-    assert table['patch'].value_counts().to_dict() == {0: 8, 1: 8, 2: 8}
-    assert table.iloc[4].tolist() == [0, 's1', np.datetime64('2020-07-04'), f's1/{IMAGE}']
-    assert all((two_zones / path).exists() for path in table['path'])
-
-
-IMAGE = '31UEQ_20200704_S1_0_0.tif'
 
 
 def assert_same(one: Catalog, other: Catalog) -> None:
@@ -277,10 +270,6 @@ def test_a_later_start_says_the_same(two_zones: Path, monkeypatch: pytest.Monkey
     assert later.patches['geometry'].isna().tolist() == [False, False, False, True]
 
 
-def add_patch(root: Path) -> None:
-    write_patch(root, '31UEQ', 66)
-
-
 def rewrite_label_file_in_place(root: Path) -> None:
     path = root / 'labels' / '31UEQ_0_0.json'
     path.write_text(path.read_text().replace('"2;6"', '"3;6"'))
@@ -296,7 +285,7 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
     'image renamed': lambda root: (root / 's1' / IMAGE).rename(root / 's1' / 'hidden'),
     'image moved below': lambda root: rename(root, 's2', lambda name: f'below/{name}'),
     'labels removed': lambda root: (root / 'ground_reference' / '31UEQ_GR_33_0.tif').unlink(),
-    'patch added': add_patch,
+    'patch added': lambda root: write_patch(root, '31UEQ', 66),
     'patch removed': lambda root: (root / 'labels' / '32ULU_0_0.json').unlink(),
     'label file rewritten': rewrite_label_file_in_place,
     'tile rewritten': rewrite_tile_in_place,
@@ -376,10 +365,13 @@ def test_a_folder_that_cannot_be_written(two_zones: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr('geopandas.GeoDataFrame.to_parquet', refuse)
     with pytest.warns(UserWarning, match=r'catalog.parquet cannot be written \(read-only\)'):
         first = Catalog(two_zones)
+    with warnings.catch_warnings(action='error'):  # nothing is cached unless asked for
+        again = Catalog(two_zones, cache=False)
+        Catalog(two_zones, files=False)
     assert sorted(path.name for path in two_zones.iterdir()) == [
         'ground_reference', 'labels', 's1', 's2',
     ]  # fmt: skip
-    assert_same(first, Catalog(two_zones, cache=False))
+    assert_same(first, again)
 
 
 def test_many_starts_at_once(two_zones: Path) -> None:
@@ -389,10 +381,3 @@ def test_many_starts_at_once(two_zones: Path) -> None:
     for one in catalogs:
         assert_same(one, true)
     assert not list(two_zones.glob('*.part')) + list(two_zones.glob('.*'))
-
-
-def test_nothing_is_cached_unless_asked_for(two_zones: Path) -> None:
-    with warnings.catch_warnings(action='error'):
-        Catalog(two_zones, cache=False)
-        Catalog(two_zones, files=False)
-    assert not (two_zones / 'catalog.parquet').exists()

@@ -117,7 +117,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stac, 'WAITS', (0.01, 0.01, 0.01))
+    monkeypatch.setattr(stac, 'WAITS', (0.01, 0.01))
     monkeypatch.setitem(stac.HTTP, 'GDAL_HTTP_RETRY_DELAY', 0.01)
 
 
@@ -224,9 +224,9 @@ def test_goes_on_without_asking_twice(world: World, tmp_path: Path) -> None:
     source.write(tmp_path, ['s2'], progress=False)
     path, other = sorted((tmp_path / 's2').iterdir())
     written = path.stat().st_mtime_ns
-    before = world.files.asked.total()
+    before = len(world.files.asked)
     replace(source, chunk=256).write(tmp_path, ['s2'], progress=False)
-    assert world.files.asked.total() == before
+    assert len(world.files.asked) == before
     other.unlink()
     (tmp_path / 'region.region.json').unlink()
     source.write(tmp_path, ['s2'], progress=False)
@@ -243,7 +243,7 @@ def test_goes_on_without_asking_twice(world: World, tmp_path: Path) -> None:
 def test_refused_and_dropped_requests(
     number: int, faults: list[Any], world: World, tmp_path: Path
 ) -> None:
-    path = f'/fragile_{number}/B08.tif'
+    path = f'fragile_{number}/B08.tif'
     world.files.faults[path] = [*faults]
     source = region(world, 'fragile', season=[f'2022-01-0{number + 1}'] * 2)
     source.write(tmp_path, ['s2'], progress=False)
@@ -267,9 +267,9 @@ def test_what_is_missing_or_broken_is_named(world: World, tmp_path: Path) -> Non
 
 
 def test_a_server_that_wants_no_more_is_an_error(world: World, tmp_path: Path) -> None:
-    world.files.faults['/fragile_4/B02.tif'] = [429] * 1000
+    world.files.faults['fragile_4/B02.tif'] = [429] * 1000
     source = region(world, 'fragile', season=['2022-01-05', '2022-01-05'])
-    with pytest.raises(DownloadError, match=r'cannot be reached .429.*start again later'):
+    with pytest.raises(DownloadError, match=r'cannot be reached .*429.*start again later'):
         source.write(tmp_path, ['s2'], progress=False)
 
 

@@ -149,11 +149,11 @@ def test_speckle_has_mean_one_and_the_variance_of_its_looks() -> None:
 def pixels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[NDArray, NDArray]]:
     """Series (N, T, C) and classes (N,) of pixels of the training and test tiles."""
     root = tmp_path_factory.mktemp('pixels')
-    write_synthetic(root, 32, {'31UFQ': 16, '32ULU': 16, '31UEQ': 16}, progress=False)
+    write_synthetic(root, 24, dict.fromkeys(('31UFQ', '32ULU', '31UEQ'), 8), progress=False)
     return {split: draw_pixels(MultiSenGE(root, split, classes=10)) for split in ('train', 'test')}
 
 
-def draw_pixels(dataset: MultiSenGE, number: int = 250) -> tuple[NDArray, NDArray]:
+def draw_pixels(dataset: MultiSenGE, number: int = 400) -> tuple[NDArray, NDArray]:
     rng = np.random.default_rng(0)
     series, classes = [], []
     for i in range(len(dataset)):
@@ -199,7 +199,7 @@ def test_time_and_radar_help_a_pixel_classifier(
 def test_classes_are_mixed_and_differ_between_patches(
     pixels: dict[str, tuple[NDArray, NDArray]],
 ) -> None:
-    classes = pixels['train'][1].reshape(-1, 250)
+    classes = pixels['train'][1].reshape(-1, 400)
     share = np.bincount(classes.ravel(), minlength=10) / classes.size
     assert share.min() > 0.005
     assert share.max() < 0.35  # none is frequent enough to be guessed
@@ -211,7 +211,7 @@ def test_with_context_the_ground_is_the_same_and_pixels_say_less(tmp_path: Path)
     means = {}
     for context in (False, True):
         folder = tmp_path / str(context)
-        write_synthetic(folder, 64, {'31UFQ': 10}, incomplete=0, context=context, progress=False)
+        write_synthetic(folder, 64, {'31UFQ': 4}, incomplete=0, context=context, progress=False)
         dataset = MultiSenGE(folder, 'all', splits={})
         samples = [dataset[i] for i in range(len(dataset))]
         masks = np.concatenate([s['mask'].numpy().ravel() for s in samples])

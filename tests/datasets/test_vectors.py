@@ -109,7 +109,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     'zero': ({'cover': [0, 1]}, {'classes': None}, r'no id \(a whole number 1..65535, 0 is none\)'),
     'large': ({'cover': [1, 70000]}, {'classes': None}, 'what is no id .*: 70000'),
     'fraction': ({'cover': [1, 2.5]}, {'classes': None}, 'what is no id .*: 2.5'),
-    'id': ({}, {'classes': {'field': 1.5}}, "are not: {'field': 1.5}"),
+    'id': ({}, {'classes': {'field': 1.5}}, r'classes has what is no id \(.*: field: 1.5. Give'),
     'unmapped': (
         {},
         {'classes': {'lake': 1}},

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torchgeo_s1s2.datamodules.series import SeriesDataModule, Size
+from torchgeo_s1s2.datamodules.series import SeriesDataModule
 from torchgeo_s1s2.datasets.catalog import Catalog
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.ground import GroundSplits
@@ -14,7 +14,6 @@ from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
 from torchgeo_s1s2.errors import NoPatchesError
-from torchgeo_s1s2.transforms import SeriesDropout
 
 
 class MultiSenGEDataModule(SeriesDataModule):
@@ -28,25 +27,19 @@ class MultiSenGEDataModule(SeriesDataModule):
         root: str | Path = 'data',
         batch_size: int = 8,
         num_workers: int = 0,
-        patch_size: Size | None = None,
+        *,
         series: DateRule | None = None,
         classes: int | ClassScheme = 14,
         sensors: Sequence[str] = tuple(SENSORS),
         bands: Sequence[str] | None = None,
         splits: Splits | GroundSplits | None = None,
-        predict_split: str = 'test',
-        predict_patch_size: Size | None = None,
-        predict_stride: Size | None = None,
-        augment: bool = True,
-        dropout: SeriesDropout | None = None,
-        day_of_year: bool = False,
-        statistics: str | Path | None = None,
         source: Source | list[Source] | None = None,
         dataset_class: type[MultiSenGE] = MultiSenGE,
         unit: str | dict[str, str] | None = None,
         offset: float | dict[Any, float] | None = None,
         nodata: dict[str, float] | None = None,
         file_bands: dict[str, list[str]] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Keep the settings.
 
@@ -54,8 +47,6 @@ class MultiSenGEDataModule(SeriesDataModule):
             root: Folder of the data set.
             batch_size: Number of patches in a batch.
             num_workers: Number of processes that read.
-            patch_size: Height and width of random crops in training, of which each patch gives as
-                many in an epoch as lie side by side in it; whole patches unless given.
             series: Date rule; the paper's ``MonthlySeries()`` unless given.
             classes: Number of classes, or a class scheme of your own.
             sensors: ``('s2', 's1')`` or one of them.
@@ -63,18 +54,6 @@ class MultiSenGEDataModule(SeriesDataModule):
             splits: Tiles of each split, in place of the paper's, or a division of the ground:
                 :class:`~torchgeo_s1s2.datasets.BlockSplits`,
                 :class:`~torchgeo_s1s2.datasets.PolygonSplits`.
-            predict_split: Split that is mapped by ``torchgeo predict``.
-            predict_patch_size: Height and width of the windows that ``torchgeo predict`` reads
-                scenes in, zone by zone, for :class:`~torchgeo_s1s2.callbacks.SceneWriter`; whole
-                patches unless given.
-            predict_stride: Rows and columns from one of these windows to the next. Unless given,
-                windows overlap by about a quarter, and small scenes have smaller windows, so that
-                at most 1.8 times the pixels are read.
-            augment: Mirror and turn the training patches.
-            dropout: Drop dates and sensors of the training patches at random.
-            day_of_year: Append the day of the year to each sensor's bands, as two planes; see
-                :class:`~torchgeo_s1s2.transforms.DayOfYear`.
-            statistics: File of statistics to normalise with, in place of those beside the data.
             source: What fills the root when a run begins, or several in their order:
                 :class:`~torchgeo_s1s2.datasets.Synthetic`,
                 :class:`~torchgeo_s1s2.datasets.Download`, :class:`~torchgeo_s1s2.datasets.Copy`.
@@ -84,6 +63,7 @@ class MultiSenGEDataModule(SeriesDataModule):
             offset: What to add to the values of Sentinel-2 files.
             nodata: Value without an observation in files that do not say, by sensor.
             file_bands: Bands of files that do not name them, by sensor.
+            **kwargs: The other arguments of :class:`~torchgeo_s1s2.datamodules.SeriesDataModule`.
 
         Raises:
             ValueError: If a number is out of range.
@@ -96,14 +76,6 @@ class MultiSenGEDataModule(SeriesDataModule):
             dataset_class,
             batch_size,
             num_workers,
-            patch_size,
-            predict_split,
-            predict_patch_size,
-            predict_stride,
-            augment,
-            dropout,
-            day_of_year,
-            statistics,
             series=series or MonthlySeries(),
             classes=classes,
             sensors=sensors,
@@ -113,6 +85,7 @@ class MultiSenGEDataModule(SeriesDataModule):
             offset=offset,
             nodata=nodata,
             file_bands=file_bands,
+            **kwargs,
         )
 
     def prepare_data(self) -> None:

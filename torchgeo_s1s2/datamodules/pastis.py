@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torchgeo_s1s2.datamodules.series import SeriesDataModule, Size
+from torchgeo_s1s2.datamodules.series import SeriesDataModule
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.pastis import FOLDS, PASTISSeries
 from torchgeo_s1s2.datasets.sensors import PASTIS_SENSORS
 from torchgeo_s1s2.datasets.time_series import AllDates, DateRule
-from torchgeo_s1s2.transforms import SeriesDropout
 
 
 class PASTISSeriesDataModule(SeriesDataModule):
@@ -24,20 +24,15 @@ class PASTISSeriesDataModule(SeriesDataModule):
         fold: int = 1,
         batch_size: int = 4,
         num_workers: int = 0,
-        patch_size: Size | None = None,
+        *,
         series: DateRule | None = None,
         classes: ClassScheme | None = None,
         sensors: Sequence[str] = tuple(PASTIS_SENSORS),
         bands: Sequence[str] | None = None,
         predict_split: str = 'test',
-        predict_patch_size: Size | None = None,
-        predict_stride: Size | None = None,
-        augment: bool = True,
-        dropout: SeriesDropout | None = None,
-        day_of_year: bool = False,
-        statistics: str | Path | None = None,
         unit: str | dict[str, str] | None = None,
         nodata: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Keep the settings.
 
@@ -47,22 +42,15 @@ class PASTISSeriesDataModule(SeriesDataModule):
                 validates on 4 and tests on 5, and each of the others goes on by one.
             batch_size: Number of patches in a batch.
             num_workers: Number of processes that read.
-            patch_size: As in :class:`~torchgeo_s1s2.datamodules.MultiSenGEDataModule`.
             series: Date rule; ``AllDates(max_length=61)`` unless given.
             classes: Class scheme; that of PASTIS without the void class unless given.
             sensors: Some of ``('s2', 's1a', 's1d')``.
             bands: Bands to read; all unless given.
             predict_split: Split that ``torchgeo predict`` maps, or ``'all'``.
-            predict_patch_size: This and the following as in
-                :class:`~torchgeo_s1s2.datamodules.MultiSenGEDataModule`.
-            predict_stride: Rows and columns from one window to the next.
-            augment: Mirror and turn the training patches.
-            dropout: Drop dates and sensors of the training patches at random.
-            day_of_year: Append the day of the year to each sensor's bands.
-            statistics: File of statistics to normalise with, in place of those beside the data.
             unit: What the values of the files are; see
                 :class:`~torchgeo_s1s2.datasets.PASTISSeries`.
             nodata: Value without an observation, by sensor.
+            **kwargs: The other arguments of :class:`~torchgeo_s1s2.datamodules.SeriesDataModule`.
 
         Raises:
             ValueError: If a number is out of range.
@@ -82,14 +70,7 @@ class PASTISSeriesDataModule(SeriesDataModule):
             PASTISSeries,
             batch_size,
             num_workers,
-            patch_size,
-            predict_split,
-            predict_patch_size,
-            predict_stride,
-            augment,
-            dropout,
-            day_of_year,
-            statistics,
+            predict_split=predict_split,
             root=root,
             series=series or AllDates(max_length=61),
             classes=classes,
@@ -97,6 +78,7 @@ class PASTISSeriesDataModule(SeriesDataModule):
             bands=bands,
             unit=unit,
             nodata=nodata,
+            **kwargs,
         )
 
     def open_split(self, split: str) -> PASTISSeries:

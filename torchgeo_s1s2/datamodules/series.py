@@ -74,14 +74,14 @@ class SeriesDataModule(NonGeoDataModule):
         dataset_class: type[SeriesDataset],
         batch_size: int,
         num_workers: int,
-        patch_size: Size | None,
-        predict_split: str,
-        predict_patch_size: Size | None,
-        predict_stride: Size | None,
-        augment: bool,
-        dropout: SeriesDropout | None,
-        day_of_year: bool,
-        statistics: str | Path | None,
+        patch_size: Size | None = None,
+        predict_split: str = 'test',
+        predict_patch_size: Size | None = None,
+        predict_stride: Size | None = None,
+        augment: bool = True,
+        dropout: SeriesDropout | None = None,
+        day_of_year: bool = False,
+        statistics: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         """Keep the settings.
@@ -91,14 +91,18 @@ class SeriesDataModule(NonGeoDataModule):
             batch_size: Number of patches in a batch.
             num_workers: Number of processes that read.
             patch_size: Height and width of random crops in training, of which each patch gives as
-                many in an epoch as lie side by side in it; whole patches if None.
-            predict_split: Split that is mapped by ``torchgeo predict``.
+                many in an epoch as lie side by side in it; whole patches unless given.
+            predict_split: Split that is mapped by ``torchgeo predict``, or ``'all'``.
             predict_patch_size: Height and width of the windows that ``torchgeo predict`` reads
-                scenes in, zone by zone; whole patches if None.
-            predict_stride: Rows and columns from one of these windows to the next.
+                scenes in, zone by zone, for :class:`~torchgeo_s1s2.callbacks.SceneWriter`; whole
+                patches unless given.
+            predict_stride: Rows and columns from one of these windows to the next. Unless given,
+                windows overlap by about a quarter, and small scenes have smaller windows, so that
+                at most 1.8 times the pixels are read.
             augment: Mirror and turn the training patches.
             dropout: Drop dates and sensors of the training patches at random.
-            day_of_year: Append the day of the year to each sensor's bands.
+            day_of_year: Append the day of the year to each sensor's bands, as two planes; see
+                :class:`~torchgeo_s1s2.transforms.DayOfYear`.
             statistics: File of statistics to normalise with, in place of those beside the data.
             **kwargs: Arguments of the data set.
 

@@ -9,7 +9,6 @@ only the stretches that hold its files.
 """
 
 import json
-import os
 import re
 import struct
 import tarfile
@@ -30,6 +29,7 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError, S1S2Warning
+from torchgeo_s1s2.files import whole
 
 _WINDOW = 2**15
 _CHUNK = 2**16
@@ -68,8 +68,7 @@ class Version(NamedTuple):
 
     def differs(self, other: 'Version') -> bool:
         """Whether both say something, and not the same."""
-        pairs = zip(self, other, strict=True)
-        return any(a != b for a, b in pairs if a is not None and b is not None)
+        return any(a != b for a, b in zip(self, other, strict=True) if None not in (a, b))
 
 
 class RestartPoint(NamedTuple):
@@ -102,15 +101,23 @@ class Journal:
         names: File names in each stretch that was read to its end.
     """
 
+    version: Version | None
+    names: list[frozenset[str]]
+
     def __init__(self, path: Path) -> None:
-        """Read a journal, or begin one; a last line that was cut off is ignored."""
+        """Read a journal, or begin one."""
         self.path = path
-        self._forget()
-        *lines, _ = (path.read_bytes() if path.exists() else b'').split(b'\n')
-        self._size = sum(len(line) + 1 for line in lines)
+        self.start_anew()
+        self.replaced = False
+        if not path.exists():
+            return
         try:
-            for line in lines:
-                self._remember(json.loads(line))
+            content = json.loads(path.read_bytes())
+            self.version, self.replaced = Version(*content['version']), content['replaced']
+            self.names = [*map(frozenset, content['names'])]
+            self.starts += [
+                RestartPoint._make((*n, b64decode(window))) for *n, window in content['starts']
+            ]
         except (ValueError, KeyError, TypeError) as error:
             raise DownloadError(
                 f'{path} is damaged ({error}); delete it, and the archive is read from its start'
@@ -143,39 +150,31 @@ class Journal:
     def begin(self, version: Version | None) -> None:
         """Record the version, before anything of it is written."""
         if self.version is None and version is not None:
-            self._append({'version': version, 'replaced': self.replaced})
+            self.version = version
+            self._save()
 
     def add(self, names: Collection[str], end: RestartPoint | None) -> None:
         """Record the stretch that follows the last one; None ends it with the archive."""
-        point = end and {**end._asdict(), 'window': b64encode(end.window).decode()}
-        self._append({'names': sorted(names), 'end': point})
+        self.names.append(frozenset(names))
+        self.starts += [end] if end else []
+        self._save()
 
     def start_anew(self) -> None:
         """Forget everything, but not that another version was there."""
-        self._forget()
+        self.version = None
         self.replaced = True
-
-    def _forget(self) -> None:
-        self.version: Version | None = None
-        self.replaced, self._size = False, 0
         self.starts = [RestartPoint()]
-        self.names: list[frozenset[str]] = []
+        self.names = []
 
-    def _remember(self, content: dict[str, Any]) -> None:
-        if self.version is None:  # the first line
-            self.version, self.replaced = Version(*content['version']), content['replaced']
-            return
-        self.names.append(frozenset(content['names']))
-        if end := content['end']:
-            self.starts.append(RestartPoint(**{**end, 'window': b64decode(end['window'])}))
-
-    def _append(self, content: dict[str, Any]) -> None:
-        with self.path.open('ab') as file:
-            file.truncate(self._size)
-            self._size += file.write(json.dumps(content).encode() + b'\n')
-            file.flush()
-            os.fsync(file.fileno())
-        self._remember(content)
+    def _save(self) -> None:
+        content = {
+            'version': self.version,
+            'replaced': self.replaced,
+            'names': [sorted(names) for names in self.names],
+            'starts': [(*n, b64encode(window).decode()) for *n, window in self.starts[1:]],
+        }
+        with whole(self.path) as temporary:
+            temporary.write_text(json.dumps(content))
 
 
 @dataclass
@@ -226,7 +225,7 @@ class RemoteFile:
         """
         while self.version is None or self.position != self.version.length:
             try:
-                data = _receive(self._response or self._connect(), size)
+                data: bytes = (self._response or self._connect()).raw.read(size)
             except (OSError, HTTPError) as error:  # those of requests are OSErrors
                 self._wait(error)
                 continue
@@ -243,6 +242,7 @@ class RemoteFile:
             if etag and not etag.startswith('W/'):
                 headers['If-Range'] = etag
         response = self._session.get(self.url, headers=headers, stream=True, timeout=self.timeout)
+        response.raw.enforce_content_length = True  # urllib3 1 takes an early end for the end
         self._response = response
         self._check_status(response)
         version = Version.of(response)
@@ -260,9 +260,9 @@ class RemoteFile:
                 f'{self.url}: asked for the bytes from {self.position} on, the server sent '
                 f'{first!r}; take another url'
             )
-        skipped = 0
-        while skipped < self.position:
-            skipped += len(_receive(response, min(_CHUNK, self.position - skipped)))
+        left = self.position
+        while left and (dropped := response.raw.read(min(_CHUNK, left))):
+            left -= len(dropped)
         return response
 
     def _check_redirect(self, response: requests.Response, **_: object) -> None:
@@ -313,13 +313,6 @@ class RemoteFile:
             self._response = None
 
 
-def _receive(response: requests.Response, size: int) -> bytes:
-    data: bytes = response.raw.read(size, decode_content=False)
-    if not data and response.headers.get('Content-Length'):
-        raise ConnectionError('the connection ended early')
-    return data
-
-
 @dataclass
 class GzipReader:
     """Output of a gzip stream, read forwards from a restart point.
@@ -340,14 +333,13 @@ class GzipReader:
 
     def __post_init__(self) -> None:
         """Begin at the restart point."""
-        start = self.start
-        self._search_from, self._end = start.compressed + self.spacing, start.position
-        self._crc, self._size, self._window = start.crc, start.size, start.window
-        self._raw = bool(start.window)
+        compressed, self._end, _, self._crc, self._size, self._window = self.start
+        self._search_from = compressed + self.spacing
+        self._raw = bool(self._window)
         self._inflate: Any = None
         if self._raw:
-            self._inflate = zlib.decompressobj(-zlib.MAX_WBITS, zdict=start.window)
-        self._input, self._output = memoryview(b''), memoryview(b'')
+            self._inflate = zlib.decompressobj(-zlib.MAX_WBITS, zdict=self._window)
+        self._input = self._output = memoryview(b'')
 
     def tell(self) -> int:
         """Bytes of the output before the one that is read next."""
@@ -494,22 +486,21 @@ class RemoteArchive:
             DownloadError: If the archive cannot be read, is damaged or cut off, holds more than
                 its kind can, or a file in it has a wrong length.
         """
+        wanted = None if names is None else frozenset(names)
+        known = [*zip(self.journal.starts, self.journal.names, strict=False)]
         try:
-            yield from self._read(None if names is None else frozenset(names))
+            for start, there in known:
+                stretch = there if wanted is None else there & wanted
+                yield from self._wanted(self._members(start), stretch)
+            if not self.journal.complete:
+                rest = None if wanted is None else wanted - self.journal.all_names
+                yield from self._wanted(self._new_members(), rest)
         except (zlib.error, EOFError, tarfile.TarError) as error:
             raise DownloadError(
                 f'{self.url} is damaged or cut off ({error}). What was written is whole; run the '
                 'same again, and if it ends here again the archive on the server is, so take '
                 'another url'
             ) from error
-
-    def _read(self, names: Set[str] | None) -> Iterator[tuple[str, bytes]]:
-        """Go through the stretches that hold some of the files, and through what is not known."""
-        for start, there in list(zip(self.journal.starts, self.journal.names, strict=False)):
-            yield from self._wanted(self._members(start), there if names is None else there & names)
-        rest = None if names is None else names - self.journal.all_names
-        if not self.journal.complete:
-            yield from self._wanted(self._new_members(), rest)
 
     def _wanted(self, members: _Members, names: Set[str] | None) -> Iterator[tuple[str, bytes]]:
         """Contents of these files, up to the last of them; nothing is opened for none."""

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -169,7 +170,7 @@ class Catalog:
         self._layouts = [Layout(*layout) for layout in attrs['layouts']]
         self._set_images(table)
         table['classes'] = pd.Series(map(tuple, table['classes']), table.index, object)
-        self.patches = table.drop(columns=_columns())
+        self.patches = table.drop(columns=[f'{f}_{n}' for f in FOLDERS for n in ('time', 'layout')])
         fields = (self.patches[name].tolist() for name in Patch._fields)
         self._records = [Patch(*values) for values in zip(*fields, strict=True)]
         if attrs['notes']:
@@ -241,11 +242,7 @@ class Catalog:
     def _set_images(self, table: pd.DataFrame) -> None:
         """Times and layouts of all rasters in two arrays, and where those of each patch start."""
         times, layouts = (
-            [
-                part
-                for row in zip(*(table[f'{f}_{what}'] for f in FOLDERS), strict=True)
-                for part in row
-            ]
+            [*chain(*zip(*(table[f'{f}_{what}'] for f in FOLDERS), strict=True))]
             for what in ('time', 'layout')
         )
         self._time = np.concatenate(times).astype('datetime64[s]')
@@ -299,8 +296,7 @@ class _Builder:
         hidden = not self.progress or len(names) < 1000
         bar = tqdm(names, 'Reading labels', disable=hidden, unit='patch')
         labels = [_read_label(folder / name) for name in bar]
-        twice = sum(_thin(label.images) for label in labels)
-        if twice:
+        if twice := sum(_thin(label.images) for label in labels):
             self.notes.append(f'label files name {twice} images twice; each counts once')
         return labels
 
@@ -338,12 +334,9 @@ class _Builder:
         """Open a raster a patch to learn where it lies; the paths of these."""
         hidden = not self.progress or len(labels) < 1000
         with ThreadPoolExecutor(8) as pool:
-            grids = pool.map(partial(_find_grid, self.root), labels)
-            bar = tqdm(grids, 'Locating patches', len(labels), disable=hidden, unit='patch')
-            found = list(bar)
-        for label, (_, grid) in zip(labels, found, strict=True):
-            label.grid = grid
-        return [path for path, _ in found if path]
+            paths = pool.map(partial(_find_grid, self.root), labels)
+            bar = tqdm(paths, 'Locating patches', len(labels), disable=hidden, unit='patch')
+            return [*filter(None, bar)]
 
 
 def walk(root: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
@@ -380,8 +373,7 @@ def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[
                 image = _image(match, f'{where}/', stem in beside)
                 layout = layouts.setdefault(image.layout, image.layout)
                 found[f'{match["tile"]}_{match["place"]}'].append(Image(image.time, layout))
-    notes = _notes(folder, odd, doubles, found.values())
-    return found, notes
+    return found, _notes(folder, odd, doubles, found.values())
 
 
 def _notes(
@@ -400,9 +392,11 @@ def _notes(
 
 def _image(match: re.Match[str], folder: str, sidecars: bool) -> Image:
     """Acquisition that a file name tells of; that of a label raster has the time 0."""
-    text = match['time'] if match.re is _IMAGE else ''
-    style = {0: '', 8: '%Y%m%d_', 15: f'%Y%m%d{text[8:9]}%H%M%S_'}[len(text)]
-    seconds = _seconds(text) if text else 0
+    seconds, style = 0, ''
+    if match.re is _IMAGE:
+        text = match['time']
+        seconds = _seconds(text)
+        style = '%Y%m%d_' if len(text) == 8 else f'%Y%m%d{text[8]}%H%M%S_'
     return Image(seconds, Layout(folder, style, match['kind'], match['ending'], sidecars))
 
 
@@ -492,21 +486,22 @@ def _epsg(wkt: str) -> int:
     return code
 
 
-def _find_grid(root: Path, label: _Label) -> tuple[str, Grid | None]:
-    """Grid of a patch after its label raster, or after the first image that can be opened."""
-    path, failed = '', None
+def _find_grid(root: Path, label: _Label) -> str:
+    """Find the grid of a patch: of its label raster, or the first image that can be opened."""
+    failed = None
     for folder in (GROUND_REFERENCE, *SENSORS):
         for image in label.images[folder]:
             path = image.layout.path(label.name, image.time)
             try:
-                return path, _north_up(root / path, image.layout.sidecars, label.epsg)
+                label.grid = _north_up(root / path, image.layout.sidecars, label.epsg)
+                return path
             except UnreadableError as error:
                 if folder == GROUND_REFERENCE:
                     raise
                 failed = error
     if failed:
         raise failed
-    return path, None
+    return ''
 
 
 def _north_up(path: Path, sidecars: bool, epsg: int) -> Grid:
@@ -518,11 +513,6 @@ def _north_up(path: Path, sidecars: bool, epsg: int) -> Grid:
     if not grid.is_north_up:
         raise DataError(f'{path} is not north-up ({grid.transform[:6]}); warp it to be')
     return grid
-
-
-def _columns() -> list[str]:
-    """Columns of the table that are not of ``Catalog.patches``."""
-    return [f'{folder}_{what}' for folder in FOLDERS for what in ('time', 'layout')]
 
 
 def _table(labels: Sequence[_Label]) -> gpd.GeoDataFrame:
@@ -541,24 +531,20 @@ def _table(labels: Sequence[_Label]) -> gpd.GeoDataFrame:
     layouts: dict[Layout, int] = {}
     for folder in FOLDERS:
         images = [label.images.get(folder, []) for label in labels]
-        times = [[image.time for image in row] for row in images]
         numbers = [[layouts.setdefault(i.layout, len(layouts)) for i in row] for row in images]
-        frame[f'{folder}_time'] = _arrays(times)
-        frame[f'{folder}_layout'] = _arrays(numbers)
-    places = [_place(label.grid) for label in labels]
+        for what, rows in (
+            ('time', [[i.time for i in row] for row in images]),
+            ('layout', numbers),
+        ):
+            arrays = [np.array(row, np.int64) for row in rows]
+            frame[f'{folder}_{what}'] = pd.Series(arrays, dtype=object)
+    grids = [label.grid for label in labels]
+    places = [(g.width, g.height, *g.bounds) if g else (0, 0, *4 * [np.nan]) for g in grids]
     frame[['width', 'height', 'xmin', 'ymin', 'xmax', 'ymax']] = np.array(places)
     frame = frame.astype({'width': int, 'height': int})
     table = gpd.GeoDataFrame(frame, geometry=_footprints(frame), crs='EPSG:4326')
     table.attrs = {'layouts': [tuple(layout) for layout in layouts]}
     return table
-
-
-def _arrays(rows: Iterable[Sequence[int]]) -> 'pd.Series[Any]':
-    return pd.Series([np.array(row, np.int64) for row in rows], dtype=object)
-
-
-def _place(grid: Grid | None) -> tuple[float, ...]:
-    return (0, 0, *4 * [np.nan]) if grid is None else (grid.width, grid.height, *grid.bounds)
 
 
 def _footprints(frame: pd.DataFrame) -> gpd.GeoSeries:

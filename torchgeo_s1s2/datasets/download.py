@@ -6,7 +6,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +32,8 @@ KINDS = {
     **dict.fromkeys(SENSORS, Kind()),
 }
 """What each archive can hold. MultiSenGE's 8,157 label files have 40 MB, the largest 7 kB."""
-_HALF_WRITTEN = re.compile(r'\.(\w+_\d+_\d+\.(?:tif|json))\.[a-z0-9_]{8}')
 _RECORD = re.compile(r'([0-9a-f]{64})  ([^\n]+)\n')
-_HIDDEN = '.download'
+_HIDDEN, _UNFINISHED = '.download', '.download/unfinished'
 
 
 @dataclass(frozen=True)
@@ -78,19 +77,16 @@ class DownloadPlan:
 
     def __str__(self) -> str:
         """A table of files and gigabytes."""
-        titles = 'needed', 'to be written', 'label files name', 'archive holds'
+        titles = '', 'needed', 'to be written', 'label files name', 'archive holds'
         rows = [
             f'{self.root}: {self.patches:,} of {self.patches_in_all:,} patches have the series',
-            ' '.join([f'{"":16}', *(f'{title:>19}' for title in titles)]),
+            '{:16} {:>19} {:>19} {:>19} {:>19}'.format(*titles),
         ]
         for folder, held in self.held.items():
-            needed, size = len(self.needed.get(folder, ())), self.sizes[folder]
+            needed, size = len(self.needed.get(folder, ())), self.sizes[folder] / 1e9
             counts = needed, self._files_to_write(folder), self.in_all[folder], held
-            cells = [
-                f'{"not known yet":>19}' if n is None else f'{n:9,} {_gigabytes(n * size):>6} GB'
-                for n in counts
-            ]
-            rows.append(' '.join([f'{folder:16}', *cells]))
+            cells = ('not known yet' if n is None else f'{n:,} {n * size:6.1f} GB' for n in counts)
+            rows.append('{:16} {:>19} {:>19} {:>19} {:>19}'.format(folder, *cells))
         rows.append('GB are estimates: number of files times the bytes that one has')
         if None in self.held.values():
             rows.append(
@@ -108,8 +104,8 @@ class DownloadPlan:
         free = shutil.disk_usage(self.root).free
         if self.size > free:
             raise DownloadError(
-                f'about {_gigabytes(self.size)} GB are to be written to {self.root}, its disk has '
-                f'{_gigabytes(free)} GB free; make room, give another root, or choose fewer dates, '
+                f'about {self.size / 1e9:.1f} GB are to be written to {self.root}, its disk has '
+                f'{free / 1e9:.1f} GB free; make room, give another root, or choose fewer dates, '
                 'tiles or sensors'
             )
 
@@ -232,7 +228,7 @@ class SeasonDownload:
             self._archives = {
                 folder: RemoteArchive(
                     f'{self.url}/{folder}.tgz',
-                    Journal(self.root / _HIDDEN / f'{folder}.jsonl'),
+                    Journal(self.root / _HIDDEN / f'{folder}.json'),
                     kind,
                     self.hosts,
                     self.progress,
@@ -243,14 +239,9 @@ class SeasonDownload:
 
     def _first_plan(self) -> DownloadPlan:
         """The plan, in folders that are clear of what an interruption left half written."""
-        for folder in self._archives:
+        shutil.rmtree(self.root / _UNFINISHED, ignore_errors=True)
+        for folder in (*self._archives, _UNFINISHED):
             (self.root / folder).mkdir(exist_ok=True)
-            for path in (self.root / folder).glob('.*.*'):
-                name = _HALF_WRITTEN.fullmatch(path.name)
-                if name and path.is_dir() and not path.is_symlink():
-                    (path / name[1]).unlink(missing_ok=True)
-                    with suppress(OSError):  # something else is in it
-                        path.rmdir()
         self._fetch_labels()
         return self._plan()
 
@@ -313,7 +304,7 @@ class SeasonDownload:
                 f'{path}: what {self._archives[folder].url} holds has another checksum than '
                 f'{self._checksums.path} recorded; delete its line there if the archive is right'
             )
-        with whole(path) as temporary:
+        with whole(path, within=self.root / _UNFINISHED) as temporary:
             temporary.write_bytes(content)
         self._checksums.add(f'{folder}/{name}', digest)
 
@@ -361,15 +352,15 @@ class SeasonDownload:
         self, catalog: Catalog, row: int, held: Mapping[str, Set[str] | None]
     ) -> dict[str, set[str]]:
         """Names of the images that the series of a patch needs by sensor, none without a series."""
-        there, times = {}, {}
-        for sensor, names in held.items():
-            t = catalog.times(row, sensor)
-            there[sensor] = [
+        there = {
+            sensor: [
                 i
-                for i in range(len(t))
+                for i in range(len(catalog.times(row, sensor)))
                 if names is None or catalog.path(row, sensor, i).name in names
             ]
-            times[sensor] = t[there[sensor]]
+            for sensor, names in held.items()
+        }
+        times = {sensor: catalog.times(row, sensor)[own] for sensor, own in there.items()}
         try:
             chosen = self.series.candidates(times)
         except NoSeriesError:
@@ -390,7 +381,7 @@ class _Checksums(dict[str, str]):
         self.path = path
         text = path.read_text() if path.exists() else ''
         super().__init__((name, digest) for digest, name in _RECORD.findall(text))
-        if text != self._text():
+        if text and not text.endswith('\n'):
             self._rewrite()
 
     def agrees(self, name: str, digest: str) -> bool:
@@ -410,13 +401,6 @@ class _Checksums(dict[str, str]):
             del self[name]
         self._rewrite()
 
-    def _text(self) -> str:
-        return ''.join(f'{digest}  {name}\n' for name, digest in self.items())
-
     def _rewrite(self) -> None:
         with whole(self.path) as temporary:
-            temporary.write_text(self._text())
-
-
-def _gigabytes(size: float) -> str:
-    return f'{size / 1e9:.1f}'
+            temporary.write_text(''.join(f'{digest}  {name}\n' for name, digest in self.items()))

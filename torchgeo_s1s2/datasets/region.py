@@ -5,7 +5,7 @@ import re
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -130,14 +130,12 @@ def write_series(
     """
     units = {name: reading.unit for name, reading in readings([*SENSORS], unit=unit).items()}
     cubes = {
-        name: _Cube(data, SENSORS[name], units[name], (nodata or {}).get(name), corners)
-        for name, data in (('s2', s2), ('s1', s1))
+        name: _Cube(data, SENSORS[name], units[name], (nodata or {}).get(name), corners, add)
+        for name, data, add in (('s2', s2, offset), ('s1', s1, 0))
         if data is not None
     }
     if not cubes:
         raise DataError('there is nothing to write; give s2, s1 or both')
-    if 's2' in cubes:
-        cubes['s2'].add(offset)
     grid, *others = (cube.grid for cube in cubes.values())
     image = None
     if labels is not None:
@@ -219,6 +217,16 @@ def file_name(patch: str, time: pd.Timestamp, kind: str) -> str:
     return image_name(patch, time.strftime(style), kind)
 
 
+def kind_of(name: str, orbit: str | None) -> str:
+    """What names a sensor, such as ``S1_ASC``, if Sentinel-1's orbit is known."""
+    return f'S1_{ORBITS[orbit]}' if name.upper() == 'S1' and orbit in ORBITS else name.upper()
+
+
+def utc(times: Iterable[Any]) -> list[pd.Timestamp]:
+    """Times in UTC without a zone, in whole seconds."""
+    return [*pd.to_datetime([*times], utc=True).tz_localize(None).floor('s')]
+
+
 def _run(jobs: Mapping[Path, Job], progress: bool) -> Iterator[tuple[Path, Outcome]]:
     """Do the jobs: on the workers of a distributed client if there is one, else one by one."""
     client: Any = None
@@ -257,27 +265,28 @@ class _Cube:
         unit: str | None,
         nodata: float | None,
         corners: bool | None,
+        offset: Any,
     ) -> None:
         dataset = _dataset(data, {'time', 'y', 'x'})
         self.sensor, self.nodata = sensor, nodata
         self.unit = None if unit == next(iter(sensor.units)) else unit
         self.grid = _grid(dataset, corners)
-        times = pd.to_datetime(dataset['time'].values, utc=True)
-        self.times = [*times.tz_localize(None).floor('s')]
-        self.offsets = [0.0] * len(times)
+        self.times = utc(dataset['time'].values)
         self.bands = _bands(dataset, sensor)
         self.baselines, self.orbits = (
-            np.broadcast_to(
-                dataset.coords[name].values if name in dataset.coords else '', len(times)
-            )
+            np.broadcast_to(dataset.coords.get(name, ''), len(self.times))
             for name in ('s2:processing_baseline', 'sat:orbit_state')
         )
+        self.offsets = self._offsets(offset)
         variables = [v for own in self.bands.values() for v in own.values()]
-        self.type = self._type(variables)
-        self.tag = np.nan if self.type == 'float32' else self._missing(variables[0])
+        self.type, self.tag = self._type(variables), self._missing(variables[0])
+        if self.type == 'float32':
+            self.tag = np.nan
+        elif any(self.offsets):
+            self.type, self.tag = 'int16', sensor.nodata
 
-    def add(self, offset: Any) -> None:
-        """Say what is to be added at each time."""
+    def _offsets(self, offset: Any) -> list[float]:
+        """What is to be added at each time."""
         late = sum(float(baseline or 0) >= 4 for baseline in self.baselines)
         if offset is None and late:
             warnings.warn(
@@ -285,23 +294,17 @@ class _Cube:
                 'are 1,000 too high unless their source has harmonised them; give offset=-1000, '
                 'or 0 if it has',
                 S1S2Warning,
-                stacklevel=3,
+                stacklevel=4,
             )
         if hasattr(offset, 'dims'):
-            self.offsets = [*map(float, np.broadcast_to(offset.values, len(self.times)))]
-        else:
-            reading = readings(['s2'], offset=offset)['s2']
-            self.offsets = [reading.offset(np.datetime64(time)) for time in self.times]
-        if any(self.offsets) and self.type != 'float32':
-            self.type, self.tag = 'int16', self.sensor.nodata
+            return [*map(float, np.broadcast_to(offset.values, len(self.times)))]
+        reading = readings(['s2'], offset=offset)['s2']
+        return [reading.offset(np.datetime64(time)) for time in self.times]
 
     def jobs(self, merge: Merge) -> dict[Key, Job]:
         """What writes each image."""
         where = [(kind, t) for kind in self.bands for t in range(len(self.times))]
-        kinds = [
-            kind if kind != 'S1' else f'S1_{ORBITS.get(self.orbits[t], "")}'.rstrip('_')
-            for kind, t in where
-        ]
+        kinds = [kind_of(kind, self.orbits[t]) for kind, t in where]
         groups = group([self.times[t] for _, t in where], kinds, merge)
         return {
             key: SeriesImage(self.grid, [self._layer(*where[i]) for i in numbers], self.tag)
@@ -491,10 +494,10 @@ def _bands(dataset: Any, sensor: Sensor) -> dict[str, dict[str, Any]]:
     bands: dict[str, dict[str, Any]] = {}
     for name, variable in dataset.data_vars.items():
         words = re.split(r'[^a-z0-9]+', str(name).lower())
-        orbit = next((ORBITS[word] for word in words if word in ORBITS), '')
+        orbit = next((word for word in words if word in ORBITS), '')
         band = sensor.band('_'.join(word for word in words if word not in ORBITS))
         if band and {'time', 'y', 'x'} <= {*variable.dims}:
-            own = bands.setdefault(f'{sensor.name.upper()}_{orbit}'.rstrip('_'), {})
+            own = bands.setdefault(kind_of(sensor.name, orbit), {})
             if band in own:
                 raise DataError(f'{band} is there twice, as {own[band].name} and {name}; drop one')
             own[band] = variable.transpose('time', 'y', 'x')

@@ -1,39 +1,42 @@
 """A region from a STAC API, and what each source of Sentinel data must be told."""
 
 import json
+import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil, floor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import geopandas as gpd
 import numpy as np
-import pandas as pd
 import rasterio
+import requests
 from affine import Affine
 from rasterio.errors import RasterioError
 from shapely import box
 from shapely.geometry import mapping
 from shapely.geometry.base import BaseGeometry
 from tqdm import tqdm
+from urllib3.util import Retry
 
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.datasets.region import (
     CHUNK,
-    ORBITS,
     Key,
     Outcome,
     clean,
     file_name,
     fuse,
     group,
+    kind_of,
     lazily,
     optional,
     threads,
+    utc,
     write_bands,
     write_patch,
 )
@@ -46,12 +49,12 @@ from torchgeo_s1s2.files import whole
 T = TypeVar('T')
 WAITS = (1.0, 2.0, 4.0)
 """Seconds before an image is read again; GDAL forgets what it had of a file after the first."""
-# GDAL itself repeats a request after these answers.
+_BUSY = (429, 500, 502, 503, 504)  # answers after which a request is repeated
 HTTP = {
     'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR',
     'GDAL_HTTP_MAX_RETRY': 5,
     'GDAL_HTTP_RETRY_DELAY': 1,
-    'GDAL_HTTP_RETRY_CODES': '429,500,502,503,504',
+    'GDAL_HTTP_RETRY_CODES': ','.join(map(str, _BUSY)),
 }
 FRESH = {'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'}  # forgets what GDAL had of a file
 _EDGE = 20  # metres: where Sentinel-2's pixels of both 10 and 20 m begin
@@ -193,9 +196,8 @@ class SentinelRegion(Source):
         if state.finished:
             return root
         known = {sensor: self.collection(sensor) for sensor in sensors}
-        geometry = self.geometry()
-        grid = self._grid_around(geometry)
-        images = {sensor: self._images(sensor, c, geometry, grid) for sensor, c in known.items()}
+        grid = self.grid()
+        images = {sensor: self._images(sensor, c, grid) for sensor, c in known.items()}
         with optional('dask').config.set(num_workers=self.num_workers):
             self._leave_clouds_out(images.get('s2', {}), state, progress)
             while True:
@@ -211,7 +213,7 @@ class SentinelRegion(Source):
         """Description of the collection of a sensor."""
         own = (self.collections or {}).get(sensor, self.source)
         if isinstance(own, StacCollection):
-            known = own if own.url else StacCollection(**{**asdict(own), 'url': self.source})
+            known = replace(own, url=own.url or self.source)
         elif own in SOURCES:
             known = SOURCES[own][sensor]
         else:
@@ -222,7 +224,7 @@ class SentinelRegion(Source):
             )
         if known.refused:
             raise DataError(f'{known.collection} at {known.url} {known.refused}')
-        return known
+        return known if self.clouds is None else replace(known, clouds=self.clouds)
 
     def geometry(self) -> BaseGeometry:
         """The region in degrees."""
@@ -237,15 +239,11 @@ class SentinelRegion(Source):
 
     def grid(self) -> Grid:
         """Pixels of the region."""
-        return self._grid_around(self.geometry())
-
-    def _grid_around(self, geometry: BaseGeometry) -> Grid:
-        place = gpd.GeoSeries([geometry.segmentize(0.01)], crs=4326)
+        place = gpd.GeoSeries([self.geometry().segmentize(0.01)], crs=4326)
         epsg = self.epsg or place.estimate_utm_crs().to_epsg()
         west, south, east, north = place.to_crs(epsg).total_bounds / _EDGE
-        left, bottom, right, top = (
-            _EDGE * f(v) for f, v in ((floor, west), (floor, south), (ceil, east), (ceil, north))
-        )
+        left, bottom = _EDGE * floor(west), _EDGE * floor(south)
+        right, top = _EDGE * ceil(east), _EDGE * ceil(north)
         width, height = (right - left) // 10, (top - bottom) // 10
         return Grid(crs_of(epsg), Affine(10, 0, left, 0, -10, top), width, height)
 
@@ -260,17 +258,16 @@ class SentinelRegion(Source):
         return file_name(f'{self.tile}_0_0', *key)
 
     def _images(
-        self, sensor: str, collection: StacCollection, geometry: BaseGeometry, grid: Grid
+        self, sensor: str, collection: StacCollection, grid: Grid
     ) -> dict[Key, 'StacImage']:
         """Images of the region, each of the items of a pass, newest processing first."""
         items, notes = {}, []
-        for item in self._search(collection, geometry):
+        for item in self._search(collection):
+            orbit = item.properties.get('sat:orbit_state')
+            if sensor == 's1' and self.orbits not in ('apart', 'merged', orbit):
+                continue
             try:
-                if (
-                    self.orbits in ('apart', 'merged', item.properties.get('sat:orbit_state'))
-                    or sensor == 's2'
-                ):
-                    items[item.id] = item, _assets(item, sensor, collection)
+                items[item.id] = item, _assets(item, sensor, collection)
             except DataError as error:
                 notes.append(str(error))
         told = f'{len(notes)} items are left out: {"; ".join(notes[:5])}'
@@ -279,26 +276,19 @@ class SentinelRegion(Source):
         if notes:
             warnings.warn(told, S1S2Warning, stacklevel=4)
         found = sorted(items.values(), key=lambda own: (-_baseline(own[0]), own[0].id))
-        times = [
-            pd.Timestamp(i.datetime).tz_convert('UTC').tz_localize(None).floor('s')
-            for i, _ in found
-        ]
-        orbits = [ORBITS.get(str(i.properties.get('sat:orbit_state')), '') for i, _ in found]
-        kinds = [f'S1_{o}'.rstrip('_') if sensor == 's1' else 'S2' for o in orbits]
+        times = utc(item.datetime for item, _ in found)
+        kinds = [kind_of(sensor, item.properties.get('sat:orbit_state')) for item, _ in found]
         merge: Any = 'day' if sensor == 's1' and self.orbits == 'merged' else 'pass'
-        clouds = tuple(collection.clouds if self.clouds is None else self.clouds)
-        how = (sensor, collection, grid, clouds, self.resampling, self.chunk)
+        how = (sensor, collection, grid, self.resampling, self.chunk)
         return {
             key: StacImage([found[i] for i in numbers], *how)
             for key, numbers in group(times, kinds, merge).items()
         }
 
-    def _search(self, collection: StacCollection, geometry: BaseGeometry) -> list[Any]:
+    def _search(self, collection: StacCollection) -> list[Any]:
         """Items of the region and the season."""
-        client, requests = optional('pystac_client'), optional('requests')
-        retry = optional('urllib3').Retry(
-            5, backoff_factor=0.5, status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None
-        )
+        client = optional('pystac_client')
+        retry = Retry(5, backoff_factor=WAITS[0] / 2, status_forcelist=_BUSY, allowed_methods=None)
         where = f'{collection.collection} at {collection.url}'
         try:
             api = client.Client.open(
@@ -306,7 +296,7 @@ class SentinelRegion(Source):
             )
             search = api.search(
                 collections=[collection.collection],
-                intersects=mapping(geometry),
+                intersects=mapping(self.geometry()),
                 datetime='/'.join(map(str, self.season)),
             )
             items = [*search.items()]
@@ -328,8 +318,8 @@ class SentinelRegion(Source):
         """Look up the share of clouds of each date."""
         if self.max_clouds >= 1:
             return
-        todo = {self._name(key): image for key, image in images.items()}
-        todo = {n: image for n, image in todo.items() if n not in state.clouds and image.has_mask}
+        named = {self._name(key): image for key, image in images.items() if image.has_mask}
+        todo = {name: image for name, image in named.items() if name not in state.clouds}
         bar = tqdm(todo.items(), 'Looking for clouds', disable=not (progress and todo), unit='date')
         for name, image in bar:
             state.clouds[name] = image.cloud_share()
@@ -349,11 +339,11 @@ class SentinelRegion(Source):
             s: sorted(key for key in own if self._name(key) not in left_out)
             for s, own in images.items()
         }
-        chosen: Iterable[int] = range(len(left[sensor]))
+        chosen = left[sensor]
         if series is not None:
             times = {s: np.array([k[0] for k in keys], 'datetime64[s]') for s, keys in left.items()}
-            chosen = sorted(series.candidates(times)[sensor])
-        return {left[sensor][i]: images[sensor][left[sensor][i]] for i in chosen}
+            chosen = [chosen[i] for i in sorted(series.candidates(times)[sensor])]
+        return {key: images[sensor][key] for key in chosen}
 
     def _tell(
         self,
@@ -412,7 +402,6 @@ class StacImage:
         sensor: ``'s2'`` or ``'s1'``.
         collection: What is to be known of them.
         grid: Where to.
-        clouds: Classes of the mask that become missing.
         resampling: How.
         chunk: Height and width of what is read at once.
     """
@@ -421,14 +410,13 @@ class StacImage:
     sensor: str
     collection: StacCollection
     grid: Grid
-    clouds: Sequence[int]
     resampling: str
     chunk: int
 
     @property
     def has_mask(self) -> bool:
         """Whether clouds are to be looked for."""
-        return bool(self.collection.mask and self.clouds)
+        return bool(self.collection.mask and self.collection.clouds)
 
     @property
     def tag(self) -> float:
@@ -451,12 +439,16 @@ class StacImage:
         def count(items: Sequence[Any]) -> float:
             layers = [{'mask': self._load(item, [self.collection.mask])[0][0]} for item, _ in items]
             mask = fuse(layers, 0)['mask']
-            cloudy = lazily(np.isin, mask, dtype=bool, test_elements=list(self.clouds)).sum()
+            cloudy = self._cloudy(mask).sum()
             with threads() as how:
                 seen, clouds = optional('dask').compute((mask != 0).sum(), cloudy, **how)
             return float(clouds / max(seen, 1))
 
         return self._patiently(count)[0] or 0
+
+    def _cloudy(self, mask: Any) -> Any:
+        """Where a mask has clouds."""
+        return lazily(np.isin, mask, dtype=bool, test_elements=[*self.collection.clouds])
 
     def _layer(self, item: Any, assets: Mapping[str, str]) -> dict[str, Any]:
         """Bands of an item in the unit of the layout, clouds missing."""
@@ -464,7 +456,7 @@ class StacImage:
         clouds = []
         if self.has_mask:
             ((mask, _),) = self._load(item, [self.collection.mask])
-            clouds = [lazily(np.isin, mask, dtype=bool, test_elements=list(self.clouds))]
+            clouds = [self._cloudy(mask)]
         kind = 'int16' if self.sensor == 's2' else 'float32'
         how = {'dtype': kind, 'kind': kind, 'tag': self.tag, 'positive': self.sensor == 's1'}
         return {
@@ -482,11 +474,11 @@ class StacImage:
     def _load(self, item: Any, assets: Sequence[str]) -> list[tuple[Any, float]]:
         """Assets of an item on the grid, and their values without an observation."""
         box_of = optional('odc.geo.geobox').GeoBox
-        usual = {
-            'data_type': 'uint16' if self.sensor == 's2' else 'float32',
-            'nodata': self.collection.nodata,
+        dtype, nodata = 'uint16' if self.sensor == 's2' else 'float32', self.collection.nodata
+        kinds = {
+            '*': {'data_type': dtype, 'nodata': nodata},
+            self.collection.mask: {'data_type': 'uint8', 'nodata': 0},
         }
-        kinds = {'*': usual, self.collection.mask: {'data_type': 'uint8', 'nodata': 0}}
         with rasterio.Env(**HTTP):
             data = optional('odc.stac').load(
                 [item],
@@ -500,7 +492,7 @@ class StacImage:
                 patch_url=optional('planetary_computer').sign if self.collection.sign else None,
             )
         arrays = [data[name].isel(time=0) for name in assets]
-        return [(a.data, float(a.attrs.get('nodata', self.collection.nodata))) for a in arrays]
+        return [(array.data, float(array.attrs.get('nodata', nodata))) for array in arrays]
 
     def _patiently(self, work: Callable[[Sequence[Any]], T]) -> tuple[T | None, list[str]]:
         """Do work with the items; again after a while, and then without what is broken."""
@@ -513,50 +505,34 @@ class StacImage:
                         return work(items), notes
                 except RasterioError as error:
                     failure = error
-            broken = {
-                i: why
-                for i, (item, assets) in enumerate(items)
-                if (why := self._broken(item, assets))
-            }
-            if not broken:
+            broken = [self._broken(*own) for own in items]
+            if not any(broken):
                 raise DownloadError(f'{items[0][0].id} cannot be read: {failure}') from failure
-            notes += broken.values()
-            items = [own for i, own in enumerate(items) if i not in broken]
+            notes += filter(None, broken)
+            items = [own for own, why in zip(items, broken, strict=True) if not why]
         return None, notes
 
     def _broken(self, item: Any, assets: Mapping[str, str]) -> str:
-        """Which file of an item cannot be read, empty if all can."""
+        """Which file of an item cannot be read, empty if all can.
+
+        Raises:
+            DownloadError: If a server does not answer, or wants no more requests now.
+        """
         for asset in filter(None, (*assets.values(), self.collection.mask)):
-            ((value, _),) = self._load(item, [asset])
+            with rasterio.Env(**FRESH):
+                ((value, _),) = self._load(item, [asset])
             try:
                 with threads() as how:
                     value.map_blocks(lambda block: block[:1, :1]).compute(**how)
             except RasterioError as error:
                 href = item.assets[asset].href
-                return f'{asset} of {item.id} ({href}) is left out: {_reach(href) or error}'
+                if re.search(r'CURL error|response code: (429|5\d\d)', str(error)):
+                    raise DownloadError(
+                        f'{href} cannot be reached ({error}); start again later, and the run goes '
+                        'on'
+                    ) from None
+                return f'{asset} of {item.id} ({href}) is left out: {error}'
         return ''
-
-
-def _reach(href: str) -> str:
-    """Why a file is not there, if its server says so.
-
-    Raises:
-        DownloadError: If the server does not answer, or wants no more requests now.
-    """
-    requests = optional('requests')
-    if not href.startswith('http'):
-        return ''
-    try:
-        answer = requests.get(href, headers={'Range': 'bytes=0-0'}, timeout=30, stream=True)
-    except requests.RequestException as error:
-        status, why = 500, str(error)
-    else:
-        status, why = answer.status_code, f'{answer.status_code} {answer.reason}'
-    if status == 429 or status >= 500:
-        raise DownloadError(
-            f'{href} cannot be reached ({why[:200]}); start again later, and the run goes on'
-        ) from None
-    return why if status >= 400 else ''
 
 
 def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str]:

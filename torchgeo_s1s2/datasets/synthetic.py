@@ -22,9 +22,8 @@ The difficulty is meant, and of the kinds that real images have:
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -203,25 +202,16 @@ def write_synthetic(
         ValueError: If root holds another data set, or a tile is not in ``TILES``.
     """
     root, patches = Path(root), dict(patches or PATCHES)
-    settings: dict[str, Any] = {
-        'size': size,
-        'patches': patches,
-        'year': year,
-        'incomplete': incomplete,
-    }
+    settings = {'size': size, 'patches': patches, 'year': year, 'incomplete': incomplete}
     settings |= {'haze': haze, 'seed': seed, 'delay': delay, 'context': context}
-    unknown = set(patches) - set(TILES)
-    if unknown:
+    if unknown := set(patches) - set(TILES):
         raise ValueError(f'no origin is known of tiles {sorted(unknown)}; choose from {[*TILES]}')
     _claim(root, settings)
-    todo = {
-        name: place
-        for name, place in _places(patches, size).items()
-        if not (root / LABELS / f'{name}.json').exists()
-    }
+    places = _places(patches, size)
+    todo = [name for name in places if not (root / LABELS / f'{name}.json').exists()]
     hidden = not (progress and todo)
     for name in tqdm(todo, 'Writing synthetic patches', unit='patch', disable=hidden):
-        _write_patch(root, name, *todo[name], settings)
+        _write_patch(root, name, *places[name], settings)
     return root
 
 
@@ -257,7 +247,8 @@ def _claim(root: Path, settings: Mapping[str, object]) -> None:
         raise ValueError(f'{root} holds a data set that is not synthetic; give another root')
     for folder in (LABELS, GROUND_REFERENCE, *SENSORS):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    _write_text(marker, json.dumps(settings, indent=1))
+    with whole(marker) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1))
 
 
 def _places(patches: Mapping[str, int], size: int) -> dict[str, tuple[str, int, int]]:
@@ -277,10 +268,6 @@ def _write_patch(
     """Write the rasters of a patch and then its label file, which makes it part of the set."""
     rng = np.random.default_rng([settings['seed'], crc32(name.encode())])
     scene = _draw_scene(rng, settings['size'], settings['delay'], settings['context'])
-    draw: dict[str, Callable[..., NDArray[Any]]] = {
-        's2': partial(_reflectance, haze=settings['haze']),
-        's1': _backscatter,
-    }
     # Sentinel-1's orbit comes back every 12 days.
     days = {'s2': _s2_days(rng, settings['incomplete'])}
     days['s1'] = np.arange(rng.integers(100, 112), 366, 12)
@@ -288,16 +275,20 @@ def _write_patch(
     crs, transform = CRS.from_epsg(epsg), from_origin(left + 10 * x, top - 10 * y, 10, 10)
     names: dict[str, list[str]] = {sensor: [] for sensor in SENSORS}
     for sensor in SENSORS:
-        for day in rng.permutation(days[sensor]):
-            date = str(np.datetime64(f'{settings["year"]}-01-01') + int(day)).replace('-', '')
+        for day in rng.permutation(days[sensor]).tolist():
+            date = str(np.datetime64(f'{settings["year"]}-01-01') + day).replace('-', '')
             names[sensor].append(image_name(name, date, sensor))
-            image = draw[sensor](rng, scene, int(day))
+            if sensor == 's2':
+                image: NDArray[Any] = _reflectance(rng, scene, day, settings['haze'])
+            else:
+                image = _backscatter(rng, scene, day)
             _write_raster(root / sensor / names[sensor][-1], image, crs, transform)
     labels = scene.label.astype(np.uint8)
     path = root / GROUND_REFERENCE / reference_name(name)
     _write_raster(path, labels[None], crs, transform)
     content = label_content(names, crs, np.unique(labels))
-    _write_text(root / LABELS / f'{name}.json', json.dumps(content))
+    with whole(root / LABELS / f'{name}.json') as temporary:
+        temporary.write_text(json.dumps(content))
 
 
 def _draw_scene(rng: np.random.Generator, size: int, delay: float, context: bool) -> _Scene:
@@ -424,8 +415,3 @@ def _write_raster(path: Path, image: NDArray[np.generic], crs: CRS, transform: A
     profile |= {'count': count, 'height': height, 'width': width, 'dtype': image.dtype.name}
     with rasterio.open(path, 'w', **profile) as dst:
         dst.write(image)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with whole(path) as temporary:
-        temporary.write_text(text)

@@ -82,10 +82,10 @@ def rasterize_labels(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', S1S2Warning)  # the data set says the same when it is opened
         catalog = Catalog(root, progress=progress, cache=False)
-    numbers = [n for n in range(len(catalog.patches)) if catalog.patches['width'].iat[n]]
+    numbers = [n for n in range(len(catalog.patches)) if catalog.patch(n).width]
     grids = {number: _grid(catalog, number) for number in numbers}
-    rectangles = {number: _around(polygons, grid) for number, grid in grids.items()}
-    found = {n: polygons.sindex.query(around, sort=True) for n, around in rectangles.items()}
+    index = polygons.sindex
+    found = {n: index.query(_around(polygons, grid), sort=True) for n, grid in grids.items()}
     _check_found(Path(file), polygons, found, catalog)
     made_of = _checksum(polygons, all_touched)
     todo = [n for n in numbers if _is_outdated(catalog, n, grids[n], made_of, overwrite)]
@@ -127,15 +127,17 @@ def _polygons(
 ) -> gpd.GeoDataFrame:
     """Polygons with their ``id``, the uppermost last; what is left out is counted."""
     polygons, notes = read_polygons(file, attribute, layer)
-    names = _names(classes)
-    ids = _ids(file, attribute, polygons['value'], names)
+    known = _ids(f'{file} in {attribute!r}', polygons['value'], classes)
+    ids = polygons['value'].map(known)
     unmapped = Counter(polygons['value'][ids.isna()])
     which = ', '.join(f'{value} ({n})' for value, n in unmapped.most_common(5))
     notes[f'have a value that classes do not name and are left out: {which}'] = unmapped.total()
     said = '; '.join(f'{n} {text}' for text, n in notes.items() if n)
     if said:
         warnings.warn(f'{file}: of its features {said}', S1S2Warning, stacklevel=3)
-    ranks = _ranks(order, {*polygons['value'], *(names or ())})
+    ranks = {_key(value): rank for rank, value in enumerate(order or ())}
+    if unknown := sorted(ranks.keys() - {*polygons['value'], *known}):
+        raise ValueError(f'order names {", ".join(unknown)}, which no polygon and no class has')
     polygons = polygons.assign(id=ids)[ids.notna()].astype({'id': int})
     if polygons.empty:
         raise DataError(
@@ -165,37 +167,27 @@ def _key(value: Any) -> str:
     return str(value).strip()
 
 
-def _names(classes: Classes | None) -> dict[str, int] | None:
-    """Id of each value, checked; None if the values are the ids."""
-    if classes is None:
-        return None
+def _ids(where: str, values: 'pd.Series[Any]', classes: Classes | None) -> dict[str, int]:
+    """Id of each value, which is the value itself without classes."""
     given: Any = classes
-    if not isinstance(classes, Mapping):
+    if classes is None:
+        given = dict(zip(values, values, strict=True))
+    elif isinstance(classes, Mapping):
+        where = 'classes'
+    else:
+        where = str(classes)
         given = yaml.safe_load(Path(classes).read_text())
         if not isinstance(given, dict):
             raise DataError(f'{classes} holds no mapping; expected lines such as "Forest: 11"')
-    odd = {n: i for n, i in given.items() if type(i) is not int or not 0 < i < 2**16}
-    if odd:
-        raise DataError(
-            f'ids of classes are whole numbers 1..65535, 0 is none; these are not: {odd}'
-        )
-    return {_key(name): number for name, number in given.items()}
-
-
-def _ids(
-    file: Path, attribute: str, values: 'pd.Series[Any]', names: Mapping[str, int] | None
-) -> 'pd.Series[Any]':
-    """Id of each value, NaN without one."""
-    if names is not None:
-        return values.map(names)
-    ids = pd.to_numeric(values, errors='coerce')
-    odd = values[values.notna() & ~(ids.between(1, 2**16 - 1) & (ids % 1 == 0))].unique()
+    ids = pd.to_numeric(pd.Series(given, dtype=object).map(str), errors='coerce')
+    odd = ids.index[~(ids.between(1, 2**16 - 1) & (ids % 1 == 0))]
     if len(odd):
+        told = ', '.join(f'{n}' if classes is None else f'{n}: {given[n]}' for n in odd[:5])
         raise DataError(
-            f'{file} has in {attribute!r} what is no id (a whole number 1..65535, 0 is none): '
-            f'{", ".join(odd[:5])}. Give classes, such as {{{odd[0]!r}: 1}}'
+            f'{where} has what is no id (a whole number 1..65535, 0 is none): {told}. '
+            f'Give classes, such as {{{odd[0]!r}: 1}}'
         )
-    return ids
+    return {_key(name): int(number) for name, number in ids.items()}
 
 
 def _valid(geometry: gpd.GeoSeries) -> tuple[gpd.GeoSeries, dict[str, int]]:
@@ -209,14 +201,6 @@ def _valid(geometry: gpd.GeoSeries) -> tuple[gpd.GeoSeries, dict[str, int]]:
         'are invalid and mended': int((broken & shapes.notna()).sum()),
         'are no polygons, or without area, and are left out': int(shapes.isna().sum()),
     }
-
-
-def _ranks(order: Sequence[str | int] | None, known: set[str]) -> dict[str, int]:
-    ranks = {_key(value): rank for rank, value in enumerate(order or ())}
-    unknown = sorted(ranks.keys() - known)
-    if unknown:
-        raise ValueError(f'order names {", ".join(unknown)}, which no polygon and no class has')
-    return ranks
 
 
 def _grid(catalog: Catalog, number: int) -> Grid:

@@ -1,5 +1,6 @@
 """Names of the backbones in segmentation_models_pytorch and TorchGeo."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
@@ -35,8 +36,7 @@ class _Names(dict[Any, Any]):
         return super().__contains__(key) or self._resolve(key) is not None
 
     def __missing__(self, key: Any) -> Any:
-        value = self._resolve(key)
-        if value is None:
+        if (value := self._resolve(key)) is None:
             raise KeyError(key)
         return value
 
@@ -80,7 +80,7 @@ class Backbone:
         """The name, which :func:`parse_name` reads."""
         # smp looks at the start of a name: 'tu-' goes to timm, 'vgg' gets a centre block in the
         # U-Net.
-        parts = [self.spatial_encoder.replace('tu-', 'timm_', 1)]
+        parts = [re.sub('^tu-', 'timm_', self.spatial_encoder)]
         if self.spatial_encoder != UTAE:
             parts.append(self.front)
         flags = {k: word for word, (k, value) in _WORDS.items() if getattr(self, k) == value}
@@ -163,10 +163,9 @@ def parse_name(name: object) -> Backbone | None:
     spatial, _, rest = name.partition(f'_{front}' if front else '_')
     if (front is None) != (spatial == UTAE):
         return None
-    words = [word for word in rest.split('_') if word]
     options: dict[str, Any] = {'inception': False, 'front': front or 'attention'}
     sensors: dict[str, int] = {}
-    for word in words:
+    for word in filter(None, rest.split('_')):
         sensor, _, bands = word.rpartition('x')
         if word in _WORDS:
             options |= [_WORDS[word]]
@@ -174,8 +173,7 @@ def parse_name(name: object) -> Backbone | None:
             sensors |= {word: SENSORS[word]} if word in SENSORS else {sensor: int(bands)}
         elif word[0] in _SIZES and word[1:].isdecimal():
             options[_SIZES[word[0]]] = int(word[1:])
-    if spatial.startswith('timm_'):
-        spatial = spatial.replace('timm_', 'tu-', 1)
+    spatial = re.sub('^timm_', 'tu-', spatial)
     backbone = Backbone(spatial, sensors or dict(SENSORS), **options)
     return backbone if _fits(backbone) and backbone.name == name else None
 
@@ -314,11 +312,10 @@ def _entry(name: object) -> dict[str, Any] | None:
     if backbone is None:
         return None
     spatial = dict.get(smp.encoders.encoders, backbone.spatial_encoder, {})  # listed ones only
-    settings = spatial.get('pretrained_settings', {})
     return {
         'encoder': _ENCODERS[backbone.front],
         'params': backbone.arguments,
-        'pretrained_settings': settings,
+        'pretrained_settings': spatial.get('pretrained_settings', {}),
     }
 
 
