@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.model --slots 4 32 --sizes 256
 
-On a GPU if there is one. Random numbers for images. Times are medians of turns: a forward pass in
-evaluation mode, and a training step (cross-entropy, backward pass, Adam). Memory is that of
-tensors, without weights and inputs (but with weights cast to bfloat16): what autograd holds for
-the backward pass, and the most that a forward pass and a step have at once.
+On a GPU if there is one. Random numbers for images. Times are medians of turns with the plain
+model: a forward pass in evaluation mode, and a training step (cross-entropy, backward pass, Adam).
+Memory is that of tensors, without weights and inputs (but with weights cast to bfloat16): what
+autograd holds for the backward pass, and the most that a forward pass and a step have at once.
 """
 
 import argparse
@@ -165,7 +165,19 @@ def peak(call: Callable[[], object], device: str) -> float:
 
 
 def measure(names: Sequence[str], slots: int, size: int, rounds: int, device: str) -> list[Row]:
-    """Measure models side by side; one row each, with ratios to the plain one."""
+    """Measure each model in turns with the plain one alone, whatever the memory; one row each."""
+    rows = []
+    for name in names:
+        found = measure_together({PLAIN, name}, slots, size, rounds, device)
+        row = beside(found[name], found[PLAIN])
+        rows.append({'T': slots, 'pixels': size, 'model': name, **row})
+    return rows
+
+
+def measure_together(
+    names: set[str], slots: int, size: int, rounds: int, device: str
+) -> dict[str, dict[str, float]]:
+    """Measure models in turns."""
     jobs = {name: Job({**MODES, **OTHERS}[name], slots, size, device) for name in names}
     found: dict[str, dict[str, float]] = {name: {} for name in jobs}
     clock = processor_seconds if device == 'cpu' else timer
@@ -181,10 +193,7 @@ def measure(names: Sequence[str], slots: int, size: int, rounds: int, device: st
             }
     for name, job in jobs.items():
         found[name]['held (MiB)'] = held(job.logits, [job.image, *job.model.parameters()])
-    return [
-        {'T': slots, 'pixels': size, 'model': name, **beside(values, found[PLAIN])}
-        for name, values in found.items()
-    ]
+    return found
 
 
 def beside(values: Mapping[str, float], plain: Mapping[str, float]) -> dict[str, float]:

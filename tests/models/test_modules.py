@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao import quantization
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,6 +39,37 @@ def test_an_adapter_of_the_convolution_counts(gradients: bool) -> None:
         before = layer(x)
         layer.add_module('conv', nn.Sequential(layer.conv, nn.Hardtanh(-0.1, 0.1)))
         assert not layer(x).allclose(before)
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize('gradients', [False, True])
+def test_a_batch_norm_of_another_kind_counts(gradients: bool) -> None:
+    """In evaluation; the last hidden state is what it gives."""
+    layer, x = make(training=False)
+    with torch.set_grad_enabled(gradients):
+        before = layer(x[:, :1])
+        layer.batchnorm = Doubled(3).double().eval()
+        torch.testing.assert_close(layer(x[:, :1]), 2 * before)
+
+
+def test_a_quantised_convolution_counts() -> None:
+    """Within the eight bits of its numbers, with and without gradients."""
+    layer, x = make(training=False)
+    layer, x = layer.float(), x.float()
+    expected = layer(x, VALID)
+    layer.conv = quantization.QuantWrapper(layer.conv)  # type: ignore[assignment]
+    layer.conv.qconfig = quantization.default_qconfig  # type: ignore[assignment]
+    quantization.prepare(layer, inplace=True)
+    layer(x, VALID)
+    quantization.convert(layer, inplace=True)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            error = (layer(x, VALID) - expected).abs().max()
+        assert 0 < error < 0.2 * expected.std()
 
 
 @pytest.mark.parametrize('kind', ['prune', 'weight_norm'])

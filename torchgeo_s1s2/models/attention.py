@@ -314,7 +314,9 @@ class AttentionEncoder(SeriesEncoder):
         index = seen.flatten().nonzero()[:, 0]
         if len(index) == len(images):
             return self._encode_parts(group, images)
-        if len(index) == 0:  # in no statistics, but in the graph, which is that of other batches
+        # In no statistics, but in the graph, which is that of other batches. Batch norms that wait
+        # for other processes take no images, forwards and backwards.
+        if len(index) == 0 and not _has_batch_statistics(self.spatial[group], nn.SyncBatchNorm):
             with torch.no_grad(), _buffers_kept(self.spatial[group]):
                 levels = self._encode_parts(group, images)
             parts = [*self.spatial[group].parameters(), *self.stem.parameters()]
@@ -348,8 +350,9 @@ class AttentionEncoder(SeriesEncoder):
         return [self.stem[group](images), *features[1:]] if self.stem else features
 
 
-def _has_batch_statistics(module: nn.Module) -> bool:
-    kind = nn.modules.batchnorm._BatchNorm
+def _has_batch_statistics(
+    module: nn.Module, kind: type[nn.Module] = nn.modules.batchnorm._BatchNorm
+) -> bool:
     return any(isinstance(part, kind) and part.training for part in module.modules())
 
 

@@ -1,14 +1,13 @@
 """What makes mapping on a CPU fast: strips of rows, and the layout of images."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .norm import has_steps, statistics
+from .norm import MaskedBatchNorm2d, has_steps, statistics
 
 PIXELS = 4096
 """Size of a strip for each thread: the gates of 32 channels take 2 MiB and stay in the cache."""
@@ -48,9 +47,9 @@ def suits_strips(layer: Any, x: Tensor) -> bool:
     )
 
 
-def _normalises(norm: nn.Module) -> bool:
-    """Whether a module is a batch norm that uses its running statistics."""
-    if not isinstance(norm, nn.BatchNorm2d):
+def _normalises(norm: Any) -> bool:
+    """Whether a module is a plain batch norm that uses its running statistics."""
+    if type(norm) not in (nn.BatchNorm2d, MaskedBatchNorm2d):
         return False
     return not norm.training and norm.affine and norm.track_running_stats
 
@@ -89,82 +88,61 @@ def read_in_strips(layer: Any, x: Tensor, valid: Tensor | None) -> Tensor:
         Last hidden state of shape (B, hidden_channels, H, W).
     """
     slots = [range(x.shape[1])] * len(x) if valid is None else [v.nonzero() for v in valid]
-    out = _zeros(x, len(x), layer.hidden_channels)
+    channels, radius = x.shape[2], layer.conv.kernel_size[0] // 2
+    height, width = x.shape[-2:]
+    out, c = (_zeros(x, b, layer.hidden_channels, height, width) for b in (len(x), 1))
+    # An image beside the hidden state, twice, for what is read and what is written.
+    shape = 1, channels + layer.hidden_channels, height + 2 * radius, width
+    read, write = _zeros(x, *shape), _zeros(x, *shape)
+    inside = slice(radius, radius + height)
     for sample, seen in enumerate(slots):
-        h, c = None, _zeros(x, 1, layer.hidden_channels)
+        c.zero_()
         for number, t in enumerate(seen):
-            h = _step(layer, x[sample, int(t)][None], h, c, number)
-        if h is not None:
-            out[sample] = h[0]
+            read[:, :channels, inside] = x[sample, int(t)]
+            # The hidden state is still zero before the first image.
+            images = read if number else read[:, :channels]
+            _step(layer, images, write[:, channels:, inside], c, number)
+            read, write = write, read
+        if len(seen):
+            out[sample] = read[0, channels:, inside]
     return out
 
 
-def _zeros(x: Tensor, batch: int, channels: int) -> Tensor:
-    shape = batch, channels, *x.shape[-2:]
-    return x.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+def _zeros(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last).zero_()
 
 
-def _scale_and_shift(norm: Any, number: int) -> tuple[Tensor, Tensor] | None:
-    """What a batch norm does in evaluation at a step, from 0."""
+def _scale_and_shift(norm: Any, number: int) -> tuple[Any, Any]:
+    """What a batch norm does in evaluation at a step, from 0, to a half of what it reads."""
     if type(norm) is nn.Identity:
-        return None
+        return torch.full((), 2.0), torch.zeros(())
     mean, var = norm.running_mean, norm.running_var
     if has_steps(norm):
         mean, var = statistics(norm, torch.tensor(number))
     scale = norm.weight * (var + norm.eps).rsqrt()
-    return scale[:, None, None], (norm.bias - mean * scale)[:, None, None]
+    return 2 * scale[:, None, None], (norm.bias - mean * scale)[:, None, None]
 
 
-def _step(layer: Any, x: Tensor, h: Tensor | None, c: Tensor, number: int) -> Tensor:
-    """Next normalised hidden state; the cell state is changed in place."""
-    weight, affine = layer.conv.weight, _scale_and_shift(layer.batchnorm, number)
-    # The hidden state is still zero before the first image.
-    images, weight = ([x], weight[:, : x.shape[1]]) if h is None else ([x, h], weight)
-    result, radius = torch.empty_like(c), weight.shape[-1] // 2
-    for strip in _strips(x, radius):
-        joined = strip.read(images)
-        gates = F.conv2d(joined, weight, layer.conv.bias, padding=(0, radius)).to(c.dtype)
-        i, f, g, o = gates.chunk(4, dim=1)
+def _step(layer: Any, images: Tensor, h: Tensor, c: Tensor, number: int) -> None:
+    """Write the normalised hidden state that follows images, and change the cell state."""
+    affine = _scale_and_shift(layer.batchnorm, number)
+    weight, bias = _double_cell_gate(layer.conv, images.shape[1])
+    height, width = c.shape[-2:]
+    radius = weight.shape[-1] // 2
+    for top in range(0, height, size := max(1, PIXELS * torch.get_num_threads() // width)):
+        rows = slice(top, min(top + size, height))
+        window = images[:, :, top : rows.stop + 2 * radius]
+        gates = F.conv2d(window, weight, bias, padding=(0, radius)).to(c.dtype)
+        i, f, g, o = gates.sigmoid_().chunk(4, dim=1)
         # tanh(x) = 2 sigmoid(2 x) - 1, which takes a fraction of the time of tanh on a CPU.
-        g.mul_(2)
-        gates.sigmoid_()
-        g.mul_(2).sub_(1)
-        cell, hidden = c[strip.rows], result[strip.rows]
-        cell.mul_(f).addcmul_(i, g)
-        torch.mul(o, (2 * cell).sigmoid_().mul_(2).sub_(1), out=hidden)
-        if affine is not None:
-            torch.addcmul(affine[1], hidden, affine[0], out=hidden)
-    return result
+        cell, hidden = c[:, :, rows], h[:, :, rows]
+        cell.mul_(f).addcmul_(i, g.sub_(0.5), value=2)
+        torch.mul(o, (2 * cell).sigmoid_().sub_(0.5), out=o)
+        torch.addcmul(affine[1], o, affine[0], out=hidden)
 
 
-class _Strip(NamedTuple):
-    """Rows of an image, and the window of rows around them that the convolution reads."""
-
-    rows: tuple[slice, ...]
-    window: tuple[slice, ...]
-    above: int
-    below: int
-
-    def read(self, images: list[Tensor]) -> Tensor:
-        """Concatenate the windows of images, with zeros for what lies above and below them."""
-        windows = [image[self.window] for image in images]
-        channels, (height, width) = [w.shape[1] for w in windows], windows[0].shape[2:]
-        shape = 1, sum(channels), self.above + height + self.below, width
-        joined = torch.empty(shape, dtype=images[0].dtype, memory_format=torch.channels_last)
-        inside = slice(self.above, self.above + height)
-        for part, window in zip(joined.split(channels, dim=1), windows, strict=True):
-            part[:, :, inside] = window
-        joined[:, :, : self.above] = 0
-        joined[:, :, self.above + height :] = 0
-        return joined
-
-
-def _strips(x: Tensor, radius: int) -> Iterator[_Strip]:
-    height, width = x.shape[-2:]
-    size = max(1, PIXELS * torch.get_num_threads() // width)
-    every = slice(None), slice(None)
-    for top in range(0, height, size):
-        bottom = min(top + size, height)
-        first, last = max(top - radius, 0), min(bottom + radius, height)
-        rows, window = (*every, slice(top, bottom)), (*every, slice(first, last))
-        yield _Strip(rows, window, first - (top - radius), bottom + radius - last)
+def _double_cell_gate(conv: Any, channels: int) -> tuple[Tensor, Tensor | None]:
+    """Weight of some input channels, and bias, of which those of the cell gate are doubled."""
+    factor = conv.weight.new_tensor([1, 1, 2, 1]).repeat_interleave(len(conv.weight) // 4)
+    weight = conv.weight[:, :channels] * factor[:, None, None, None]
+    return arrange(weight), None if conv.bias is None else conv.bias * factor
