@@ -248,6 +248,8 @@ def test_goes_on_without_asking_twice(world: World, tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == written
     with pytest.raises(DataError, match='choose another tile or root'):
         replace(source, epsg=32631).write(tmp_path, ['s2'], progress=False)
+    with pytest.raises(DataError, match='made with other clouds; choose another tile or root'):
+        replace(source, clouds=[]).write(tmp_path, ['s2'], progress=False)
 
 
 @pytest.mark.parametrize(

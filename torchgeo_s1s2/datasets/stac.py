@@ -197,6 +197,11 @@ class SentinelRegion(Source):
         root = Path(root)
         root.mkdir(parents=True, exist_ok=True)
         state = _State(root / f'{self.tile}.region.json', self._settings(sensors, series))
+        if state.changed and any(root.glob(f's[12]/{self.tile}_[0-9]*_0_0.tif')):
+            raise DataError(
+                f'the images of {self.tile} in {root} were made with other {state.changed}; choose '
+                'another tile or root, or delete them'
+            )
         if state.finished:
             return root
         known = {sensor: self.collection(sensor) for sensor in sensors}
@@ -400,7 +405,11 @@ class _State:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
         kept = json.loads(path.read_text()) if path.exists() else {}
-        same = kept.get('settings') == settings
+        before = kept.get('settings', settings)
+        # Images that are there stay, so what their pixels depend on must.
+        pixels = ('offset', 'clouds', 'orbits', 'resampling')
+        self.changed = ', '.join(k for k in pixels if before.get(k) != settings[k])
+        same = 'settings' in kept and before == settings
         self.finished: bool = same and kept['finished']
         self.left_out: dict[str, str] = kept['left_out'] if same else {}
         self.clouds: dict[str, float] = kept['clouds'] if same else {}
