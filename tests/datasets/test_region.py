@@ -198,7 +198,10 @@ def test_labels_are_whole_numbers_below_255(label: float, written: int, tmp_path
     assert read(path).data[0, 0, :2].tolist() == [written, 6]
     for odd in (300, -1, 2.5):
         labels[0, 1] = odd
-        with warnings.catch_warnings(action='ignore'), pytest.raises(DataError, match=f'hold {odd}'):
+        with (
+            warnings.catch_warnings(action='ignore'),
+            pytest.raises(DataError, match=f'hold {odd}'),
+        ):
             write_series(tmp_path, odc(), labels=labels, progress=False)
 
 

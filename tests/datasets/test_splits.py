@@ -311,6 +311,23 @@ def test_a_union_gives_what_any_part_has(ground: Path, three: list[MultiSenGE]) 
     assert sorted(pixels((part | a)[EVERYWHERE])) == sorted(by_number(a))
 
 
+@pytest.mark.parametrize('split', SPLITTERS)
+def test_parts_of_a_union_hold_each_pixel_once(
+    three: list[MultiSenGE], split: Callable[[Any], Parts]
+) -> None:
+    a, b, c = three
+    for union in ((a | b) | c, a | (b | c)):
+        parts = split(union)
+        held = [pixels(part[EVERYWHERE]) for part in parts]
+        assert all(held)
+        assert Counter(pixel for own in held for pixel in own) == Counter(ALL)
+        again = pickle.loads(pickle.dumps(parts[0]))
+        assert pixels(again[EVERYWHERE]) == held[0]
+        assert len(pixels(union[EVERYWHERE])) == len(ALL)
+        with pytest.raises(TypeError, match='a union has no numbers'):
+            union[0]
+
+
 def test_what_does_not_fit_is_not_joined(ground: Path, three: list[MultiSenGE]) -> None:
     class Raster(RasterDataset):
         filename_glob = '*_GR_*.tif'

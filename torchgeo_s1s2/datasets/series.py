@@ -163,10 +163,7 @@ class SeriesDataset(GeoDataset):
 
     @index.setter
     def index(self, index: gpd.GeoDataFrame) -> None:
-        # random_grid_cell_assignment gives columns numbers in the place of their names.
-        if 'patch' not in index:
-            names = {i: name for i, name in enumerate(self._columns) if name != 'geometry'}
-            index = index.rename(columns=names)[[*names.values(), 'geometry']]
+        index = _named(index, self._columns)
         self._columns = list(index.columns)
         self._index, self._checked = index, False
         self._slivers = index.geometry[:0]
@@ -717,12 +714,53 @@ class SeriesUnion(UnionDataset):
                 'both the same bands, classes and number of slots'
             )
         super().__init__(dataset1, dataset2, merge_series, transforms)
+        self._member = '_'.join(['member', *(c for c in self.index if c.startswith('member'))])
+        own = [d.index.assign(**{self._member: i}) for i, d in enumerate(self.datasets)]
+        self._index, self._handed_on = pd.concat(own), True
+
+    @property
+    def index(self) -> gpd.GeoDataFrame:
+        """The rows of both; those that are left of them make a part."""
+        return self._index
+
+    @index.setter
+    def index(self, index: gpd.GeoDataFrame) -> None:
+        columns = list(getattr(self, '_index', index).columns)
+        self._index, self._handed_on = _named(index, columns), False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Look at the index of a copy again, for random_bbox_splitting changes that in place."""
+        return {**self.__dict__, '_handed_on': False}
+
+    def __getitem__(self, index: Any) -> Sample:
+        """Read a window; each data set gives what it has of the union's rows.
+
+        Raises:
+            IndexError: If there is nothing in the window.
+            TypeError: If the index is a number, which has another meaning in each data set.
+        """
+        if not isinstance(index, slice | tuple):
+            raise TypeError('a union has no numbers; read its windows, or number its data sets')
+        if not self._handed_on:
+            self._handed_on, self.datasets = True, [copy.copy(d) for d in self.datasets]
+            for i, dataset in enumerate(self.datasets):
+                dataset.index = self._index[self._index[self._member] == i]
+        sample: Sample = super().__getitem__(index)
+        return sample
 
     def __or__(self, other: GeoDataset) -> 'SeriesUnion':
         """Join with another data set of series."""
         return SeriesUnion(self, other)
 
     __and__ = SeriesDataset.__and__
+
+
+def _named(index: gpd.GeoDataFrame, columns: Sequence[str]) -> gpd.GeoDataFrame:
+    """An index with the names of its columns, which random_grid_cell_assignment replaces."""
+    if 'patch' in index:
+        return index
+    names = {i: name for i, name in enumerate(columns) if name != 'geometry'}
+    return index.rename(columns=names)[[*names.values(), 'geometry']]
 
 
 def _description(dataset: GeoDataset) -> tuple[Any, ...]:
