@@ -114,6 +114,12 @@ def test_patch_is_written_on_its_pixels(tmp_path: Path, capsys: pytest.CaptureFi
             np.testing.assert_array_equal(src.read(), np.full((1, 64, 64), number))
 
 
+def test_a_confidence_of_an_earlier_run_is_told_apart(tmp_path: Path) -> None:
+    predict(tmp_path, GeoTIFFWriter(confidence=True))
+    with pytest.warns(S1S2Warning, match='3 files in .* earlier run .*31UEQ_0_0_confidence.tif'):
+        predict(tmp_path, GeoTIFFWriter())
+
+
 def test_map_carries_colours_and_names(tmp_path: Path) -> None:
     predict(tmp_path, GeoTIFFWriter())
     path = tmp_path / 'maps' / '31UEQ_0_0.tif'

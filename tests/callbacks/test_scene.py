@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -463,6 +464,17 @@ def test_mosaic_joins_two_zones(tmp_path: Path) -> None:
             assert src.res == pytest.approx((size, size), rel=0.1)
         with rasterio.open(tmp_path / 'mosaic_confidence.tif') as src:
             assert [int(v[0]) for v in src.sample(there[:2])] == [60, 90]
+
+
+def test_maps_of_an_earlier_run_do_not_pass_for_new_ones(tmp_path: Path) -> None:
+    maps = tmp_path / 'maps'
+    predict(tmp_path, SceneWriter(mosaic=4326))
+    (maps / '2020.tif').write_text('of the user')
+    with warnings.catch_warnings(action='error', category=S1S2Warning):
+        predict(tmp_path, SceneWriter(mosaic=4326))  # all of its maps are written anew
+    with pytest.warns(S1S2Warning, match=r'3 files in .*maps are of an earlier run.*: mosaic\.tif'):
+        predict(tmp_path, SceneWriter())
+    assert len(list(maps.glob('*.tif'))) == 7
 
 
 def test_mosaic_without_a_place_is_refused() -> None:

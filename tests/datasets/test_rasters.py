@@ -267,6 +267,12 @@ def test_no_data_is_compared_before_scale_and_offset(tmp_path: Path) -> None:
     )
 
 
+def test_a_scale_of_some_bands_is_refused(tmp_path: Path) -> None:
+    options = {'s2_options': {'scales': [1e-4] + [1.0] * 9}}
+    with pytest.raises(ValueError, match='has a scale for some of its bands only'):
+        read(tmp_path, half(0, 'uint16', 1500), options=options)
+
+
 ESA = ('B01', *SENSOR_BANDS['s2'][:8], 'B09', *SENSOR_BANDS['s2'][8:])
 STAC: tuple[str, ...] = (
     'coastal',

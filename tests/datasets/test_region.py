@@ -11,7 +11,7 @@ import pytest
 import rasterio
 
 from torchgeo_s1s2.datasets import SENSOR_BANDS, AllDates, MultiSenGE, write_series
-from torchgeo_s1s2.errors import DataError, S1S2Warning
+from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, S1S2Warning
 
 xr = pytest.importorskip('xarray', reason='the extra stac is not installed')
 pytest.importorskip('dask', reason='the extra stac is not installed')
@@ -183,6 +183,28 @@ def test_offset_and_unit(tmp_path: Path) -> None:
     np.testing.assert_allclose(read(path), VALUES[1], rtol=1e-6)
 
 
+def test_power_that_looks_like_db_is_refused(tmp_path: Path) -> None:
+    db = odc(10 * np.log10(POWER), ('vv', 'vh'), 'float32')
+    with pytest.raises(ImplausibleValuesError, match=r"is no power.*unit=\{'s1': 'db'\}"):
+        write_series(tmp_path, s1=db, progress=False)
+
+
+@pytest.mark.parametrize(('label', 'written'), [(254, 254), (255, 255), (np.nan, 255)])
+def test_labels_are_whole_numbers_below_255(label: float, written: int, tmp_path: Path) -> None:
+    labels = xr.full_like(odc()['B02'].isel(time=0), 6, float)
+    labels[0, 0] = label
+    write_series(tmp_path, odc(), labels=labels, progress=False)
+    (path,) = (tmp_path / 'ground_reference').iterdir()
+    assert read(path).data[0, 0, :2].tolist() == [written, 6]
+    for odd in (300, -1, 2.5):
+        labels[0, 1] = odd
+        with (
+            warnings.catch_warnings(action='ignore'),
+            pytest.raises(DataError, match=f'hold {odd}'),
+        ):
+            write_series(tmp_path, odc(), labels=labels, progress=False)
+
+
 def test_goes_on(tmp_path: Path) -> None:
     def fail(block: Any) -> Any:
         raise OSError('the disk of the source broke')
@@ -196,7 +218,8 @@ def test_goes_on(tmp_path: Path) -> None:
         write_series(tmp_path, broken, progress=False)
     (path,) = (tmp_path / 's2').iterdir()
     written = path.stat().st_mtime_ns
-    write_series(tmp_path, data, progress=False)
+    with pytest.warns(S1S2Warning, match='1 of 2 images of region are there already and stay'):
+        write_series(tmp_path, data, progress=False)
     assert path.stat().st_mtime_ns == written
     assert len([*(tmp_path / 's2').iterdir()]) == 2
     with pytest.raises(DataError, match='choose another tile or root'):
@@ -235,6 +258,9 @@ def test_on_the_workers_of_a_cluster(tmp_path: Path) -> None:
         (lambda d: d.assign(B02=d['B02'].assign_attrs(scale_factor=1e-4)), 'B02 is packed'),
         (lambda d: d.assign(B02=d['B02'].astype(complex)), 'expected real numbers'),
         (lambda d: d * 0, 'has a pixel'),
+        (lambda d: d.expand_dims(platform=['a']), 'B02 has the dimension platform too'),
+        (lambda d: d.assign_coords(time=[TIMES[0], pd.NaT]), 'not all of which are times'),
+        (lambda d: d.assign_coords(time=[2020, 2021]), 'not all of which are times'),
     ],
 )
 def test_refuses(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:

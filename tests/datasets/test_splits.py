@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -165,6 +166,27 @@ def test_a_row_without_a_pixel_is_left_out(ground: Path) -> None:
     assert sorted(by_number(parts[0]) + by_number(parts[1])) == sorted(ALL)
 
 
+@pytest.mark.parametrize('fractions', [[0.97, 0.03], [0.03, 0.97]])
+def test_parts_thinner_than_a_pixel_are_left_out(ground: Path, fractions: list[float]) -> None:
+    """TorchGeo changes the index of copies in place; half a pixel of 16 is 0.03 of a patch."""
+    parts = splits.random_bbox_splitting(numbered(ground), fractions)
+    samplers = [GriddedPatchSampler(part, size=8) for part in parts]  # before anything is read
+    with pytest.warns(S1S2Warning, match='8 of 8 rows of the index hold no pixel'):
+        held = [by_number(part) for part in parts]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', S1S2Warning)  # it is said once
+        for part, own in zip(parts, held, strict=True):
+            for again in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+                assert by_number(again) == own
+    assert sorted(map(len, held)) == [0, len(ALL)]
+    for sampler, part, own in zip(samplers, parts, held, strict=True):
+        masks = [part[window]['mask'] for window in sampler]
+        assert len(masks) > 8
+        assert any(bool((mask != 255).any()) for mask in masks) == bool(own)
+    with pytest.raises(IndexError, match='not found in dataset'):
+        parts[0][0:10, 0:10]
+
+
 def test_rows_of_a_part_know_their_patch(ground: Path) -> None:
     left, right = boxes(numbered(ground))
     assert {left.name(i) for i in range(len(left))} == {
@@ -287,6 +309,23 @@ def test_a_union_gives_what_any_part_has(ground: Path, three: list[MultiSenGE]) 
     # Of two that have a pixel the first counts, whole or in part.
     part, _ = boxes(a)
     assert sorted(pixels((part | a)[EVERYWHERE])) == sorted(by_number(a))
+
+
+@pytest.mark.parametrize('split', SPLITTERS)
+def test_parts_of_a_union_hold_each_pixel_once(
+    three: list[MultiSenGE], split: Callable[[Any], Parts]
+) -> None:
+    a, b, c = three
+    for union in ((a | b) | c, a | (b | c)):
+        parts = split(union)
+        held = [pixels(part[EVERYWHERE]) for part in parts]
+        assert all(held)
+        assert Counter(pixel for own in held for pixel in own) == Counter(ALL)
+        again = pickle.loads(pickle.dumps(parts[0]))
+        assert pixels(again[EVERYWHERE]) == held[0]
+        assert len(pixels(union[EVERYWHERE])) == len(ALL)
+        with pytest.raises(TypeError, match='a union has no numbers'):
+            union[0]
 
 
 def test_what_does_not_fit_is_not_joined(ground: Path, three: list[MultiSenGE]) -> None:

@@ -1,5 +1,6 @@
 """Regions from a STAC API on loopback, with what Earth Search and Planetary Computer do."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +188,19 @@ def test_pixels_and_offsets(
     )
 
 
+def test_items_that_deny_being_harmonised_are_said(world: World, tmp_path: Path) -> None:
+    """es_new says baseline 05.09, not applied, and an offset of -0.1; es_old is of 03.01."""
+    with pytest.warns(S1S2Warning, match="1 of 2 items, such as es_new, .* give offset='item'"):
+        region(world, 'earth-l2a').write(tmp_path / 'a', ['s2'], progress=False)
+    for offset, added in (('item', -1000), (0, 0), (-500, -500)):
+        with warnings.catch_warnings(action='error', category=S1S2Warning):
+            source = region(world, 'earth-l2a', offset=offset)
+            source.write(tmp_path / str(offset), ['s2'], progress=False)
+        old, new = sorted((tmp_path / str(offset) / 's2').iterdir())
+        np.testing.assert_array_equal(read(new), direct(world, 'es_new', new, added, True))
+        assert offset == -500 or (read(old) == direct(world, 'es_old', old, 0, True)).all()
+
+
 @pytest.mark.parametrize(
     ('orbits', 'names'),
     [
@@ -234,6 +248,8 @@ def test_goes_on_without_asking_twice(world: World, tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == written
     with pytest.raises(DataError, match='choose another tile or root'):
         replace(source, epsg=32631).write(tmp_path, ['s2'], progress=False)
+    with pytest.raises(DataError, match='made with other clouds; choose another tile or root'):
+        replace(source, clouds=[]).write(tmp_path, ['s2'], progress=False)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +296,7 @@ def test_refuses(world: World, tmp_path: Path) -> None:
         SentinelRegion([7, 48, 8, 49], ['2021-01-01', '2021-02-01'], 'https://a.b').write(tmp_path)
     with pytest.raises(DataError, match='expected west, south, east, north'):
         SentinelRegion([8, 48, 7, 49], ['2021-01-01', '2021-02-01']).grid()
-    with pytest.raises(DataError, match='silent says no processing baseline'):
+    with pytest.raises(DataError, match='silent says no processing baseline; give offset'):
         region(world, 'silent').write(tmp_path, ['s2'])
     with pytest.raises(DownloadError, match=r'has nothing of .* choose another season'):
         region(world, 'pc-l2a', season=['2001-01-01', '2001-02-01']).write(tmp_path, ['s2'])

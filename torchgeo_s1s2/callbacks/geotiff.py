@@ -2,7 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,18 @@ class MapWriter(BasePredictionWriter):
                 stacklevel=2,
             )
 
+    def _warn_of_older(self, paths: Iterable[Path]) -> None:
+        """Say which files beside new maps are not of this run."""
+        names = sorted(path.name for path in paths)
+        if names:
+            warnings.warn(
+                f'{len(names)} files in {self.output_dir} are of an earlier run and do not belong '
+                f'to the maps of this one: {", ".join(names[:5])}. Delete them, or give another '
+                'output_dir',
+                S1S2Warning,
+                stacklevel=2,
+            )
+
     def _scheme_of(self, trainer: Trainer) -> ClassScheme:
         return self._scheme(predict_datasets(trainer)[0])
 
@@ -351,6 +363,9 @@ class GeoTIFFWriter(MapWriter):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how many maps there are, and where."""
         super().on_predict_end(trainer, pl_module)
+        if not self.confidence:
+            beside = (CONFIDENCE.path(self.output_dir or Path(), n) for n in self._written)
+            self._warn_of_older(filter(Path.exists, beside))
         count = torch.tensor(len(self._written), device=pl_module.device)
         total = int(trainer.strategy.reduce(count, reduce_op='sum'))
         if trainer.is_global_zero:

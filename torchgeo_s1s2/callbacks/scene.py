@@ -8,7 +8,7 @@ import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from affine import Affine
 from lightning.pytorch import LightningModule, Trainer
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.errors import CRSError
+from rasterio.errors import CRSError, RasterioError
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import calculate_default_transform, transform_bounds
 from rasterio.windows import Window
@@ -548,8 +548,11 @@ class SceneWriter(MapWriter):
                 write_mosaic(temporary.parent, self.mosaic, zones, scheme)
         for file in files:
             file.unlink()
-        for name in (*zones, *(['mosaic'] if self.mosaic else [])):
+        names = [*map(str, zones), *(['mosaic'] if self.mosaic else [])]
+        for name in names:
             print(f'map {name} written to {folder / f"{name}.tif"}')
+        older = (path for path in folder.glob('*.tif') if path.stem.split('_')[0] not in names)
+        self._warn_of_older(filter(_is_of_a_scene, older))
 
     def _choose(self, folder: Path, left: list[Workplace]) -> Workplace:
         if not self.resume:
@@ -592,6 +595,15 @@ class SceneWriter(MapWriter):
     @property
     def _folder(self) -> Path:
         return self.output_dir or Path()
+
+
+def _is_of_a_scene(path: Path) -> bool:
+    """Whether a scene's writer wrote a file, and not the user."""
+    kinds = 'land cover', CONFIDENCE.description, OBSERVATIONS.description
+    if re.fullmatch(r'(\d{4,6}|mosaic)(_confidence|_observations)?', path.stem):
+        with suppress(RasterioError), rasterio.open(path) as src:
+            return src.descriptions[0] in kinds
+    return False
 
 
 def _origin(trainer: Trainer, module: LightningModule, scheme: ClassScheme) -> dict[str, str]:

@@ -209,7 +209,9 @@ def read_image(
     with open_raster(path, sidecars) as src:
         indexes = _indexes(path, src, reading)
         scales = src.scales
-        scaled = any(scales[i - 1] != 1 for i in indexes)
+        scaled = scales[indexes[0] - 1] != 1
+        if any((scales[i - 1] != 1) != scaled for i in indexes):
+            raise DataError(f'{path} has a scale for some of its bands only, {scales}; mend them')
 
         def read(window: Window) -> Array:
             value = _values(path, src, indexes, window, reading.nodata, np.float32)

@@ -34,7 +34,7 @@ from torchgeo_s1s2.datasets.catalog import (
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings
-from torchgeo_s1s2.errors import DataError, S1S2Warning
+from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, S1S2Warning
 from torchgeo_s1s2.files import whole
 
 Merge = Literal['pass', 'day'] | None
@@ -143,11 +143,19 @@ def write_series(
         others.append(_grid(dataset, corners))
         labels = dataset['labels'].transpose('y', 'x')
         tag = _tag_of(labels)
-        how = {'kind': 'uint8', 'tag': 255, 'missing': np.nan if tag is None else tag}
-        image = lazily(clean, dask_of(labels), dtype='uint8', **how)
+        missing = np.nan if tag is None else tag
+        image = lazily(_labels, dask_of(labels), dtype='uint8', missing=missing)
     if any(other != grid for other in others):
         raise DataError(f's2, s1 and labels lie on different pixels, {[grid, *others]}; warp them')
     jobs = {name: cube.jobs(merge) for name, cube in cubes.items()}
+    names = [(sensor, file_name(f'{tile}_0_0', *key)) for sensor in jobs for key in jobs[sensor]]
+    if there := sum(Path(root, *name).exists() for name in names):
+        warnings.warn(
+            f'{there} of {len(names)} images of {tile} are there already and stay as they are; '
+            'delete them to have them written anew',
+            S1S2Warning,
+            stacklevel=2,
+        )
     write_patch(root, tile, grid, jobs, progress, image)
     return Path(root)
 
@@ -271,7 +279,7 @@ class _Cube:
         self.sensor, self.nodata = sensor, nodata
         self.unit = None if unit == next(iter(sensor.units)) else unit
         self.grid = _grid(dataset, corners)
-        self.times = utc(dataset['time'].values)
+        self.times = utc(_times(dataset['time']))
         self.bands = _bands(dataset, sensor)
         self.baselines, self.orbits = (
             np.broadcast_to(dataset.coords.get(name, ''), len(self.times))
@@ -403,6 +411,7 @@ def clean(
     if value.dtype.kind == 'f':
         empty |= ~np.isfinite(value)
     if positive:
+        _check_power(value[~empty])
         empty |= ~(value > 0)
     for cloud in clouds:
         empty |= cloud
@@ -415,6 +424,24 @@ def clean(
     value = value.astype(kind)
     value[empty] = tag
     return value
+
+
+def _check_power(value: NDArray[Any]) -> None:
+    """Raise an error where values that shall be power look like dB."""
+    if (value < 0).any() and -100 < (middle := float(np.median(value))) < -1:
+        raise ImplausibleValuesError(
+            f'the median of s1 is {middle:.4g}, which is no power; if its values are dB, give '
+            "unit={'s1': 'db'}, and if that value stands for none, give nodata"
+        )
+
+
+def _labels(value: NDArray[Any], missing: float) -> NDArray[np.uint8]:
+    """Labels as files have them, 255 for none."""
+    empty = _is(value, missing) | (value == 255) | ~np.isfinite(value)
+    odd = value[~(empty | np.isin(value, range(255)))]
+    if odd.size:
+        raise DataError(f'labels hold {odd[0]}; expected whole numbers from 0 to 254, or give NaN')
+    return np.where(empty, 255, value).astype(np.uint8)
 
 
 def fuse(layers: Sequence[Mapping[str, Any]], nodata: float) -> dict[str, Any]:
@@ -476,7 +503,7 @@ def _dataset(data: Any, dimensions: set[str]) -> Any:
         data = data.to_dataset('band' if 'band' in data.dims else None, **single).assign_attrs(
             data.attrs
         )
-    if 'time' in data.coords and 'time' not in data.dims:
+    if 'time' in (dimensions & {*data.coords}) - {*data.dims}:
         data = data.expand_dims('time')
     if lacking := dimensions - {*map(str, data.dims)}:
         raise DataError(
@@ -497,6 +524,8 @@ def _bands(dataset: Any, sensor: Sensor) -> dict[str, dict[str, Any]]:
         orbit = next((word for word in words if word in ORBITS), '')
         band = sensor.band('_'.join(word for word in words if word not in ORBITS))
         if band and {'time', 'y', 'x'} <= {*variable.dims}:
+            if more := ', '.join(map(str, {*variable.dims} - {'time', 'y', 'x'})):
+                raise DataError(f'{name} has the dimension {more} too; choose with data.isel')
             own = bands.setdefault(kind_of(sensor.name, orbit), {})
             if band in own:
                 raise DataError(f'{band} is there twice, as {own[band].name} and {name}; drop one')
@@ -507,6 +536,13 @@ def _bands(dataset: Any, sensor: Sensor) -> dict[str, dict[str, Any]]:
             f'them to {", ".join(sensor.bands)}'
         )
     return {kind: {b: own[b] for b in sensor.bands if b in own} for kind, own in bands.items()}
+
+
+def _times(coordinate: Any) -> pd.DatetimeIndex:
+    """Times of a coordinate, in UTC."""
+    if coordinate.dtype.kind in 'iuf' or (times := pd.to_datetime(coordinate, utc=True)).hasnans:
+        raise DataError(f'time holds {coordinate.values[:3]} ..., not all of which are times')
+    return times
 
 
 def _tag_of(variable: Any) -> float | None:

@@ -25,7 +25,6 @@ from rasterio.features import geometry_mask
 from rasterio.warp import calculate_default_transform
 from shapely import box, transform
 from shapely.geometry.base import BaseGeometry
-from shapely.ops import transform as project
 from torchgeo.datasets import GeoDataset, UnionDataset
 
 from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme
@@ -129,7 +128,8 @@ class SeriesDataset(GeoDataset):
         epsg = pd.Series([self.grid_of(patch).epsg for patch in chosen]).mode()[0]
         target = CRS.from_user_input(crs or int(epsg))
         self._res = self._res_in(target, chosen[0]) if res is None else _pair(res)
-        self._index = self._index_of(chosen, target)
+        self._index, self._checked = self._index_of(chosen, target), True
+        self._slivers = self._index.geometry[:0]
         self._columns = list(self._index.columns)
 
     @abstractmethod
@@ -163,25 +163,32 @@ class SeriesDataset(GeoDataset):
 
     @index.setter
     def index(self, index: gpd.GeoDataFrame) -> None:
-        # random_grid_cell_assignment gives columns numbers in the place of their names.
-        if 'patch' not in index:
-            names = {i: name for i, name in enumerate(self._columns) if name != 'geometry'}
-            index = index.rename(columns=names)[[*names.values(), 'geometry']]
+        index = _named(index, self._columns)
         self._columns = list(index.columns)
-        self._index = index
-        self._drop_slivers()
+        self._index, self._checked = index, False
+        self._slivers = index.geometry[:0]
+        len(self)  # says what is left out
 
-    def _drop_slivers(self) -> None:
-        """Leave out rows that hold no pixel, such as those at the border of a region."""
-        held = [self._holds(row) for row in range(len(self._index))]
-        if not all(held):
-            self._index = self._index[held]
-            warnings.warn(
-                f'{held.count(False)} of {len(held)} rows of the index hold no pixel and are left '
-                'out',
-                S1S2Warning,
-                stacklevel=3,
-            )
+    @property
+    def _rows(self) -> gpd.GeoDataFrame:
+        """The index without rows that hold no pixel, such as those at the border of a region."""
+        if not self._checked:
+            self._checked = True
+            held = np.array([self._holds(row) for row in range(len(self._index))], bool)
+            if not held.all():
+                self._slivers = self._index.geometry[~held]
+                self._index = self._index[held]
+                warnings.warn(
+                    f'{(~held).sum()} of {len(held)} rows of the index hold no pixel and are left '
+                    'out',
+                    S1S2Warning,
+                    stacklevel=3,
+                )
+        return self._index
+
+    def __len__(self) -> int:
+        """Number of rows of the index that hold a pixel."""
+        return len(self._rows)
 
     def _holds(self, index: int) -> bool:
         """Whether a row holds the centre of a pixel."""
@@ -193,15 +200,15 @@ class SeriesDataset(GeoDataset):
     @property
     def crs(self) -> CRS:
         """CRS of the index and of windows."""
-        return self.index.crs
+        return self._index.crs
 
     @crs.setter
     def crs(self, new_crs: CRS) -> None:
         new_crs = CRS.from_user_input(new_crs)
         if new_crs == self.crs:
             return
-        self._res = self._res_in(new_crs, int(self.index['patch'].iat[0]))
-        self._index = self.index.to_crs(new_crs)
+        self._res = self._res_in(new_crs, int(self._rows['patch'].iat[0]))
+        self._index, self._slivers = self._rows.to_crs(new_crs), self._slivers.to_crs(new_crs)
 
     @property
     def epoch(self) -> int:
@@ -211,6 +218,10 @@ class SeriesDataset(GeoDataset):
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Look at the index of a copy again, for random_bbox_splitting changes that in place."""
+        return {**self.__dict__, '_index': self._rows, '_checked': False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Share the number of the epoch with worker processes after a copy, too."""
@@ -254,7 +265,7 @@ class SeriesDataset(GeoDataset):
 
     def name(self, index: int) -> str:
         """Name of the patch of row ``index``."""
-        return str(self.index['name'].iat[index])
+        return str(self._rows['name'].iat[index])
 
     def shape(self, index: int) -> tuple[int, int]:
         """Height and width of ``dataset[index]``."""
@@ -303,14 +314,14 @@ class SeriesDataset(GeoDataset):
 
     def zones(self) -> list[Self]:
         """This data set cut by the CRS of the patches, each part with its own as the index's."""
-        codes = [self.grid_of(patch).epsg for patch in self.index['patch']]
+        codes = [self.grid_of(patch).epsg for patch in self._rows['patch']]
         parts = []
         for code in dict.fromkeys(codes):
             part = copy.copy(self)
             rows = [i for i, c in enumerate(codes) if c == code]
             geometry = [self._cut(i) or box(*self._grid(i).bounds) for i in rows]
-            part.index = self.index.iloc[rows].set_geometry(
-                gpd.GeoSeries(geometry, self.index.index[rows], crs=code)
+            part.index = self._rows.iloc[rows].set_geometry(
+                gpd.GeoSeries(geometry, self._rows.index[rows], crs=code)
             )
             part._res = self._grid(rows[0]).res
             parts.append(part)
@@ -328,7 +339,7 @@ class SeriesDataset(GeoDataset):
         Raises:
             NoPatchesError: If no patch lies in them.
         """
-        areas, index = areas.to_crs(self.crs), self.index
+        areas, index = areas.to_crs(self.crs), self._rows
         foreign = [self.grid_of(patch).epsg != self.crs.to_epsg() for patch in index['patch']]
         wider = index.geometry.buffer(1.5 * max(self.res), join_style='mitre')
         grounds = np.where(foreign, wider, index.geometry)  # footprints are snapped to pixels
@@ -454,23 +465,23 @@ class SeriesDataset(GeoDataset):
 
     def _period(self, index: int) -> slice:
         """Times of a row, its ends included: those of time_series_split do not overlap so."""
-        interval = self.index.index[index]
+        interval = self._rows.index[index]
         return slice(_utc(interval.left), _utc(interval.right), 1)
 
     def _patch(self, index: int) -> int:
-        return int(self.index['patch'].iat[index])
+        return int(self._rows['patch'].iat[index])
 
     def _grid(self, index: int) -> Grid:
         return self.grid_of(self._patch(index))
 
     def _cut(self, index: int) -> BaseGeometry | None:
         """Geometry of a row in the CRS of its patch, None if it is the whole patch."""
-        grid, geometry = self._grid(index), self.index.geometry.iat[index]
+        grid, geometry = self._grid(index), self._rows.geometry.iat[index]
         whole, tolerance = box(*grid.bounds), 0.01
         if not same_crs(grid.crs, _crs(self.crs.srs)):
             tolerance = 1.5  # pixels, for footprints are snapped to those of the index
             there = _transformer(self.crs.srs, grid.crs.to_wkt())
-            geometry = project(there.transform, geometry)
+            geometry = transform(geometry, there.transform, interleaved=False)
         reach = geometry.buffer(tolerance * max(grid.res), join_style='mitre')
         return None if reach.covers(whole) else geometry
 
@@ -522,11 +533,14 @@ class SeriesDataset(GeoDataset):
         affine = Affine(x.step, 0, x.start, 0, -y.step, y.stop)
         grid = Grid(_crs(self.crs.srs), affine, width, height)
         parts = []
-        for row in self.index.sindex.query(box(*grid.bounds), 'intersects', sort=True):
+        for row in self._rows.sindex.query(box(*grid.bounds), 'intersects', sort=True):
             own, cut = self._period(row), self._cut(row)
-            inside = None if cut is None else _inside(self.index.geometry.iat[row], grid)
+            inside = None if cut is None else _inside(self._rows.geometry.iat[row], grid)
             common = slice(max(period.start, own.start), min(period.stop, own.stop))
             parts.append((self._patch(row), common, inside))
+        if not parts and self._slivers.intersects(box(*grid.bounds)).any():
+            canvas = _Canvas(self.series.length, self.bands, grid, several=False)
+            return canvas.sample(self.classes) | _georeference(grid, period)
         try:
             return self._sample(grid, period, parts)
         except NoSeriesError as error:
@@ -700,12 +714,53 @@ class SeriesUnion(UnionDataset):
                 'both the same bands, classes and number of slots'
             )
         super().__init__(dataset1, dataset2, merge_series, transforms)
+        self._member = '_'.join(['member', *(c for c in self.index if c.startswith('member'))])
+        own = [d.index.assign(**{self._member: i}) for i, d in enumerate(self.datasets)]
+        self._index, self._handed_on = pd.concat(own), True
+
+    @property
+    def index(self) -> gpd.GeoDataFrame:
+        """The rows of both; those that are left of them make a part."""
+        return self._index
+
+    @index.setter
+    def index(self, index: gpd.GeoDataFrame) -> None:
+        columns = list(getattr(self, '_index', index).columns)
+        self._index, self._handed_on = _named(index, columns), False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Look at the index of a copy again, for random_bbox_splitting changes that in place."""
+        return {**self.__dict__, '_handed_on': False}
+
+    def __getitem__(self, index: Any) -> Sample:
+        """Read a window; each data set gives what it has of the union's rows.
+
+        Raises:
+            IndexError: If there is nothing in the window.
+            TypeError: If the index is a number, which has another meaning in each data set.
+        """
+        if not isinstance(index, slice | tuple):
+            raise TypeError('a union has no numbers; read its windows, or number its data sets')
+        if not self._handed_on:
+            self._handed_on, self.datasets = True, [copy.copy(d) for d in self.datasets]
+            for i, dataset in enumerate(self.datasets):
+                dataset.index = self._index[self._index[self._member] == i]
+        sample: Sample = super().__getitem__(index)
+        return sample
 
     def __or__(self, other: GeoDataset) -> 'SeriesUnion':
         """Join with another data set of series."""
         return SeriesUnion(self, other)
 
     __and__ = SeriesDataset.__and__
+
+
+def _named(index: gpd.GeoDataFrame, columns: Sequence[str]) -> gpd.GeoDataFrame:
+    """An index with the names of its columns, which random_grid_cell_assignment replaces."""
+    if 'patch' in index:
+        return index
+    names = {i: name for i, name in enumerate(columns) if name != 'geometry'}
+    return index.rename(columns=names)[[*names.values(), 'geometry']]
 
 
 def _description(dataset: GeoDataset) -> tuple[Any, ...]:
@@ -788,8 +843,8 @@ def _georeference(grid: Grid, period: slice) -> Sample:
     xmin, ymin, xmax, ymax = grid.bounds
     xres, yres = grid.res
     tres = period.step if period.step is not None else 1
-    seconds = period.start.timestamp(), period.stop.timestamp(), tres
-    bounds = [xmin, xmax, xres, ymin, ymax, yres, *seconds]
+    seconds = [np.nan if t is pd.NaT else t.timestamp() for t in (period.start, period.stop)]
+    bounds = [xmin, xmax, xres, ymin, ymax, yres, *seconds, tres]
     return {
         'bounds': torch.tensor(bounds, dtype=torch.float64),
         'transform': torch.tensor(grid.transform, dtype=torch.float64),

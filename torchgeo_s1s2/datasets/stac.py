@@ -57,6 +57,7 @@ HTTP = {
     'GDAL_HTTP_RETRY_CODES': ','.join(map(str, _BUSY)),
 }
 FRESH = {'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'}  # forgets what GDAL had of a file
+Offset = float | Literal['item', 'harmonised']
 _EDGE = 20  # metres: where Sentinel-2's pixels of both 10 and 20 m begin
 
 
@@ -70,7 +71,8 @@ class StacCollection:
         bands: Asset of each band, where neither its name nor its common name tells.
         nodata: Value without an observation in files that have no tag.
         offset: What to add to Sentinel-2's values, or ``'item'``: after what the item says, -1000
-            from processing baseline 04.00 on, unless it has been added or the asset has another.
+            from processing baseline 04.00 on, unless it has been added or the asset has another. Or
+            ``'harmonised'``: nothing, and items that say otherwise are counted in a warning.
         mask: Asset that classifies pixels, empty for none.
         clouds: Its classes that are clouds or their shadows.
         sign: Whether Planetary Computer is to sign the addresses of files.
@@ -81,7 +83,7 @@ class StacCollection:
     url: str = ''
     bands: Mapping[str, str] = field(default_factory=dict)
     nodata: float = 0
-    offset: float | Literal['item'] = 'item'
+    offset: Offset = 'item'
     mask: str = ''
     clouds: Sequence[int] = (3, 8, 9, 10)  # of sen2cor's SCL: shadow, medium, high, cirrus
     sign: bool = False
@@ -101,10 +103,13 @@ _GRD = StacCollection(
 )
 SOURCES: dict[str, dict[str, StacCollection]] = {
     # The COGs have been harmonised: earthsearch:boa_offset_applied and raster:bands of the items
-    # often deny it (github.com/Element84/earth-search, issues 9, 66 and 71; rslearn, pull 501).
+    # often deny it (github.com/Element84/earth-search, issues 9, 66 and 71; rslearn, pull 501), and
+    # are right for some of early 2022 (issue 66 there; cirrus-earth-search, issue 26).
     # Files in sentinel-cogs of before 2022 have no tag; GRD after the README there.
     'earth-search': {
-        's2': StacCollection('sentinel-2-l2a', _EARTH_SEARCH, _COMMON, offset=0, mask='scl'),
+        's2': StacCollection(
+            'sentinel-2-l2a', _EARTH_SEARCH, _COMMON, offset='harmonised', mask='scl'
+        ),
         's1': _GRD,
     },
     # Baseline 05 on, never harmonised; raster:bands are right (the same README, and issue 41).
@@ -141,6 +146,7 @@ class SentinelRegion(Source):
         collections: By sensor, a description of the collection, or the name of another source.
         tile: Name of the tile; the patch is ``TILE_0_0``.
         epsg: UTM zone; that of the region's centre unless given.
+        offset: What to add to Sentinel-2's values, in place of the collection's.
         clouds: Classes of the mask that become missing, in place of the collection's; [] for none.
         max_clouds: Share of the pixels seen from which on a date is left out.
         orbits: Whether images of ascending and descending orbits of Sentinel-1 are kept
@@ -161,6 +167,7 @@ class SentinelRegion(Source):
     collections: dict[str, StacCollection | str] | None = None
     tile: str = 'region'
     epsg: int | None = None
+    offset: Offset | None = None
     clouds: list[int] | None = None
     max_clouds: float = 0.5
     orbits: Literal['apart', 'merged', 'ascending', 'descending'] = 'apart'
@@ -193,6 +200,11 @@ class SentinelRegion(Source):
         root = Path(root)
         root.mkdir(parents=True, exist_ok=True)
         state = _State(root / f'{self.tile}.region.json', self._settings(sensors, series))
+        if state.changed and any(root.glob(f's[12]/{self.tile}_[0-9]*_0_0.tif')):
+            raise DataError(
+                f'the images of {self.tile} in {root} were made with other {state.changed}; choose '
+                'another tile or root, or delete them'
+            )
         if state.finished:
             return root
         known = {sensor: self.collection(sensor) for sensor in sensors}
@@ -224,7 +236,8 @@ class SentinelRegion(Source):
             )
         if known.refused:
             raise DataError(f'{known.collection} at {known.url} {known.refused}')
-        return known if self.clouds is None else replace(known, clouds=self.clouds)
+        given: dict[str, Any] = {'clouds': self.clouds, 'offset': self.offset}
+        return replace(known, **{k: v for k, v in given.items() if v is not None})
 
     def geometry(self) -> BaseGeometry:
         """The region in degrees."""
@@ -275,6 +288,8 @@ class SentinelRegion(Source):
             raise DataError(f'no item of {collection.collection} can be used. {told}')
         if notes:
             warnings.warn(told, S1S2Warning, stacklevel=4)
+        if sensor == 's2' and collection.offset == 'harmonised':
+            _warn_of_offsets([item for item, _ in items.values()])
         found = sorted(items.values(), key=lambda own: (-_baseline(own[0]), own[0].id))
         times = utc(item.datetime for item, _ in found)
         kinds = [kind_of(sensor, item.properties.get('sat:orbit_state')) for item, _ in found]
@@ -381,7 +396,11 @@ class _State:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
         kept = json.loads(path.read_text()) if path.exists() else {}
-        same = kept.get('settings') == settings
+        before = kept.get('settings', settings)
+        # Images that are there stay, so what their pixels depend on must.
+        pixels = ('offset', 'clouds', 'orbits', 'resampling')
+        self.changed = ', '.join(k for k in pixels if before.get(k) != settings[k])
+        same = 'settings' in kept and before == settings
         self.finished: bool = same and kept['finished']
         self.left_out: dict[str, str] = kept['left_out'] if same else {}
         self.clouds: dict[str, float] = kept['clouds'] if same else {}
@@ -578,7 +597,7 @@ def _offset(item: Any, asset: str, collection: StacCollection) -> float:
         DataError: If it does not say.
     """
     if collection.offset != 'item':
-        return collection.offset
+        return 0 if collection.offset == 'harmonised' else collection.offset
     baseline, applied = _baseline(item), item.properties.get('earthsearch:boa_offset_applied')
     if applied or 0 < baseline < 4:
         return 0
@@ -587,7 +606,24 @@ def _offset(item: Any, asset: str, collection: StacCollection) -> float:
     if (offset := told.get('offset', told.get('raster:offset'))) is not None:
         return float(round(offset / told.get('scale', told.get('raster:scale', 1))))
     if not baseline:
-        raise DataError(
-            f'{item.id} says no processing baseline; give the offset of its collection, 0 or -1000'
-        )
+        raise DataError(f'{item.id} says no processing baseline; give offset, 0 or -1000')
     return -1000
+
+
+def _warn_of_offsets(items: Sequence[Any]) -> None:
+    """Count items of a harmonised collection that say otherwise, or nothing."""
+    denying = [
+        item.id
+        for item in items
+        if not item.properties.get('earthsearch:boa_offset_applied') and not 0 < _baseline(item) < 4
+    ]
+    if denying:
+        warnings.warn(
+            f'{len(denying)} of {len(items)} items, such as {denying[0]}, are of processing '
+            'baseline 04.00 or later, or say none, and do not say that their offset is applied '
+            '(earthsearch:boa_offset_applied). It is taken to be, as in most of these files; where '
+            "values are 1,000 too high, as in some of early 2022, give offset='item' to believe "
+            'the items, and 0 if none is',
+            S1S2Warning,
+            stacklevel=5,
+        )
