@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningCLI
+from torch.optim import Adam
 from torchgeo.datamodules import BaseDataModule
 from torchgeo.tasks import BaseTask
 
@@ -56,7 +57,8 @@ def test_the_configurations_follow_the_protocol(root: Path, classes: int, ablati
     learns = {n.split('.')[0] for n, p in encoder.named_parameters() if p.requires_grad}
     assert learns == {'convlstm', 'inception'} if inception else {'convlstm'}
     optimizer, schedule = made.model.configure_optimizers().values()
-    assert optimizer.param_groups[0]['lr'] == 1e-3
+    assert type(optimizer) is Adam
+    assert (optimizer.param_groups[0]['lr'], schedule['monitor']) == (1e-3, 'val_loss')
     assert (schedule['scheduler'].factor, schedule['scheduler'].patience) == (0.1, 5)
     callbacks = made.trainer.callbacks  # type: ignore[attr-defined]
     stopping = next(c for c in callbacks if isinstance(c, EarlyStopping))
