@@ -237,12 +237,12 @@ def test_a_band_without_a_value_is_named(tmp_path: Path) -> None:
 
 def fields(rng: np.random.Generator) -> dict[str, dict[str, np.ndarray]]:
     """Reflectance x 10,000 and sigma0 of fields with shadows, by date of 2022."""
-    s2_days, s1_days = (
-        [d.replace('2020', '2022') for d in dates] for dates in (S2_DATES, S1_DATES)
-    )
-    s2 = {d: rng.integers(150, 4000, (10, 8, 8)).astype(np.int16) for d in s2_days}
-    s1 = {d: (rng.gamma(4, 0.02, (2, 8, 8)) + 1e-4).astype(np.float32) for d in s1_days}
-    return {'s2': s2, 's1': s1}
+    s2 = {d: rng.integers(150, 4000, (10, 8, 8)).astype(np.int16) for d in S2_DATES}
+    s1 = {d: (rng.gamma(4, 0.02, (2, 8, 8)) + 1e-4).astype(np.float32) for d in S1_DATES}
+    return {
+        sensor: {date.replace('2020', '2022'): image for date, image in images.items()}
+        for sensor, images in (('s2', s2), ('s1', s1))
+    }
 
 
 def plain(value: np.ndarray, day: str) -> np.ndarray:
