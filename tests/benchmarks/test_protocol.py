@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningCLI
+from torch import nn
 from torch.optim import Adam
 from torchgeo.datamodules import BaseDataModule
 from torchgeo.tasks import BaseTask
@@ -43,6 +44,14 @@ def options(root: Path, classes: int, ablation: str) -> list[str]:
     return [*configs, *small, '--data.init_args.batch_size', '2', *limits]
 
 
+@pytest.fixture
+def blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models whose weights nobody looks at: the initial values of VGG16 take seconds."""
+    for name in ('normal_', 'kaiming_normal_', 'kaiming_uniform_'):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+
+
+@pytest.mark.usefixtures('blank')
 @pytest.mark.parametrize(
     ('classes', 'ablation'), [(6, 's1'), (10, 's2'), (14, 's1s2'), (10, 'inception')]
 )
@@ -70,6 +79,7 @@ def test_the_configurations_follow_the_protocol(root: Path, classes: int, ablati
     assert [int(str(day)[5:7]) for day in months] == [7, 8, 9, 11] or ablation == 's1'
 
 
+@pytest.mark.usefixtures('blank')
 @pytest.mark.parametrize(
     ('model', 'kind'), [('attention', AttentionEncoder), ('improved', ConvLSTMInceptionEncoder)]
 )
