@@ -88,12 +88,13 @@ class SeriesDataModule(NonGeoDataModule):
 
         Args:
             dataset_class: Class of the data set.
-            batch_size: This and all that follow as in
-                :class:`~torchgeo_s1s2.datamodules.MultiSenGEDataModule`.
+            batch_size: Number of patches in a batch.
             num_workers: Number of processes that read.
-            patch_size: Height and width of random crops in training.
+            patch_size: Height and width of random crops in training, of which each patch gives as
+                many in an epoch as lie side by side in it; whole patches if None.
             predict_split: Split that is mapped by ``torchgeo predict``.
-            predict_patch_size: Height and width of the windows that scenes are mapped in.
+            predict_patch_size: Height and width of the windows that ``torchgeo predict`` reads
+                scenes in, zone by zone; whole patches if None.
             predict_stride: Rows and columns from one of these windows to the next.
             augment: Mirror and turn the training patches.
             dropout: Drop dates and sensors of the training patches at random.
