@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
@@ -203,6 +204,13 @@ def _values(sensor: str, count: int, size: int) -> NDArray[Any]:
 def save(path: Path, array: NDArray[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, array)
+
+
+def quiet_trainer(root: Path | None = None, **options: Any) -> Trainer:
+    """A trainer for one epoch on the CPU, which writes and shows only what options ask for."""
+    quiet = ('logger', 'enable_checkpointing', 'enable_progress_bar', 'enable_model_summary')
+    defaults: dict[str, Any] = {'accelerator': 'cpu', 'log_every_n_steps': 1, 'max_epochs': 1}
+    return Trainer(default_root_dir=root, **(defaults | dict.fromkeys(quiet, False) | options))
 
 
 @pytest.fixture

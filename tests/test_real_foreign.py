@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from lightning.pytorch import Trainer, seed_everything
+from conftest import quiet_trainer
+from lightning.pytorch import seed_everything
 
 from torchgeo_s1s2.callbacks import GeoTIFFWriter
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
@@ -55,18 +56,9 @@ def test_a_foreign_source_is_trained_on_and_mapped(root: Path, tmp_path: Path) -
     seed_everything(0, verbose=False)
     data = datamodule(root, file_bands={'s2': BANDS}, offset=-1000)
     task = S1S2SemanticSegmentation(
-        backbone='resnet18_convlstm_inception', num_classes=2, in_channels=48, figures=0
+        backbone='resnet18_convlstm_inception', num_classes=2, in_channels=48
     )
-    trainer = Trainer(
-        default_root_dir=tmp_path,
-        accelerator='cpu',
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[GeoTIFFWriter(tmp_path / 'maps')],
-    )
+    trainer = quiet_trainer(tmp_path, callbacks=[GeoTIFFWriter(tmp_path / 'maps')])
     with pytest.warns(S1S2Warning, match='no training pixel is of Other'):
         trainer.fit(task, data)
     assert np.isfinite(float(trainer.callback_metrics['val_loss']))

@@ -4,7 +4,7 @@ import lightning
 import numpy as np
 import pytest
 import rasterio
-from lightning.pytorch import Trainer
+from conftest import quiet_trainer
 
 from torchgeo_s1s2.callbacks import GeoTIFFWriter, Report
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
@@ -37,15 +37,8 @@ def test_one_real_patch_is_learnt_and_mapped(
         class_weights='balanced',
         patience=50,
     )
-    trainer = Trainer(
-        default_root_dir=tmp_path,
-        accelerator='cpu',
-        max_epochs=30,
-        logger=False,
-        enable_checkpointing=False,
-        log_every_n_steps=1,
-        callbacks=[GeoTIFFWriter(tmp_path / 'maps', confidence=True), Report()],
-    )
+    callbacks = [GeoTIFFWriter(tmp_path / 'maps', confidence=True), Report()]
+    trainer = quiet_trainer(tmp_path, max_epochs=30, callbacks=callbacks)
     trainer.fit(task, datamodule)
     assert trainer.callback_metrics['train_WeightedF1Score'] > 0.9
     assert 'WeightedF1Score' in capsys.readouterr().out

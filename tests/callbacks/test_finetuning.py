@@ -1,8 +1,10 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import quiet_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -64,17 +66,9 @@ def fit(
         'mask': torch.randint(0, 3, (2, 32, 32), generator=generator),
     }
     loader: Any = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
-    quiet = ('logger', 'enable_progress_bar', 'enable_model_summary')
-    options: dict[str, Any] = dict.fromkeys(quiet, False)
-    options['enable_checkpointing'] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    trainer = Trainer(
-        default_root_dir=root,
-        accelerator='cpu',
-        max_epochs=epochs,
-        num_sanity_val_steps=0,
-        callbacks=list(callbacks),
-        **options,
-    )
+    keeps = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+    options = {'max_epochs': epochs, 'num_sanity_val_steps': 0, 'enable_checkpointing': keeps}
+    trainer = quiet_trainer(root, callbacks=list(callbacks), **options)
     trainer.fit(task, loader, loader, ckpt_path=ckpt_path)
     return trainer
 
@@ -157,27 +151,23 @@ def test_stages_that_make_no_sense_are_refused(stages: list[Stage], message: str
         GradualUnfreezing(stages)
 
 
-def test_unknown_parts_are_refused_before_training(tmp_path: Path) -> None:
-    stages = [Stage(0, ['segmentation_head']), Stage(1, ['head'])]
-    with pytest.raises(ValueError, match='name some of encoder, decoder, segmentation_head'):
-        fit(tmp_path, task_of(), GradualUnfreezing(stages))
-
-
-def test_the_task_must_not_freeze_too(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='leave freeze_backbone out'):
-        fit(tmp_path, task_of(freeze_backbone=True), GradualUnfreezing(STAGES))
-
-
-def test_several_devices_are_refused() -> None:
-    class Two:
-        world_size = 2
-
-    trainer: Any = Two()
-    with pytest.raises(ValueError, match='works with one device'):
-        GradualUnfreezing(STAGES).setup(trainer, task_of(), 'fit')
+@pytest.mark.parametrize(
+    ('stages', 'options', 'devices', 'message'),
+    [
+        ([*STAGES, Stage(1, ['head'])], {}, 1, 'name some of encoder, decoder, segmentation_head'),
+        (STAGES, {'freeze_backbone': True}, 1, 'leave freeze_backbone out'),
+        (STAGES, {}, 2, 'works with one device'),
+    ],
+)
+def test_what_a_run_cannot_do_is_refused_before_it(
+    stages: list[Stage], options: dict[str, Any], devices: int, message: str
+) -> None:
+    trainer: Any = SimpleNamespace(world_size=devices)
+    with pytest.raises(ValueError, match=message):
+        GradualUnfreezing(stages).setup(trainer, task_of(**options), 'fit')
 
 
 def test_evaluation_freezes_nothing() -> None:
-    task, trainer = task_of(), Trainer(accelerator='cpu', logger=False)
-    GradualUnfreezing(STAGES).setup(trainer, task, 'test')
+    task = task_of()
+    GradualUnfreezing(STAGES).setup(quiet_trainer(), task, 'test')
     assert all(p.requires_grad for p in task.parameters())

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 import rasterio
 import rasterio.shutil
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from conftest import quiet_trainer
+from lightning.pytorch import LightningModule
 from rasterio.transform import Affine, from_origin
 from rasterio.windows import Window
 from torch import Tensor
@@ -58,33 +60,30 @@ class Patches(Dataset[dict[str, Any]]):
 
 
 class Task(LightningModule):
+    """Predicts, as a function of the probabilities says."""
+
+    def __init__(self, give: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.give = give
+
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        return {'probabilities': batch['image'].softmax(1), 'transform': None}
+        return self.give(batch['image'].softmax(1))
 
 
-class TensorTask(LightningModule):
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return batch['image'].softmax(1)
+def mapping(probabilities: Tensor) -> dict[str, Any]:
+    return {'probabilities': probabilities, 'transform': None}
 
 
 def predict(
-    root: Path,
-    *callbacks: Any,
-    dataset: Any = None,
-    task: LightningModule | None = None,
-    **options: Any,
+    root: Path, *callbacks: Any, dataset: Any = None, give: Any = mapping, **options: Any
 ) -> Any:
-    trainer = Trainer(
-        accelerator='cpu',
-        callbacks=list(callbacks),
-        default_root_dir=root,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
     loader = DataLoader(Patches() if dataset is None else dataset, 2, collate_fn=stack_samples)
-    return trainer.predict(task or Task(), loader)
+    return quiet_trainer(root, callbacks=list(callbacks), **options).predict(Task(give), loader)
+
+
+def maps(root: Path) -> list[str]:
+    """Names of the maps that a run has left."""
+    return sorted(path.stem for path in (root / 'maps').glob('*.tif'))
 
 
 def category_names(path: Path, tmp_path: Path) -> list[str | None]:
@@ -147,65 +146,63 @@ def test_confidence_is_a_second_file_in_percent(tmp_path: Path) -> None:
 
 def test_numbers_of_a_subset_are_those_of_the_data_set(tmp_path: Path) -> None:
     predict(tmp_path, GeoTIFFWriter(), dataset=Subset(Patches(), [2, 1]))
-    files = sorted(f.name for f in (tmp_path / 'maps').glob('*.tif'))
-    assert files == ['31UEQ_257_0.tif', '31UEQ_514_0.tif']
+    assert maps(tmp_path) == ['31UEQ_257_0', '31UEQ_514_0']
 
 
 def test_tensor_of_a_stock_task_is_enough(tmp_path: Path) -> None:
-    predict(tmp_path, GeoTIFFWriter(), task=TensorTask())
+    predict(tmp_path, GeoTIFFWriter(), give=lambda probabilities: probabilities)
     with rasterio.open(tmp_path / 'maps' / '31UEQ_257_0.tif') as src:
         assert (src.read() == 4).all()
 
 
 def test_without_a_number_the_place_is_the_name(tmp_path: Path) -> None:
-    class Windows(Patches):
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            return {k: v for k, v in super().__getitem__(index).items() if k != 'index'}
-
-    predict(tmp_path, GeoTIFFWriter(), dataset=Windows())
-    files = sorted(f.name for f in (tmp_path / 'maps').glob('*.tif'))
-    assert files == [
-        '32631_500000_5500000.tif',
-        '32631_502570_5500000.tif',
-        '32632_505140_5500000.tif',
+    windows = [{k: v for k, v in Patches()[i].items() if k != 'index'} for i in range(3)]
+    predict(tmp_path, GeoTIFFWriter(classes=SCHEME), dataset=windows)
+    assert maps(tmp_path) == [
+        f'{epsg}_{left}_5500000'
+        for epsg, left in ((32631, 500000), (32631, 502570), (32632, 505140))
     ]
-
-
-def test_two_predictions_of_a_place_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='two predictions are called 31UEQ_257_0'):
-        predict(tmp_path, GeoTIFFWriter(), dataset=Subset(Patches(), [1, 1]))
-    predict(tmp_path, GeoTIFFWriter())
 
 
 def test_unknown_classes_are_refused_before_the_first_step(tmp_path: Path) -> None:
     class Foreign(Patches):
         classes = ('Town', 'Field', 'Water')
 
-    class NeverReached(Task):
-        def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-            raise AssertionError
+    def never(probabilities: Tensor) -> Any:
+        raise AssertionError
 
     with pytest.raises(ValueError, match='Foreign has no class scheme; give GeoTIFFWriter'):
-        predict(tmp_path, GeoTIFFWriter(), dataset=Foreign(), task=NeverReached())
+        predict(tmp_path, GeoTIFFWriter(), dataset=Foreign(), give=never)
     predict(tmp_path, GeoTIFFWriter(classes=SCHEME), dataset=Foreign())
-    assert (tmp_path / 'maps' / '31UEQ_514_0.tif').exists()
+    assert len(maps(tmp_path)) == 3
 
 
-def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='the model predicts 3 classes, the maps shall have 6'):
-        predict(tmp_path, GeoTIFFWriter(classes=6))
+def test_two_predictions_of_a_place_are_refused(tmp_path: Path) -> None:
+    writer = GeoTIFFWriter()
+    with pytest.raises(ValueError, match='two predictions are called 31UEQ_257_0'):
+        predict(tmp_path, writer, dataset=Subset(Patches(), [1, 1]))
+    predict(tmp_path, writer)
 
 
-def test_half_precision_georeference_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='bfloat16, too coarse'):
-        predict(tmp_path, GeoTIFFWriter(), precision='bf16-true')
+@pytest.mark.parametrize(
+    ('classes', 'precision', 'message'),
+    [
+        (6, '32-true', 'the model predicts 3 classes, the maps shall have 6'),
+        (None, 'bf16-true', 'bfloat16, too coarse'),
+    ],
+)
+def test_what_makes_no_map_is_refused(
+    tmp_path: Path, classes: int | None, precision: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        predict(tmp_path, GeoTIFFWriter(classes=classes), precision=precision)
 
 
 @pytest.mark.parametrize(
     ('outputs', 'message'),
     [
         (torch.zeros(1, 2, 2), r'shape \(1, 2, 2\), expected \(B, K, H, W\)'),
-        ([torch.zeros(1, 3, 2, 2)], 'without probabilities'),
+        ([torch.zeros(1, 3, 2, 2)], 'without probabilities: predict_step must'),
         ({'probabilities': torch.zeros(1, 3, 2, 2), 'crs': torch.tensor([-1])}, 'no EPSG code'),
         (torch.full((1, 3, 2, 2), -4.0), r'lie in -4..-4, probabilities in 0..1; apply softmax'),
     ],
@@ -225,17 +222,13 @@ def test_observations_come_per_pixel_or_per_slot() -> None:
     batch = stack_samples([Patches()[0], Patches()[1]])
     probabilities = torch.full((2, 3, 1, 2), 1 / 3)
     count = torch.tensor([[[0, 4]], [[2, 3]]])
-    first, second = predicted_windows({'probabilities': probabilities, 'valid_count': count}, batch)
-    assert first.observations is not None
-    assert second.observations is not None
-    assert first.observations.tolist() == [[0, 4]]
-    assert second.observations.tolist() == [[2, 3]]
     valid = torch.tensor([[[True, False], [True, True]], [[False, False], [False, False]]])
-    first, second = predicted_windows({'probabilities': probabilities, 'valid': valid}, batch)
-    assert first.observations is not None
-    assert second.observations is not None
-    assert first.observations.tolist() == [[3, 3]]
-    assert second.observations.tolist() == [[0, 0]]
+    for known, expected in (
+        ({'valid_count': count}, count.tolist()),
+        ({'valid': valid}, [[[3, 3]], [[0, 0]]]),
+    ):
+        windows: Any = predicted_windows({'probabilities': probabilities, **known}, batch)
+        assert [window.observations.tolist() for window in windows] == expected
 
 
 def test_classify_by_hand() -> None:
@@ -247,14 +240,12 @@ def test_classify_by_hand() -> None:
 
 
 def test_predictions_that_are_not_finite_are_counted(tmp_path: Path) -> None:
-    class Lost(Task):
-        def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-            outputs = super().predict_step(*args, **kwargs)
-            outputs['probabilities'][0, 1, 2, 3] = float('nan')
-            return outputs
+    def lost(probabilities: Tensor) -> Tensor:
+        probabilities[0, 1, 2, 3] = float('nan')
+        return probabilities
 
     with pytest.warns(S1S2Warning, match='2 predictions are not finite'):
-        predict(tmp_path, GeoTIFFWriter(), task=Lost())
+        predict(tmp_path, GeoTIFFWriter(), give=lost)
     with rasterio.open(tmp_path / 'maps' / '31UEQ_0_0.tif') as src:
         assert np.argwhere(src.read(1) == 0).tolist() == [[2, 3]]
 

@@ -5,6 +5,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from conftest import quiet_trainer
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -67,11 +68,7 @@ def small(stock: bool = False, **changes: Any) -> SemanticSegmentation:
 def run(root: Path, report: Report | None = None, epochs: int = 2, **options: Any) -> Trainer:
     task, ckpt_path = options.pop('task', None) or small(), options.pop('ckpt_path', None)
     callbacks = [report or Report(figures=1), *options.pop('callbacks', [])]
-    quiet = ('logger', 'enable_checkpointing', 'enable_progress_bar', 'enable_model_summary')
-    defaults: dict[str, Any] = {'accelerator': 'cpu', **dict.fromkeys(quiet, False)}
-    trainer = Trainer(
-        default_root_dir=root, max_epochs=epochs, callbacks=callbacks, **(defaults | options)
-    )
+    trainer = quiet_trainer(root, max_epochs=epochs, callbacks=callbacks, **options)
     trainer.fit(task, datamodule=Data(), ckpt_path=ckpt_path)
     return trainer
 

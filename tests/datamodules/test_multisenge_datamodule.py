@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import S1_DATES, S2_DATES, write_patch
+from conftest import S1_DATES, S2_DATES, quiet_trainer, write_patch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -75,16 +75,7 @@ class Recorder(LightningModule):
 
 
 def trainer(**options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        'accelerator': 'cpu',
-        'logger': False,
-        'enable_checkpointing': False,
-        'enable_progress_bar': False,
-        'enable_model_summary': False,
-        'max_epochs': 1,
-        'num_sanity_val_steps': 0,
-    }
-    return Trainer(**(defaults | options))
+    return quiet_trainer(num_sanity_val_steps=0, **options)
 
 
 def datamodule(root: Path, **options: Any) -> MultiSenGEDataModule:
@@ -421,14 +412,9 @@ def parse(text: str) -> MultiSenGEDataModule:
     return data
 
 
-def from_yaml(root: Path, classes: str) -> MultiSenGEDataModule:
-    data = parse(OWN_DATA.format(root=root, classes=classes))
-    data.setup('fit')
-    return data
-
-
 def test_a_configuration_describes_data_of_ones_own(root: Path) -> None:
-    data = from_yaml(root, OWN_CLASSES)
+    data = parse(OWN_DATA.format(root=root, classes=OWN_CLASSES))
+    data.setup('fit')
     assert data.classes.names == ('Town', 'Arable', 'Forest')
     assert data.classes.ids == (10, 20, 30)
     assert data.classes.colors == ((158, 0, 32), (255, 236, 150), (34, 139, 34))
@@ -443,19 +429,19 @@ def test_a_configuration_describes_data_of_ones_own(root: Path) -> None:
     assert (data.dropout.date, data.dropout.sensor) == (0.1, 0.5)
 
 
-def test_a_configuration_may_still_name_a_number_of_classes(root: Path) -> None:
-    assert len(from_yaml(root, '6').classes) == 6
-    with pytest.raises(ValueError, match=r'no scheme of 7 classes; choose one of \(6, 10, 14\)'):
-        from_yaml(root, '7')
-
-
+@pytest.mark.parametrize(
+    ('classes', 'message'),
+    [
+        ('7', 'no scheme of 7 classes; choose one of (6, 10, 14)'),
+        (OWN_CLASSES.replace('[6]', '[5]'), 'label [5] is given to more than one class'),
+    ],
+)
 def test_a_mistake_in_the_classes_of_a_configuration_is_named(
-    root: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, capsys: pytest.CaptureFixture[str], classes: str, message: str
 ) -> None:
     with pytest.raises((SystemExit, ValueError)) as error:
-        from_yaml(root, OWN_CLASSES.replace('labels: [6]', 'labels: [5]'))
-    said = str(error.value) + capsys.readouterr().err
-    assert 'label [5] is given to more than one class' in said
+        parse(OWN_DATA.format(root=root, classes=classes)).setup('fit')
+    assert message in str(error.value) + capsys.readouterr().err
 
 
 def test_day_of_year_comes_after_each_sensor(root: Path) -> None:
@@ -499,17 +485,12 @@ class Dates(Recorder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.train_dates: Draws = {}
-        self.val_dates: Draws = {}
+        self.dates: dict[str, Draws] = {'train': {}, 'val': {}}
 
     def _record(self, stage: str, batch: dict[str, Any]) -> torch.Tensor:
-        dates = (self.train_dates if stage == 'train' else self.val_dates).setdefault(
-            self.current_epoch, {}
-        )
-        dates |= {
-            int(i): t[:, 0].tolist()
-            for i, t in zip(batch['index'], batch['acquisition_times'], strict=True)
-        }
+        times = batch['acquisition_times'][..., 0].tolist()
+        epoch = self.dates[stage].setdefault(self.current_epoch, {})
+        epoch |= zip(batch['index'].tolist(), times, strict=True)
         return super()._record(stage, batch)
 
 
@@ -528,20 +509,17 @@ def draws(root: Path, workers: int = 0, ckpt_path: Path | None = None, **options
     task = Dates()
     data = Starts(root, 1, workers, splits=SPLITS, series=RandomDates(n=2))
     trainer(**({'max_epochs': 4} | options)).fit(task, data, ckpt_path=ckpt_path)
-    assert data.epoch == min(task.train_dates)
+    assert data.epoch == min(task.dates['train'])
     return task
 
 
 def test_random_dates_change_with_the_epoch_and_nothing_else(root: Path) -> None:
-    task = draws(root)
-    assert sorted(task.train_dates) == [0, 1, 2, 3]
-    assert all(sorted(dates) == [0, 1, 2, 3] for dates in task.train_dates.values())
-    assert len({str(sorted(dates.items())) for dates in task.train_dates.values()}) == 4
-    assert all(dates == task.val_dates[0] for dates in task.val_dates.values())
-    assert draws(root).train_dates == task.train_dates
-    with_worker = draws(root, workers=1)
-    assert with_worker.train_dates == task.train_dates
-    assert with_worker.val_dates == task.val_dates
+    drawn = draws(root).dates
+    assert sorted(drawn['train']) == [0, 1, 2, 3]
+    assert all(sorted(dates) == [0, 1, 2, 3] for dates in drawn['train'].values())
+    assert len({str(sorted(dates.items())) for dates in drawn['train'].values()}) == 4
+    assert all(dates == drawn['val'][0] for dates in drawn['val'].values())
+    assert draws(root).dates == draws(root, workers=1).dates == drawn
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -552,9 +530,8 @@ def test_a_resumed_training_draws_as_if_it_had_not_stopped(
     saver = ModelCheckpoint(tmp_path, '{epoch}', save_on_train_epoch_end=not after_validation)
     draws(root, max_epochs=2, enable_checkpointing=True, callbacks=[saver])
     path = tmp_path / 'epoch=1.ckpt'
-    resumed = draws(root, workers, path).train_dates
-    assert sorted(resumed) == [2, 3]
-    complete = draws(root).train_dates
+    resumed = draws(root, workers, path).dates['train']
+    complete = draws(root).dates['train']
     assert resumed == {epoch: complete[epoch] for epoch in (2, 3)}
 
 
@@ -592,18 +569,6 @@ def test_a_run_copies_what_it_reads(root: Path, tmp_path: Path) -> None:
     away = datamodule(tmp_path / 'copy', augment=False)
     trainer().validate(Recorder(), away, verbose=False)
     assert away.statistics is not None
-
-
-def test_windows_of_a_scene_come_from_the_copy(root: Path, tmp_path: Path) -> None:
-    batches = []
-    for source in (None, Copy(str(tmp_path / 'copy'))):
-        task = Recorder()
-        data = datamodule(root, source=source, predict_split='all', predict_patch_size=8)
-        trainer().predict(task, data, return_predictions=False)
-        batches.append(task.batches['predict'])
-    for ours, theirs in zip(*batches, strict=True):
-        assert torch.equal(ours['image'], theirs['image'])
-        assert torch.equal(ours['transform'], theirs['transform'])
 
 
 SOURCES = """

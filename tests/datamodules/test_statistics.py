@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,11 @@ def series_in_numpy(root: Path) -> np.ndarray:
     """Channels and values (12, N) of the dates of the series, NaN without a value."""
 
     def stack(sensor: str, dates: tuple[str, ...]) -> np.ndarray:
-        paths = [
-            root / sensor / f'31UEQ_{d}_{sensor.upper()}_{x}_0.tif' for x in (0, 9) for d in dates
-        ]
         images = []
-        for path in paths:
-            with rasterio.open(path) as src:
-                images.append(src.read().astype(np.float64))
-        return np.concatenate([image.reshape(len(image), -1) for image in images], axis=1)
+        for date, x in product(dates, (0, 9)):
+            with rasterio.open(root / sensor / f'31UEQ_{date}_{sensor.upper()}_{x}_0.tif') as src:
+                images.append(src.read().reshape(src.count, -1).astype(np.float64))
+        return np.concatenate(images, axis=1)
 
     s2, s1 = stack('s2', S2_DATES), stack('s1', S1_DATES)
     s2[s2 == -10000] = np.nan
@@ -141,10 +139,6 @@ def add_a_nearer_date(root: Path) -> None:
     write_raster(path, np.full((2, 8, 8), 1, np.float32), *ORIGINS['31UEQ'])
 
 
-def touch_nothing(root: Path) -> None:
-    pass
-
-
 @pytest.mark.filterwarnings('ignore:.*no label file names')
 @pytest.mark.parametrize(
     ('change', 'bands'),
@@ -152,7 +146,7 @@ def touch_nothing(root: Path) -> None:
         (replace_images, {10, 2, 1}),
         (add_a_nearer_date, {10, 2, 1}),
         (correct_labels, {1}),
-        (touch_nothing, set()),
+        (lambda root: None, set()),
     ],
 )
 def test_statistics_follow_the_files_that_made_them(
@@ -241,14 +235,14 @@ def test_a_band_without_a_value_is_named(tmp_path: Path) -> None:
         Statistics.compute(MultiSenGE(tmp_path, 'test'), progress=False)
 
 
-def ground(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Reflectance x 10,000 of fields with shadows, by date of 2022."""
-    return {d.replace('2020', '2022'): rng.integers(150, 4000, (10, 8, 8)) for d in S2_DATES}
-
-
-def power(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Sigma0 of the same."""
-    return {d.replace('2020', '2022'): rng.gamma(4, 0.02, (2, 8, 8)) + 1e-4 for d in S1_DATES}
+def fields(rng: np.random.Generator) -> dict[str, dict[str, np.ndarray]]:
+    """Reflectance x 10,000 and sigma0 of fields with shadows, by date of 2022."""
+    s2 = {d: rng.integers(150, 4000, (10, 8, 8)).astype(np.int16) for d in S2_DATES}
+    s1 = {d: (rng.gamma(4, 0.02, (2, 8, 8)) + 1e-4).astype(np.float32) for d in S1_DATES}
+    return {
+        sensor: {date.replace('2020', '2022'): image for date, image in images.items()}
+        for sensor, images in (('s2', s2), ('s1', s1))
+    }
 
 
 def plain(value: np.ndarray, day: str) -> np.ndarray:
@@ -310,10 +304,7 @@ def test_implausible_values_are_refused_with_advice_that_helps(
     mended: dict[str, Any],
 ) -> None:
     for x in (0, 9):
-        rng = np.random.default_rng(x)
-        images = {'s2': ground(rng), 's1': power(rng)}
-        images['s1'] = {d: v.astype(np.float32) for d, v in images['s1'].items()}
-        images['s2'] = {d: v.astype(np.int16) for d, v in images['s2'].items()}
+        images = fields(np.random.default_rng(x))
         images[sensor] = {d: spoil(v, d).astype(dtype) for d, v in images[sensor].items()}
         write_patch(tmp_path, '31UEQ', x, 0, 8, **images)  # type: ignore[arg-type]
     series = MonthlySeries(year=2022)

@@ -10,12 +10,10 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from conftest import write_patch
-from lightning.pytorch import Trainer
+from conftest import quiet_trainer, write_patch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import Adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchgeo.datasets.utils import pad_across_batches
@@ -28,13 +26,15 @@ from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
 
 # Rows are the truth, columns the prediction; class 3 is in neither.
 CONFUSION = np.array([[50, 10, 4, 0], [6, 30, 0, 0], [5, 15, 80, 0], [0, 0, 0, 0]])
-CLASSES = ClassScheme(
-    (
-        LandCoverClass('Town', (255, 0, 0), (2,)),
-        LandCoverClass('Field', (0, 255, 0), (6,)),
-        LandCoverClass('Water', (0, 0, 255), (14,)),
-    )
-)
+COLORS_AND_LABELS = ((255, 0, 0), (2,)), ((0, 255, 0), (6,)), ((0, 0, 255), (14,))
+
+
+def scheme(*order: int, names: tuple[str, ...] = ('Town', 'Field', 'Water')) -> ClassScheme:
+    classes = [LandCoverClass(n, *c) for n, c in zip(names, COLORS_AND_LABELS, strict=True)]
+    return ClassScheme(tuple(classes[k] for k in order))
+
+
+CLASSES = scheme(0, 1, 2)
 
 
 class Pass(nn.Module):
@@ -64,13 +64,8 @@ class Waits(TorchDispatchMode):
 
 def passing(**options: Any) -> S1S2SemanticSegmentation:
     """A task whose model gives its input back."""
-    defaults: dict[str, Any] = {
-        'model': 'fcn',
-        'in_channels': 4,
-        'num_classes': 4,
-        'num_filters': 1,
-    }
-    task = S1S2SemanticSegmentation(**(defaults | options))
+    defaults: dict[str, Any] = {'in_channels': 4, 'num_classes': 4, 'num_filters': 1}
+    task = S1S2SemanticSegmentation('fcn', **(defaults | options))
     task.model = Pass()
     return task
 
@@ -89,12 +84,6 @@ def batch_of(confusion: NDArray[np.int_], unlabelled: int = 20) -> dict[str, Ten
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     logits = 5 * F.one_hot(p[order], len(confusion)).float()
     return {'image': logits.T[None, :, None], 'mask': y[order][None, None]}
-
-
-def trainer_in(root: Path, **options: Any) -> Trainer:
-    quiet = ('logger', 'enable_checkpointing', 'enable_progress_bar', 'enable_model_summary')
-    defaults: dict[str, Any] = {'accelerator': 'cpu', 'log_every_n_steps': 1, 'max_epochs': 1}
-    return Trainer(default_root_dir=root, **(defaults | dict.fromkeys(quiet, False) | options))
 
 
 def loader(*batches: dict[str, Tensor]) -> Any:
@@ -127,7 +116,7 @@ def test_metrics_of_torchgeo_and_ours_add_up_over_batches_and_start_anew(tmp_pat
     ours = {'loss', 'Kappa', *(f'Weighted{n}' for n in ('Precision', 'Recall', 'F1Score'))}
     ours |= {f'{n}_{k}' for n in ('Precision', 'Recall', 'F1Score') for k in labels}
     stock.update(torch.tensor([[0]]), torch.tensor([[0]]))
-    task, trainer = passing(labels=labels), trainer_in(tmp_path)
+    task, trainer = passing(labels=labels), quiet_trainer(tmp_path)
     batches = [batch_of(part) for part in (CONFUSION // 2, CONFUSION - CONFUSION // 2)]
     for _ in range(2):
         logged = trainer.test(task, loader(*batches), verbose=False)[0]
@@ -156,7 +145,7 @@ def test_a_training_step_never_makes_the_host_wait(tmp_path: Path, options: Any)
     task.training_step = counted  # type: ignore[assignment, method-assign]
     batch = images(valid=torch.rand(2, 4, 2) > 0.5)
     batch['mask'][0, 0] = 255
-    trainer_in(tmp_path, enable_progress_bar=True).fit(task, loader(batch, batch))
+    quiet_trainer(tmp_path, enable_progress_bar=True).fit(task, loader(batch, batch))
     assert waits == [Counter(), Counter()]
 
 
@@ -166,7 +155,7 @@ def test_the_weighted_loss_of_an_epoch_does_not_depend_on_its_batches(
 ) -> None:
     weights = [1.0, 2.0, 4.0, 8.0]
     parts = [batch_of(part) for part in (CONFUSION // 7, CONFUSION - CONFUSION // 7)]
-    logged = trainer_in(tmp_path).validate(
+    logged = quiet_trainer(tmp_path).validate(
         passing(class_weights=kind(weights)), loader(*parts), verbose=False
     )[0]
     # A right pixel costs log(1 + 3 exp(-5)), a wrong one 5 more; each by the weight of its truth.
@@ -175,10 +164,7 @@ def test_the_weighted_loss_of_an_epoch_does_not_depend_on_its_batches(
     assert logged['val_loss'] == pytest.approx(total / (64 + 36 * 2 + 100 * 4), rel=1e-5)
 
 
-UNLABELLED = torch.full((2, 32, 32), 255)
-WEIGHTLESS = torch.full((2, 32, 32), 2)
-
-
+UNLABELLED, WEIGHTLESS = torch.full((2, 32, 32), 255), torch.full((2, 32, 32), 2)
 CASES = [(loss, UNLABELLED) for loss in ('ce', 'focal', 'dice', 'jaccard')]
 
 
@@ -190,9 +176,9 @@ def test_a_batch_that_does_not_count_changes_nothing(
     task = small(loss=loss, class_weights=[1.0, 1.0, 0.0] if loss == 'ce' else None)
     before = {k: v.clone() for k, v in task.named_parameters()}
     with pytest.warns(S1S2Warning, match=r"split 'train' counts.* nothing is learned from it"):
-        trainer_in(tmp_path).fit(task, loader(batch))
+        quiet_trainer(tmp_path).fit(task, loader(batch))
     assert all(torch.equal(v, before[k]) for k, v in task.named_parameters())
-    logged = trainer_in(tmp_path).validate(task, loader(batch), verbose=False)[0]
+    logged = quiet_trainer(tmp_path).validate(task, loader(batch), verbose=False)[0]
     assert math.isnan(logged['val_loss'])
 
 
@@ -213,7 +199,9 @@ class Fading(torch.utils.data.Dataset[dict[str, Tensor]]):
 def test_a_validation_without_labels_is_never_the_best(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, '{epoch}', monitor='val_loss')
     stop = EarlyStopping('val_loss', check_finite=False, patience=9)
-    trainer = trainer_in(tmp_path, max_epochs=3, callbacks=[best, stop], enable_checkpointing=True)
+    trainer = quiet_trainer(
+        tmp_path, max_epochs=3, callbacks=[best, stop], enable_checkpointing=True
+    )
     data = DataLoader(Fading([True, False, True, False]), batch_size=None)
     task = small(lr=1e-4, patience=0)
     with pytest.warns(S1S2Warning, match=r"split 'val' counts.* val_loss is NaN"):
@@ -230,7 +218,7 @@ def test_255_never_counts_and_other_strangers_are_said(tmp_path: Path, ignore: i
     logits = torch.randn(1, 3, 1, 6)
     task = passing(num_classes=3, ignore_index=ignore)
     batch = {'image': logits, 'mask': mask}
-    trainer = trainer_in(tmp_path)
+    trainer = quiet_trainer(tmp_path)
     expects = pytest.warns(S1S2Warning, match=r'1 pixels of the val masks hold .* class, 0..2')
     with nullcontext() if ignore == 7 else expects:
         logged = trainer.validate(task, loader(batch), verbose=False)[0]
@@ -247,14 +235,14 @@ def test_signature_accepts_what_torchgeo_accepts() -> None:
 
 def test_balanced_weights_come_from_the_training_patches(root: Path, tmp_path: Path) -> None:
     task = small(class_weights='balanced')
-    trainer_in(tmp_path, fast_dev_run=True).fit(task, data_of(root))
+    quiet_trainer(tmp_path, fast_dev_run=True).fit(task, data_of(root))
     # Half of the pixels are town and half are field, none is water; the sum is 1000.
     assert task.criterion.weight.tolist() == [500, 500, 0]  # type: ignore[operator]
 
 
 def test_balanced_weights_need_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'needs a data module that computes them.* give a list'):
-        trainer_in(tmp_path).fit(passing(class_weights='balanced'), loader(batch_of(CONFUSION)))
+        quiet_trainer(tmp_path).fit(passing(class_weights='balanced'), loader(batch_of(CONFUSION)))
 
 
 WEIGHTS = r"class_weights=.*for loss='ce' and task='multiclass'"
@@ -340,29 +328,13 @@ def test_binary_and_multilabel_tasks_train_and_validate(
     task = S1S2SemanticSegmentation(backbone='resnet18_convlstm_inception', loss=loss, **options)  # type: ignore[arg-type]
     shape = (2, 5, 32, 32) if outputs == 5 else (2, 32, 32)
     batch = images(mask=torch.randint(0, 2, shape))
-    trainer = trainer_in(tmp_path)
+    trainer = quiet_trainer(tmp_path)
     trainer.fit(task, loader(batch), loader(batch))
     name = 'val_WeightedF1Score' if outputs == 14 else 'val_AverageF1Score'
     assert 0 <= trainer.callback_metrics[name] <= 1
     predicted = trainer.predict(task, loader(batch))
     assert predicted is not None
     assert predicted[0]['probabilities'].shape == (2, outputs, 32, 32)  # type: ignore[call-overload]
-
-
-def test_optimizer_is_that_of_the_paper() -> None:
-    task = small()
-    configured = task.configure_optimizers()
-    optimizer, plateau = configured['optimizer'], configured['lr_scheduler']
-    assert type(optimizer) is Adam
-    assert optimizer.param_groups[0]['lr'] == 1e-3
-    assert plateau['monitor'] == 'val_loss'
-    rates = []
-    for _ in range(7):
-        plateau['scheduler'].step(1.0)
-        rates.append(optimizer.param_groups[0]['lr'])
-    # The first value is the best so far, then patience is 5 epochs.
-    assert rates[:6] == [1e-3] * 6
-    assert rates[6] == pytest.approx(1e-4)
 
 
 def changed(before: dict[str, Tensor], module: nn.Module) -> set[str]:
@@ -388,7 +360,7 @@ def test_what_is_frozen_stays_as_it_was(
 ) -> None:
     task = small(**options)
     before = {k: v.clone() for k, v in task.model.state_dict().items()}
-    trainer_in(tmp_path, max_epochs=2).fit(task, loader(images()), loader(images()))
+    quiet_trainer(tmp_path, max_epochs=2).fit(task, loader(images()), loader(images()))
     assert changed(before, task.model) == learning
 
 
@@ -419,12 +391,12 @@ def test_data_that_do_not_fit_are_refused_before_the_first_step(
 ) -> None:
     task = small(**options)
     with pytest.raises(ValueError, match=message):
-        trainer_in(tmp_path).fit(task, data_of(root))
+        quiet_trainer(tmp_path).fit(task, data_of(root))
     assert task.global_step == 0
 
 
 def test_predictions_carry_their_place(root: Path, tmp_path: Path) -> None:
-    predicted: Any = trainer_in(tmp_path).predict(small(), data_of(root))
+    predicted: Any = quiet_trainer(tmp_path).predict(small(), data_of(root))
     batch = predicted[0]
     torch.testing.assert_close(batch['probabilities'].sum(1), torch.ones(2, 32, 32))
     assert batch['crs'].tolist() == [32631, 32631]
@@ -484,17 +456,11 @@ def test_what_a_sensor_did_not_see_is_not_read(key: str) -> None:
     torch.testing.assert_close(task.predict_step(noisy, 0)['probabilities'], expected)
 
 
-def scheme(*order: int, names: tuple[str, ...] = ('Town', 'Field', 'Water')) -> ClassScheme:
-    classes = zip(names, CLASSES.classes, strict=True)
-    renamed = [LandCoverClass(name, c.color, c.labels) for name, c in classes]
-    return ClassScheme(tuple(renamed[k] for k in order))
-
-
 @pytest.fixture(scope='module')
 def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the classes Town, Field and Water."""
     path = tmp_path_factory.mktemp('trained') / 'trained.ckpt'
-    trainer = trainer_in(path.parent, limit_train_batches=1, limit_val_batches=0)
+    trainer = quiet_trainer(path.parent, limit_train_batches=1, limit_val_batches=0)
     trainer.fit(small(), data_of(root))
     trainer.save_checkpoint(path)
     return path
@@ -517,19 +483,19 @@ def test_other_classes_than_those_of_the_checkpoint_are_refused(
     data = data_of(root, classes)
     loaded = S1S2SemanticSegmentation.load_from_checkpoint(trained)
     with pytest.raises(ValueError, match=message):
-        getattr(trainer_in(tmp_path), stage)(loaded, data)
+        getattr(quiet_trainer(tmp_path), stage)(loaded, data)
     with pytest.raises(ValueError, match=message):
-        getattr(trainer_in(tmp_path, max_epochs=2), stage)(small(), data, ckpt_path=trained)
+        getattr(quiet_trainer(tmp_path, max_epochs=2), stage)(small(), data, ckpt_path=trained)
 
 
 def test_classes_in_other_letters_are_the_same(trained: Path, root: Path, tmp_path: Path) -> None:
     data = data_of(root, scheme(0, 1, 2, names=('TOWN', 'field', 'Water')))
     loaded = S1S2SemanticSegmentation.load_from_checkpoint(trained)
-    assert trainer_in(tmp_path).validate(loaded, data, verbose=False)
+    assert quiet_trainer(tmp_path).validate(loaded, data, verbose=False)
 
 
 def test_a_head_of_other_classes_is_said(trained: Path, root: Path, tmp_path: Path) -> None:
     with pytest.warns(S1S2Warning, match='head .*0: Town there, Water here; 2: Water'):
-        trainer_in(tmp_path, fast_dev_run=True).fit(
+        quiet_trainer(tmp_path, fast_dev_run=True).fit(
             small(weights=str(trained)), data_of(root, scheme(2, 1, 0))
         )

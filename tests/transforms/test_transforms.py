@@ -106,30 +106,26 @@ def test_what_is_dropped_looks_as_if_it_had_not_been_seen() -> None:
         torch.testing.assert_close(nothing[key], value, rtol=0, atol=0, equal_nan=True)
 
 
-def test_dropping_every_sensor_keeps_one_of_them() -> None:
+@pytest.mark.parametrize(
+    ('date', 'sensor', 'kept', 'share', 'error'),
+    [
+        # Either sensor is kept in one half, and each of the six dates in a sixth.
+        (0, 1, 3, 1 / 2, 0.023),
+        (1, 0, 1, 1 / 6, 0.017),
+        # Gone alone, or with the other and then not the one that is kept: 0.4 - 0.4^2 / 2.
+        (0, 0.4, None, 1 - 0.32, 0.021),
+        (0.2, 0, None, 1 - 0.2, 0.018),
+    ],
+)
+def test_shares_of_what_is_dropped(
+    date: float, sensor: float, kept: int | None, share: float, error: float
+) -> None:
+    """Errors are at least four standard deviations of 8000 draws."""
     torch.manual_seed(0)
-    valid = SeriesDropout(date=0, sensor=1)(observed(2000), (3, 1))['valid']
-    per_sensor = valid.sum(1)
-    assert (per_sensor.sum(1) == 3).all()
-    # Either is kept in one half; four standard deviations of 2000 draws are 0.045.
-    assert (per_sensor[:, 0] == 3).float().mean() == pytest.approx(0.5, abs=0.045)
-
-
-def test_dropping_every_date_keeps_one_of_them() -> None:
-    torch.manual_seed(0)
-    valid = SeriesDropout(date=1, sensor=0)(observed(6000), (3, 1))['valid']
-    assert (valid.flatten(1).sum(1) == 1).all()
-    # Each of the six with probability 1/6; four standard deviations of 6000 draws are 0.019.
-    assert ((valid.float().mean(0) - 1 / 6).abs() < 0.019).all()
-
-
-def test_shares_of_dropped_sensors_and_dates() -> None:
-    torch.manual_seed(0)
-    sensors = SeriesDropout(date=0, sensor=0.4)(observed(8000), (3, 1))['valid'].any(1)
-    # Gone alone, or with the other and then not the one that is kept: 0.4 - 0.4^2 / 2.
-    assert (1 - sensors.float().mean(0)).tolist() == pytest.approx([0.32, 0.32], abs=0.021)
-    dates = SeriesDropout(date=0.2, sensor=0)(observed(8000), (3, 1))['valid']
-    assert (1 - dates.float().mean()).item() == pytest.approx(0.2, abs=0.01)
+    valid = SeriesDropout(date, sensor)(observed(8000), (3, 1))['valid']
+    if kept:
+        assert (valid.flatten(1).sum(1) == kept).all()
+    assert ((valid.float().mean(0) - share).abs() < error).all()
 
 
 def test_the_only_sensor_and_the_only_date_stay() -> None:

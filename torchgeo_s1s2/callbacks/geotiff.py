@@ -288,14 +288,13 @@ def _is_unknown(window: PredictedWindow) -> bool:
 def predict_datasets(trainer: Trainer) -> list[Any]:
     """Data sets behind the loaders, whose numbers the batches hold."""
     loaders: Any = trainer.predict_dataloaders
-    loaders = loaders if isinstance(loaders, Sequence) else [loaders]
-    return [_whole_dataset(getattr(loader, 'dataset', None)) for loader in loaders]
-
-
-def _whole_dataset(dataset: Any) -> Any:
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return dataset
+    datasets = []
+    for loader in loaders if isinstance(loaders, Sequence) else [loaders]:
+        dataset = getattr(loader, 'dataset', None)
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        datasets.append(dataset)
+    return datasets
 
 
 class GeoTIFFWriter(MapWriter):
@@ -353,8 +352,7 @@ class GeoTIFFWriter(MapWriter):
             raise MapError(f'a patch is called {name!r}, which is no file name; rename it')
         layers = class_layer(scheme), CONFIDENCE
         values = classify(window.probabilities, window.observations, scheme.ids)
-        count = 2 if self.confidence else 1
-        grid = window.grid
+        count, grid = 2 if self.confidence else 1, window.grid
         pixels = [(Window(0, 0, grid.width, grid.height), values[:count])]
         folder = self.output_dir or Path()
         write_layers(folder, name, layers[:count], grid, pixels, self._unfinished)

@@ -73,19 +73,8 @@ class Layer:
         Yields:
             A rasterio dataset to write band 1 of.
         """
-        profile: dict[str, Any] = {
-            'driver': 'GTiff',
-            'count': 1,
-            'height': grid.height,
-            'width': grid.width,
-            'dtype': self.dtype,
-            'nodata': self.nodata,
-            'crs': grid.crs,
-            'transform': grid.transform,
-            'tiled': True,
-            'bigtiff': 'if_safer',
-        }
-        with rasterio.open(path, 'w', **profile) as dst:
+        profile = {'count': 1, 'dtype': self.dtype, 'nodata': self.nodata} | vars(grid)
+        with rasterio.open(path, 'w', 'GTiff', tiled=True, bigtiff='if_safer', **profile) as dst:
             dst.set_band_description(1, self.description)
             if self.units:
                 dst.set_band_unit(1, self.units)

@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,9 @@ class SeriesDataModule(NonGeoDataModule):
         """
         if stage == 'fit':
             self.train_dataset = self._dataset('train')
-            self._train_samples = self._crops()
+            self._train_samples: Any = self.train_dataset
+            if self.patch_size:
+                self._train_samples = RandomCrops(self._dataset('train'), self.patch_size)
             self._check_batch_size()
             self._follow_epochs()
         if stage in ('fit', 'validate'):
@@ -196,7 +198,8 @@ class SeriesDataModule(NonGeoDataModule):
             self._share_statistics()
         if stage == 'fit':
             self._check_labels()
-            rank_zero_info(f'{self._dataset("train").title}: {self._dataset("train").report}')
+            train = self._dataset('train')
+            rank_zero_info(f'{train.title}: {train.report}')
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Loader of the training patches; it starts to read in the epoch that comes next."""
@@ -211,15 +214,13 @@ class SeriesDataModule(NonGeoDataModule):
         self._share_statistics()
         datasets: Any = self.predict_dataset
         return [
-            DataLoader(
-                dataset,
-                batch_size=self.batch_size,
-                sampler=sampler,
-                num_workers=self.num_workers,
-                collate_fn=self.collate_fn,
-            )
+            self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
             for dataset, sampler in zip(datasets, self.predict_sampler, strict=True)
         ]
+
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader[Sample]:
+        workers = self.num_workers
+        return DataLoader(dataset, num_workers=workers, collate_fn=self.collate_fn, **options)
 
     def _dataloader_factory(self, split: str) -> DataLoader[Sample]:
         """As TorchGeo's, with every patch in training too; prediction takes any sampler."""
@@ -233,13 +234,8 @@ class SeriesDataModule(NonGeoDataModule):
         overfit = getattr(self.trainer, 'overfit_batches', 0) > 0  # always the same batches
         shuffle = split == 'train' and not overfit
         sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-        return DataLoader(
-            dataset,
-            batch_sampler=EvenBatches(sampler, self.batch_size),
-            num_workers=self.num_workers,
-            collate_fn=self.collate_fn,
-            persistent_workers=self.num_workers > 0,
-        )
+        batches = EvenBatches(sampler, self.batch_size)
+        return self._loader(dataset, batch_sampler=batches, persistent_workers=self.num_workers > 0)
 
     def on_after_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Normalise a batch, thin and augment it in training, and append the day of the year.
@@ -317,11 +313,6 @@ class SeriesDataModule(NonGeoDataModule):
         every = {split: None for stage in splits.values() for split in stage}
         return splits.get(self.trainer.state.fn if self.trainer else None, tuple(every))
 
-    def _crops(self) -> Any:
-        """Training samples: random crops, or the patches."""
-        dataset = self._dataset('train')
-        return RandomCrops(dataset, self.patch_size) if self.patch_size else dataset
-
     def _follow_epochs(self) -> None:
         callbacks = getattr(self.trainer, 'callbacks', None)
         if callbacks is not None and not any(isinstance(c, _FollowEpochs) for c in callbacks):
@@ -372,10 +363,26 @@ class SeriesDataModule(NonGeoDataModule):
             )
 
     def _check_labels(self) -> None:
-        """Look for labels without a class, and classes without a label, in the training patches."""
-        statistics = self._known_statistics()
-        if statistics.labels or self.statistics_path is None:
-            _check_labels(self._dataset('train').title, self.classes, dict(statistics.labels))
+        """Warn of labels without a class and classes without a label; an error if none has one."""
+        counts = dict(self._known_statistics().labels)
+        if not counts and self.statistics_path is not None:
+            return  # a file that does not tell them
+        title, classes = self._dataset('train').title, self.classes.classes
+        claimed = {label for c in classes for label in c.labels}
+        unclaimed = {v: n for v, n in sorted(counts.items()) if v not in claimed}
+        total = max(sum(counts.values()), 1)
+        values = ', '.join(f'{v} ({n / total:.1%})' for v, n in unclaimed.items())
+        if not claimed & set(counts):
+            raise DataError(
+                f'no pixel of {title} has a label of a class: the label rasters hold '
+                f'{values or "nothing"}, the classes claim {sorted(claimed)}. Give classes that '
+                'claim them, or check ground_reference'
+            )
+        empty = [c.name for c in classes if not set(c.labels) & set(counts)]
+        notes = [f'no class claims the labels {values}'] if set(unclaimed) - {0} else []
+        notes += [f'no training pixel is of {", ".join(empty)}'] if empty else []
+        if notes:
+            warnings.warn(f'{title}: {"; ".join(notes)}', S1S2Warning, stacklevel=3)
 
     def _find_statistics(self) -> Statistics | None:
         """Statistics from the file given or beside the data, None without training patches."""
@@ -392,10 +399,9 @@ class SeriesDataModule(NonGeoDataModule):
         """Use statistics that the first process finds, unless a checkpoint brought some."""
         if self.statistics is not None:
             return
-        if self.trainer is None or self.trainer.world_size == 1:
-            found = self._find_statistics()
-        else:
-            found = self._find_statistics() if self.trainer.is_global_zero else None
+        first = self.trainer is None or self.trainer.is_global_zero
+        found = self._find_statistics() if first else None
+        if self.trainer is not None:
             found = self.trainer.strategy.broadcast(found)
         if found is not None:
             self._use(found)
@@ -452,31 +458,6 @@ def spread(length: int, size: int) -> tuple[int, int]:
             stride = step * math.ceil((length - window) / (step * (count - 1)))
             best = max(best, (window - stride, window, stride))
     return best[1:]
-
-
-def _check_labels(title: str, scheme: ClassScheme, counts: Mapping[int, int]) -> None:
-    """Warn of labels without a class and classes without a label; an error if none has one.
-
-    Args:
-        title: What the patches are called.
-        scheme: The classes.
-        counts: Number of pixels of each value of the label rasters.
-    """
-    total = max(sum(counts.values()), 1)
-    claimed = {label for c in scheme.classes for label in c.labels}
-    unclaimed = {v: n for v, n in sorted(counts.items()) if v not in claimed}
-    values = ', '.join(f'{v} ({n / total:.1%})' for v, n in unclaimed.items())
-    if not claimed & set(counts):
-        raise DataError(
-            f'no pixel of {title} has a label of a class: the label rasters hold '
-            f'{values or "nothing"}, the classes claim {sorted(claimed)}. Give classes that claim '
-            'them, or check ground_reference'
-        )
-    empty = [c.name for c in scheme.classes if not set(c.labels) & set(counts)]
-    notes = [f'no class claims the labels {values}'] if set(unclaimed) - {0} else []
-    notes += [f'no training pixel is of {", ".join(empty)}'] if empty else []
-    if notes:
-        warnings.warn(f'{title}: {"; ".join(notes)}', S1S2Warning, stacklevel=4)
 
 
 def _pair(size: Size | None) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
 import torch
@@ -17,7 +17,8 @@ from torchgeo.tasks import SemanticSegmentation
 from torchmetrics import MetricCollection
 from torchvision.models import WeightsEnum
 
-from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme
+from torchgeo_s1s2.datamodules.series import SeriesDataModule
+from torchgeo_s1s2.datasets.classes import NO_LABEL
 from torchgeo_s1s2.datasets.multisenge import Sample
 from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.models import (
@@ -32,23 +33,6 @@ from torchgeo_s1s2.tasks.weights import load_weights, trained_classes
 
 _STAGES = ('train', 'val', 'test')
 _NEVER = -100.0  # a logit whose probability is 0
-
-
-@runtime_checkable
-class SeriesData(Protocol):
-    """What the task asks of a data module, after its ``setup``.
-
-    Attributes:
-        classes: Class scheme of the masks.
-        channels: Number of channels of each sensor, in their order.
-        series_length: Number of time slots T.
-        class_weights: Weight of each class (K,), a ValueError if no training pixel has a label.
-    """
-
-    classes: ClassScheme
-    channels: dict[str, int]
-    series_length: int
-    class_weights: Tensor
 
 
 class S1S2SemanticSegmentation(SemanticSegmentation):
@@ -245,10 +229,10 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                 self.criterion.weight = weights.to(self.device)
 
     @property
-    def _data(self) -> SeriesData | None:
-        """The data module, if it says what the task asks."""
+    def _data(self) -> SeriesDataModule | None:
+        """The data module, if it is one of this package."""
         datamodule = getattr(self._trainer, 'datamodule', None)
-        return datamodule if isinstance(datamodule, SeriesData) else None
+        return datamodule if isinstance(datamodule, SeriesDataModule) else None
 
     def _take_names(self, names: list[str], fit: bool) -> None:
         """Check the names of the data's classes, and name the metrics by them."""
@@ -501,7 +485,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         """Number of values of a labelled pixel."""
         return int(self.hparams['num_classes']) if self._is_multiclass else 2
 
-    def _check_data(self, data: SeriesData) -> None:
+    def _check_data(self, data: SeriesDataModule) -> None:
         """The numbers of both sides; an encoder of series takes any number of slots."""
         classes, given = len(data.classes), dict(data.channels)
         if self._is_multiclass and self.hparams['num_classes'] != classes:
