@@ -208,8 +208,9 @@ class SentinelRegion(Source):
         if state.finished:
             return root
         known = {sensor: self.collection(sensor) for sensor in sensors}
-        grid = self.grid()
-        images = {sensor: self._images(sensor, c, grid) for sensor, c in known.items()}
+        geometry = self.geometry()
+        grid = self._grid_around(geometry)
+        images = {sensor: self._images(sensor, c, geometry, grid) for sensor, c in known.items()}
         with optional('dask').config.set(num_workers=self.num_workers):
             self._leave_clouds_out(images.get('s2', {}), state, progress)
             while True:
@@ -252,7 +253,10 @@ class SentinelRegion(Source):
 
     def grid(self) -> Grid:
         """Pixels of the region."""
-        place = gpd.GeoSeries([self.geometry().segmentize(0.01)], crs=4326)
+        return self._grid_around(self.geometry())
+
+    def _grid_around(self, geometry: BaseGeometry) -> Grid:
+        place = gpd.GeoSeries([geometry.segmentize(0.01)], crs=4326)
         epsg = self.epsg or place.estimate_utm_crs().to_epsg()
         west, south, east, north = place.to_crs(epsg).total_bounds / _EDGE
         left, bottom = _EDGE * floor(west), _EDGE * floor(south)
@@ -271,11 +275,11 @@ class SentinelRegion(Source):
         return file_name(f'{self.tile}_0_0', *key)
 
     def _images(
-        self, sensor: str, collection: StacCollection, grid: Grid
+        self, sensor: str, collection: StacCollection, geometry: BaseGeometry, grid: Grid
     ) -> dict[Key, 'StacImage']:
         """Images of the region, each of the items of a pass, newest processing first."""
         items, notes = {}, []
-        for item in self._search(collection):
+        for item in self._search(collection, geometry):
             orbit = item.properties.get('sat:orbit_state')
             if sensor == 's1' and self.orbits not in ('apart', 'merged', orbit):
                 continue
@@ -300,7 +304,7 @@ class SentinelRegion(Source):
             for key, numbers in group(times, kinds, merge).items()
         }
 
-    def _search(self, collection: StacCollection) -> list[Any]:
+    def _search(self, collection: StacCollection, geometry: BaseGeometry) -> list[Any]:
         """Items of the region and the season."""
         client = optional('pystac_client')
         retry = Retry(5, backoff_factor=WAITS[0] / 2, status_forcelist=_BUSY, allowed_methods=None)
@@ -311,7 +315,7 @@ class SentinelRegion(Source):
             )
             search = api.search(
                 collections=[collection.collection],
-                intersects=mapping(self.geometry()),
+                intersects=mapping(geometry),
                 datetime='/'.join(map(str, self.season)),
             )
             items = [*search.items()]
