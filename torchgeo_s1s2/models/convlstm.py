@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .norm import MaskedBatchNorm2d, Moments, has_steps, normalize, share_with_steps, track
-from .strips import is_plain, read_in_strips, suits_strips
+from .strips import arrange, is_plain, read_in_strips, suits_strips
 
 Norm = Literal['shared', 'step', 'none']
 STEPS = 64
@@ -116,7 +116,7 @@ class ConvLSTM(nn.Module):
             # The hidden state is still zero: of a plain convolution that part can be left out. In
             # evaluation it is not, so that empty slots before the first image change no bit.
             first = t == 0 and self.training and is_plain(self.conv)
-            slot = x[:, t], mask, None if steps is None else steps[:, t], h, c, first
+            slot = arrange(x[:, t]), mask, None if steps is None else steps[:, t], h, c, first
             if self.recompute_gates and torch.is_grad_enabled():
                 h, c, moments = checkpoint(self._next, *slot, use_reentrant=False)
             else:

@@ -1,4 +1,4 @@
-"""What makes mapping on a CPU fast: strips of rows, and the layout of images."""
+"""What makes a CPU fast: strips of rows, and the layout of images."""
 
 from typing import Any
 
@@ -32,15 +32,12 @@ def suits_strips(layer: Any, x: Tensor) -> bool:
 
     That is in evaluation mode, for an ordinary image on a CPU of which no derivative can be asked.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or layer.training:
+    if torch.is_grad_enabled() or layer.training or not _is_eager_on_cpu(x):
         return False
     norm = layer.batchnorm
     return (
-        type(x) is Tensor
-        and x.device.type == 'cpu'
-        and x.dtype in (torch.float32, torch.float64)
+        x.dtype in (torch.float32, torch.float64)
         and forward_ad._current_level < 0
-        and not _in_functorch()
         and is_plain(layer.conv)
         and not (norm._forward_hooks or norm._forward_pre_hooks)
         and (type(norm) is nn.Identity or _normalises(norm))
@@ -54,9 +51,15 @@ def _normalises(norm: Any) -> bool:
     return not norm.training and norm.affine and norm.track_running_stats
 
 
-def _in_functorch() -> bool:
-    """Whether torch.func transforms what is computed; PyTorch has no public question for it."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def _is_eager_on_cpu(x: Tensor) -> bool:
+    """Whether an operation is carried out at once, on values in the memory of the processor."""
+    return (
+        type(x) is Tensor
+        and x.device.type == 'cpu'
+        and not torch.compiler.is_compiling()
+        # torch.func transforms what is computed; PyTorch has no public question for it.
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def arrange(x: Tensor) -> Tensor:
@@ -68,9 +71,7 @@ def arrange(x: Tensor) -> Tensor:
     Returns:
         The image, copied if need be.
     """
-    if x.device.type != 'cpu' or torch.compiler.is_compiling() or _in_functorch():
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last) if _is_eager_on_cpu(x) else x
 
 
 def read_in_strips(layer: Any, x: Tensor, valid: Tensor | None) -> Tensor:
