@@ -71,8 +71,8 @@ def plain(api: str, region: SentinelRegion, root: Path) -> None:
     bands = [*SENSOR_BANDS['s2']]
     chunks: Any = {'x': region.chunk, 'y': region.chunk}
     data = odc.stac.load(found.items(), bands=bands, geobox=box, chunks=chunks)
-    profile = _PROFILE | {'width': grid.width, 'height': grid.height, 'count': 10, 'predictor': 2}
-    profile |= {'crs': grid.crs, 'transform': grid.transform, 'dtype': 'int16', 'nodata': -10000}
+    profile = _PROFILE | vars(grid) | {'count': 10, 'predictor': 2}
+    profile |= {'dtype': 'int16', 'nodata': -10000}
     for number in range(data.sizes['time']):
         with rasterio.open(root / f'{number}.tif', 'w', **profile) as dst:
             dst.write(data.isel(time=number).to_array().compute().values)

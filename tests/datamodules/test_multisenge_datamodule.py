@@ -597,7 +597,9 @@ def test_a_configuration_names_what_fills_the_root(tmp_path: Path) -> None:
     assert len(kept) == 2 * 4
     assert kept < made
     one = '    source: {class_path: torchgeo_s1s2.datasets.Synthetic, init_args: {size: 16}}'
-    assert parse(OWN_DATA.format(root=tmp_path, classes=6) + one).sources == [Synthetic(size=16)]
+    (source,) = parse(OWN_DATA.format(root=tmp_path, classes=6) + one).sources
+    assert isinstance(source, Synthetic)
+    assert source.kwargs['size'] == 16
 
 
 READINGS = """

@@ -185,7 +185,7 @@ def test_offset_and_unit(tmp_path: Path) -> None:
 
 def test_power_that_looks_like_db_is_refused(tmp_path: Path) -> None:
     db = odc(10 * np.log10(POWER), ('vv', 'vh'), 'float32')
-    with pytest.raises(ImplausibleValuesError, match=r"is no power.*unit=\{'s1': 'db'\}"):
+    with pytest.raises(ImplausibleValuesError, match=r"are no power.*unit=\{'s1': 'db'\}"):
         write_series(tmp_path, s1=db, progress=False)
 
 

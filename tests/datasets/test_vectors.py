@@ -164,6 +164,7 @@ def test_a_polygon_of_the_whole_world_and_names_in_yaml(root: Path) -> None:
     path = root / 'world.parquet'
     world = [box(-180, -90, 180, 90)]
     gpd.GeoDataFrame({'cover': [311.0]}, geometry=world, crs='EPSG:4326').to_parquet(path)
-    VectorLabels(str(path), 'cover', str(names)).fill(root, None)  # type: ignore[arg-type]
+    source = VectorLabels(file=str(path), attribute='cover', classes=str(names))
+    source.fill(root, None)  # type: ignore[arg-type]
     assert (labels(root) == 11).all()
     assert (labels(root, '32ULU_GR_0_0.tif') == 11).all()

@@ -532,12 +532,8 @@ def _table(labels: Sequence[_Label]) -> gpd.GeoDataFrame:
     for folder in FOLDERS:
         images = [label.images.get(folder, []) for label in labels]
         numbers = [[layouts.setdefault(i.layout, len(layouts)) for i in row] for row in images]
-        for what, rows in (
-            ('time', [[i.time for i in row] for row in images]),
-            ('layout', numbers),
-        ):
-            arrays = [np.array(row, np.int64) for row in rows]
-            frame[f'{folder}_{what}'] = pd.Series(arrays, dtype=object)
+        frame[f'{folder}_time'] = _arrays([i.time for i in row] for row in images)
+        frame[f'{folder}_layout'] = _arrays(numbers)
     grids = [label.grid for label in labels]
     places = [(g.width, g.height, *g.bounds) if g else (0, 0, *4 * [np.nan]) for g in grids]
     frame[['width', 'height', 'xmin', 'ymin', 'xmax', 'ymax']] = np.array(places)
@@ -545,6 +541,11 @@ def _table(labels: Sequence[_Label]) -> gpd.GeoDataFrame:
     table = gpd.GeoDataFrame(frame, geometry=_footprints(frame), crs='EPSG:4326')
     table.attrs = {'layouts': [tuple(layout) for layout in layouts]}
     return table
+
+
+def _arrays(rows: Iterable[Sequence[int]]) -> 'pd.Series[Any]':
+    """A column of an array a row."""
+    return pd.Series([np.array(row, np.int64) for row in rows], dtype=object)
 
 
 def _footprints(frame: pd.DataFrame) -> gpd.GeoSeries:

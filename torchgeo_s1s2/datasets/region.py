@@ -32,9 +32,9 @@ from torchgeo_s1s2.datasets.catalog import (
     reference_name,
 )
 from torchgeo_s1s2.datasets.labels import write_label_files
-from torchgeo_s1s2.datasets.rasters import Grid, read_grid
+from torchgeo_s1s2.datasets.rasters import Grid, check_power, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings
-from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, S1S2Warning
+from torchgeo_s1s2.errors import DataError, S1S2Warning
 from torchgeo_s1s2.files import whole
 
 Merge = Literal['pass', 'day'] | None
@@ -411,7 +411,7 @@ def clean(
     if value.dtype.kind == 'f':
         empty |= ~np.isfinite(value)
     if positive:
-        _check_power(value[~empty])
+        check_power('s1', value[~empty])
         empty |= ~(value > 0)
     for cloud in clouds:
         empty |= cloud
@@ -424,15 +424,6 @@ def clean(
     value = value.astype(kind)
     value[empty] = tag
     return value
-
-
-def _check_power(value: NDArray[Any]) -> None:
-    """Raise an error where values that shall be power look like dB."""
-    if (value < 0).any() and -100 < (middle := float(np.median(value))) < -1:
-        raise ImplausibleValuesError(
-            f'the median of s1 is {middle:.4g}, which is no power; if its values are dB, give '
-            "unit={'s1': 'db'}, and if that value stands for none, give nodata"
-        )
 
 
 def _labels(value: NDArray[Any], missing: float) -> NDArray[np.uint8]:
@@ -467,9 +458,8 @@ def _is(value: NDArray[Any], nodata: float) -> NDArray[np.bool_]:
 def write_bands(path: Path, grid: Grid, bands: Mapping[str, Any], nodata: float) -> bool:
     """Write dask arrays (H, W) as bands of a GeoTIFF, block by block; False if all is missing."""
     dtype = next(iter(bands.values())).dtype
-    place = {'width': grid.width, 'height': grid.height, 'crs': grid.crs}
-    profile = _PROFILE | place | {'transform': grid.transform, 'nodata': nodata, 'dtype': dtype}
-    profile |= {'count': len(bands), 'predictor': 3 if dtype.kind == 'f' else 2}
+    profile = _PROFILE | vars(grid) | {'nodata': nodata, 'dtype': dtype, 'count': len(bands)}
+    profile['predictor'] = 3 if dtype.kind == 'f' else 2
     with whole(path) as temporary, rasterio.open(temporary, 'w', **profile) as dst:
         dst.descriptions = tuple(bands)
         targets = [_Band(dst, number, nodata) for number in range(1, len(bands) + 1)]

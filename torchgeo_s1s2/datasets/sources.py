@@ -6,7 +6,7 @@ import shutil
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,24 +60,19 @@ class Source(ABC):
         return root
 
 
-@dataclass
 class Synthetic(Source):
     """Writes a small synthetic data set, unless it is there.
 
-    The attributes are arguments of :func:`~torchgeo_s1s2.datasets.synthetic.write_synthetic`.
+    Its arguments are those of :func:`~torchgeo_s1s2.datasets.synthetic.write_synthetic`.
     """
 
-    size: int = 64
-    patches: Mapping[str, int] | None = None
-    year: int = 2020
-    incomplete: float = 0.1
-    haze: float = 0.2
-    seed: int = 0
-    delay: float = 0
+    def __init__(self, **kwargs: Any) -> None:
+        """Keep them."""
+        self.kwargs = kwargs
 
     def fill(self, root: Path, wanted: Wanted) -> None:
         """Write it."""
-        write_synthetic(root, **vars(self))
+        write_synthetic(root, **self.kwargs)
 
 
 @dataclass
@@ -127,24 +122,19 @@ class Copy(Source):
         return Path(self.folder)
 
 
-@dataclass
 class VectorLabels(Source):
     """Writes the label rasters of a data set from polygons.
 
-    The attributes are arguments of :func:`~torchgeo_s1s2.datasets.rasterize_labels`.
+    Its arguments are those of :func:`~torchgeo_s1s2.datasets.rasterize_labels`.
     """
 
-    file: str
-    attribute: str
-    classes: dict[Any, int] | str | None = None
-    layer: str | None = None
-    order: list[str | int] | None = None
-    all_touched: bool = False
-    overwrite: bool = False
+    def __init__(self, **kwargs: Any) -> None:
+        """Keep them."""
+        self.kwargs = kwargs
 
     def fill(self, root: Path, wanted: Wanted) -> None:
         """Write what is missing or has changed."""
-        rasterize_labels(root, **vars(self))
+        rasterize_labels(root, **self.kwargs)
 
 
 def copy_series(

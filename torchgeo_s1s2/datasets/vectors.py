@@ -290,10 +290,8 @@ def _write(catalog: Catalog, number: int, labels: NDArray[Any], grid: Grid, made
     usual = catalog.root / GROUND_REFERENCE / reference_name(name)
     path = catalog.ground_reference(number) or usual
     profile = {'driver': 'GTiff', 'count': 1, 'dtype': labels.dtype, 'nodata': 0}
-    profile |= {'compress': 'deflate', 'tiled': max(labels.shape) > 512}
-    place = {'crs': grid.crs, 'transform': grid.transform}
-    size = {'height': grid.height, 'width': grid.width}
-    with whole(path) as temporary, rasterio.open(temporary, 'w', **profile, **place, **size) as dst:
+    profile |= {'compress': 'deflate', 'tiled': max(labels.shape) > 512, **vars(grid)}
+    with whole(path) as temporary, rasterio.open(temporary, 'w', **profile) as dst:
         dst.write(labels, 1)
         dst.update_tags(**{TAG: made_of})
     listing = catalog.root / LABELS / f'{name}.json'
