@@ -1,6 +1,9 @@
 import json
 import os
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ from rasterio.crs import CRS
 from rasterio.transform import from_origin
 from shapely import MultiPolygon, box
 from shapely.geometry import mapping
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import benchmarks.run
 from torchgeo_s1s2.datasets import rasters
 
 mpl.use('agg')
@@ -211,6 +216,51 @@ def quiet_trainer(root: Path | None = None, **options: Any) -> Trainer:
     quiet = ('logger', 'enable_checkpointing', 'enable_progress_bar', 'enable_model_summary')
     defaults: dict[str, Any] = {'accelerator': 'cpu', 'log_every_n_steps': 1, 'max_epochs': 1}
     return Trainer(default_root_dir=root, **(defaults | dict.fromkeys(quiet, False) | options))
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split('.')[0]
+        by_booleans = name == 'index' and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        )
+        waiting = (
+            'nonzero',
+            'is_nonzero',
+            '_local_scalar_dense',
+            'bincount',
+            '_unique2',
+            'masked_select',
+        )
+        if by_booleans or name in waiting:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def trainings(run: Callable[..., object] = benchmarks.run.run) -> Iterator[list[list[str]]]:
+    """Let benchmarks train in this process, which saves the start of another; options of each."""
+    real, options = subprocess.run, list[list[str]]()
+
+    def here(command: list[str], **how: Any) -> Any:
+        if 'benchmarks.run' not in command:
+            return real(command, **how)
+        options.append(command[3:])
+        try:
+            run(*command[3:])
+        except OSError:
+            return subprocess.CompletedProcess(command, 1)
+        return subprocess.CompletedProcess(command, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, 'run', here)
+        yield options
 
 
 @pytest.fixture

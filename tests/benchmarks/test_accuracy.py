@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import trainings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics.functional.classification import (
     multiclass_cohen_kappa,
@@ -17,14 +17,13 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-import benchmarks.run
 import torchgeo_s1s2
 from benchmarks import accuracy, pastis
 from benchmarks.scores import confusions, interval, resampled, scores
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
 NAMES = 'torchgeo_convlstm', 'pixel_trees'
-REAL = subprocess.run
+Finished = tuple[accuracy.Run, list[list[str]]]
 
 
 class Die(Callback):
@@ -37,21 +36,9 @@ class Die(Callback):
             raise OSError('killed')
 
 
-def here(command: list[str], **options: Any) -> Any:
-    """Train in this process, which saves the start of another one."""
-    if 'benchmarks.run' not in command:
-        return REAL(command, **options)
-    try:
-        benchmarks.run.run(*command[3:])
-    except OSError:
-        return subprocess.CompletedProcess(command, 1)
-    return subprocess.CompletedProcess(command, 0)
-
-
 @pytest.fixture(scope='module', autouse=True)
 def in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, 'run', here)
+    with trainings():
         yield
 
 
@@ -173,28 +160,19 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(
 
 
 @pytest.fixture
-def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[accuracy.Run, list[Any]]:
-    """A run of nothing, made of small files below tmp_path, and the commands of its trainings."""
-    commands: list[Any] = []
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Finished]:
+    """A run of nothing, made of small files below tmp_path, and the options of its trainings."""
     for name in ('base.yaml', 'a.yaml', 'package/__init__.py', 'data/s2/image.tif'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('# A\n')
     monkeypatch.setattr(accuracy, 'BASE', tmp_path / 'base.yaml')
     monkeypatch.setattr(torchgeo_s1s2, '__file__', str(tmp_path / 'package' / '__init__.py'))
     run = accuracy.Run(tmp_path / 'a.yaml', 0, tmp_path / 'run')
-
-    def train(command: list[str], **options: Any) -> Any:
-        if 'benchmarks.run' not in command:
-            return REAL(command, **options)
-        commands.append(command)
-        (run.folder / 'predictions.npz').touch()
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(subprocess, 'run', train)
-    run.start(tmp_path / 'data', 1)
-    run.start(tmp_path / 'data', 1)
-    assert len(commands) == 1
-    return run, commands
+    with trainings(lambda *_: (run.folder / 'predictions.npz').touch()) as trained:
+        run.start(tmp_path / 'data', 1)
+        run.start(tmp_path / 'data', 1)
+        assert len(trained) == 1
+        yield run, trained
 
 
 @pytest.mark.parametrize(
@@ -209,22 +187,22 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[accuracy.
     ],
 )
 def test_a_run_that_was_made_otherwise_is_refused_or_repeated(
-    finished: tuple[accuracy.Run, list[Any]], tmp_path: Path, name: str, what: str
+    finished: Finished, tmp_path: Path, name: str, what: str
 ) -> None:
-    run, commands = finished
+    run, trained = finished
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('# B\n')
     os.utime(tmp_path / name, (1, 1))
     with pytest.raises(ValueError, match=rf'other settings than there are now \({what}\).*--again'):
         run.start(tmp_path / 'data', 1)
-    assert len(commands) == 1
+    assert len(trained) == 1
     run.start(tmp_path / 'data', 1, again=True)
     run.start(tmp_path / 'data', 1)
-    assert len(commands) == 2
+    assert len(trained) == 2
     assert run.settings()['made_of'] == run.made_of(tmp_path / 'data', 1)
 
 
-def test_other_epochs_are_refused(finished: tuple[accuracy.Run, list[Any]], tmp_path: Path) -> None:
+def test_other_epochs_are_refused(finished: Finished, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'\(options\)'):
         finished[0].start(tmp_path / 'data', 2)
 

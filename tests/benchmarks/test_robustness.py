@@ -1,13 +1,12 @@
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import trainings
 
-import benchmarks.run
 from benchmarks import accuracy, robustness
 from benchmarks.scores import scores
 from torchgeo_s1s2.datasets import MonthlySeries, MultiSenGE
@@ -26,20 +25,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='module')
 def output(root: Path) -> Output:
     """Folder of the results, and the options of one training, of a smaller model."""
-    trained: list[list[str]] = []
-    real = subprocess.run
-
-    def here(command: list[str], **options: Any) -> Any:
-        if 'benchmarks.run' not in command:
-            return real(command, **options)
-        trained.append(command[3:])
-        benchmarks.run.run(*command[3:])
-        return subprocess.CompletedProcess(command, 0)
-
     folder, small = root.parent / 'out', accuracy.CONF / 'inception_resnet18.yaml'
     arguments = ['--root', str(root), '--output', str(folder), '--epochs', '1']
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, 'run', here)
+    with trainings() as trained, pytest.MonkeyPatch.context() as patch:
         patch.delitem(robustness.TRAININGS, 'plain')
         accuracy.main(['--robustness', *arguments, '--configs', str(small)])
     return folder, trained
