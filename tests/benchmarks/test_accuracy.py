@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import trainings
+from conftest import results, trainings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics.functional.classification import (
     multiclass_cohen_kappa,
@@ -62,13 +62,8 @@ def run_folder(output: Path, name: str) -> Path:
     return output / 'runs' / name / 'lr_0.001' / 'seed_0'
 
 
-def results(output: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((output / 'results.json').read_text())
-    return content
-
-
 def test_scores_are_those_of_the_stored_predictions(output: Path) -> None:
-    runs = results(output)['results']
+    runs = results(output)
     assert [run['contestant'] for run in runs] == list(NAMES)
     for run in runs:
         with np.load(run_folder(output, run['contestant']) / 'predictions.npz') as stored:
@@ -115,11 +110,10 @@ def test_intervals_are_paired() -> None:
 
 
 def test_the_table_says_what_it_was_made_of(output: Path) -> None:
-    content = results(output)
     lines = (output / 'table.md').read_text().splitlines()
     assert lines[0].startswith('# Synthetic data')
     rows = [line.split(' | ') for line in lines if line.startswith('| ')]
-    for run in content['results']:
+    for run in results(output):
         for key in ('date', 'hardware', 'commit'):
             assert f'- {key}: {run["made"][key]}' in lines
         for key in ('base configuration', 'code', 'data'):
@@ -131,7 +125,7 @@ def test_the_table_says_what_it_was_made_of(output: Path) -> None:
 
 def test_only_what_is_unfinished_runs_again(output: Path, arguments: list[str]) -> None:
     finished, interrupted = (run_folder(output, name) for name in reversed(NAMES))
-    before = results(output)['results']
+    before = results(output)
     predicted = (finished / 'predictions.npz').stat().st_mtime_ns
     checkpoint = (interrupted / 'checkpoints' / 'last.ckpt').stat().st_mtime_ns
     (interrupted / 'predictions.npz').unlink()
@@ -139,7 +133,7 @@ def test_only_what_is_unfinished_runs_again(output: Path, arguments: list[str]) 
     assert (finished / 'predictions.npz').stat().st_mtime_ns == predicted
     # The epoch was done, so nothing is trained again, and the predictions are the same.
     assert (interrupted / 'checkpoints' / 'last.ckpt').stat().st_mtime_ns == checkpoint
-    assert results(output)['results'] == before
+    assert results(output) == before
 
 
 def test_an_interrupted_run_goes_on_from_its_last_epoch(
@@ -228,7 +222,7 @@ def test_pastis_gives_the_same_table(tmp_path: Path) -> None:
     config = accuracy.CONF / 'pastis' / 'pixel_trees.yaml'
     pastis.write(tmp_path / 'data', patches=10)
     accuracy.main([*options, '--seeds=1', '--epochs=1', '--rates=1e-3', '--configs', str(config)])
-    [run] = results(tmp_path)['results']
+    [run] = results(tmp_path)
     with np.load(run_folder(tmp_path, 'pixel_trees') / 'predictions.npz') as stored:
         found, mask = (torch.from_numpy(stored[k].astype(int)) for k in ('prediction', 'mask'))
     assert mask.shape == (2, 32, 32)

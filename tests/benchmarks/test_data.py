@@ -1,4 +1,3 @@
-import json
 import tarfile
 from argparse import Namespace
 from pathlib import Path
@@ -7,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from conftest import write_label_file, write_raster
+from conftest import results, write_label_file, write_raster
 
 from benchmarks import data
 from torchgeo_s1s2.datasets import MultiSenGE, copy_series
@@ -22,10 +21,6 @@ def run(function: Any, *arguments: Any) -> Any:
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, 'alone', run)
-
-
-def results(output: Path) -> list[dict[str, Any]]:
-    return list(json.loads((output / 'results.json').read_text())['results'])
 
 
 def test_starts_on_stand_ins(tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import trainings
+from conftest import results, trainings
 
 from benchmarks import accuracy, robustness
 from benchmarks.scores import scores
@@ -33,11 +32,6 @@ def output(root: Path) -> Output:
     return folder, trained
 
 
-def results(output: Output) -> list[dict[str, Any]]:
-    content = json.loads((output[0] / 'results.json').read_text())
-    return list(content['results'])
-
-
 def test_one_of_the_trainings_is_with_dropout(output: Output) -> None:
     assert robustness.TRAININGS['plain'] == ()
     (dropout,) = output[1]
@@ -49,7 +43,7 @@ def test_one_of_the_trainings_is_with_dropout(output: Output) -> None:
 
 
 def test_undisturbed_series_score_as_in_the_test_of_torchgeo(output: Output) -> None:
-    undisturbed = [r for r in results(output) if r['condition'] in ('4 of 4', 'both', '0')]
+    undisturbed = [r for r in results(output[0]) if r['condition'] in ('4 of 4', 'both', '0')]
     assert len(undisturbed) == 4
     run = accuracy.Run(Path(), 0, output[0] / 'runs' / 'inception_resnet18 dropout')
     expected = scores(run.confusions(10).sum(0))

@@ -5,7 +5,7 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
-from conftest import write_patch, write_raster
+from conftest import read_raster, write_patch, write_raster
 from numpy.typing import NDArray
 from shapely import LineString, Polygon, box
 from shapely.affinity import translate
@@ -43,8 +43,7 @@ def polygons(root: Path, *shapes: Any, crs: str = 'EPSG:32631', **columns: Any) 
 
 
 def labels(root: Path, name: str = '31UEQ_GR_0_0.tif') -> NDArray[Any]:
-    with rasterio.open(root / 'ground_reference' / name) as src:
-        return src.read(1)
+    return read_raster(root / 'ground_reference' / name)[0]
 
 
 def write(root: Path, path: Path, attribute: str, classes: Any = None, **options: Any) -> int:

@@ -1,6 +1,5 @@
 """Predictions as georeferenced rasters."""
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch.utils.data import Subset
 from torchgeo_s1s2.callbacks.layers import CONFIDENCE, class_layer, classify, write_layers
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
-from torchgeo_s1s2.errors import MapError, S1S2Warning
+from torchgeo_s1s2.errors import MapError, warn
 from torchgeo_s1s2.files import Workplace
 
 
@@ -188,11 +187,9 @@ class MapWriter(BasePredictionWriter):
             folder.mkdir(parents=True, exist_ok=True)
             left, living = Workplace.found(folder)
             if living:
-                warnings.warn(
+                warn(
                     f'{living} other runs are at work in {folder}; their unfinished files are '
-                    'left alone, but of maps of the same name the last one stays',
-                    S1S2Warning,
-                    stacklevel=2,
+                    'left alone, but of maps of the same name the last one stays'
                 )
             return self._choose(folder, left)
         except OSError as error:
@@ -246,23 +243,19 @@ class MapWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how many predictions are not finite."""
         if self._unknown:
-            warnings.warn(
+            warn(
                 f'{self._unknown} predictions are not finite where there are observations; their '
-                'pixels have no class in the map',
-                S1S2Warning,
-                stacklevel=2,
+                'pixels have no class in the map'
             )
 
     def _warn_of_older(self, paths: Iterable[Path]) -> None:
         """Say which files beside new maps are not of this run."""
         names = sorted(path.name for path in paths)
         if names:
-            warnings.warn(
+            warn(
                 f'{len(names)} files in {self.output_dir} are of an earlier run and do not belong '
                 f'to the maps of this one: {", ".join(names[:5])}. Delete them, or give another '
-                'output_dir',
-                S1S2Warning,
-                stacklevel=2,
+                'output_dir'
             )
 
     def _scheme_of(self, trainer: Trainer) -> ClassScheme:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from torchgeo_s1s2.datasets.cache import CONTENTS, TableCache, wait_for_next_tick
 from torchgeo_s1s2.datasets.rasters import Grid, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError
+from torchgeo_s1s2.errors import DataError, UnreadableError, warn
 
 LABELS, GROUND_REFERENCE = 'labels', 'ground_reference'
 FOLDERS = (*SENSORS, GROUND_REFERENCE)
@@ -175,7 +174,7 @@ class Catalog:
         self._records = [Patch(*values) for values in zip(*fields, strict=True)]
         if attrs['notes']:
             notes = '; '.join(attrs['notes'])
-            warnings.warn(f'{self.root}: {notes}', S1S2Warning, stacklevel=2)
+            warn(f'{self.root}: {notes}')
 
     @cached_property
     def acquisitions(self) -> pd.DataFrame:

@@ -34,7 +34,7 @@ from torchgeo_s1s2.datasets.catalog import (
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_power, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings
-from torchgeo_s1s2.errors import DataError, S1S2Warning
+from torchgeo_s1s2.errors import DataError, warn
 from torchgeo_s1s2.files import whole
 
 Merge = Literal['pass', 'day'] | None
@@ -150,11 +150,9 @@ def write_series(
     jobs = {name: cube.jobs(merge) for name, cube in cubes.items()}
     names = [(sensor, file_name(f'{tile}_0_0', *key)) for sensor in jobs for key in jobs[sensor]]
     if there := sum(Path(root, *name).exists() for name in names):
-        warnings.warn(
+        warn(
             f'{there} of {len(names)} images of {tile} are there already and stay as they are; '
-            'delete them to have them written anew',
-            S1S2Warning,
-            stacklevel=2,
+            'delete them to have them written anew'
         )
     write_patch(root, tile, grid, jobs, progress, image)
     return Path(root)
@@ -260,7 +258,7 @@ def _warn(outcomes: Mapping[Path, Outcome], count: int) -> None:
         why = '; '.join(f'{n} {reason}' for reason, n in reasons.items())
         notes.insert(0, f'{reasons.total()} of {count} images are left out: {why}')
     if notes:
-        warnings.warn('; '.join(notes), S1S2Warning, stacklevel=4)
+        warn('; '.join(notes), stacklevel=4)
 
 
 class _Cube:
@@ -297,11 +295,10 @@ class _Cube:
         """What is to be added at each time."""
         late = sum(float(baseline or 0) >= 4 for baseline in self.baselines)
         if offset is None and late:
-            warnings.warn(
+            warn(
                 f's2 has {late} acquisitions of processing baseline 04.00 and later, whose values '
                 'are 1,000 too high unless their source has harmonised them; give offset=-1000, '
                 'or 0 if it has',
-                S1S2Warning,
                 stacklevel=4,
             )
         if hasattr(offset, 'dims'):

@@ -1,9 +1,7 @@
 """What fills the root of a data set before a run; a configuration names it as ``source``."""
 
-import json
 import os
 import shutil
-import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +24,8 @@ from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import rasterize_labels
-from torchgeo_s1s2.errors import S1S2Warning, UnreadableError
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.errors import UnreadableError, warn
+from torchgeo_s1s2.files import whole, write_json
 
 
 class Wanted(NamedTuple):
@@ -174,11 +172,7 @@ def copy_series(
         bar = tqdm(pool.map(_copy, jobs), title, len(jobs), disable=hidden, unit='raster')
         failed = [text for text in bar if text]
     if failed:
-        warnings.warn(
-            f'{len(failed)} rasters cannot be read and are not copied: {"; ".join(failed[:3])}',
-            S1S2Warning,
-            stacklevel=2,
-        )
+        warn(f'{len(failed)} rasters cannot be read and are not copied: {"; ".join(failed[:3])}')
     for index, copies in enumerate(rasters):
         _write_label_file(dataset, index, folder, copies)
     return folder
@@ -269,6 +263,4 @@ def _write_label_file(
             names[raster.kind].add(raster.source.name)
     listed = {sensor: sorted(images) for sensor, images in names.items()}
     if listed != before:
-        with whole(path) as temporary:
-            content = label_content(listed, crs_of(patch['epsg']), patch['classes'])
-            temporary.write_text(json.dumps(content))
+        write_json(path, label_content(listed, crs_of(patch['epsg']), patch['classes']))

@@ -40,7 +40,7 @@ from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, image_name,
 from torchgeo_s1s2.datasets.labels import label_content
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.files import write_json
 
 Array = NDArray[np.float64]
 
@@ -246,8 +246,7 @@ def _claim(root: Path, settings: Mapping[str, object]) -> None:
         raise ValueError(f'{root} holds a data set that is not synthetic; give another root')
     for folder in (LABELS, GROUND_REFERENCE, *SENSORS):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    with whole(marker) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1))
+    write_json(marker, settings, indent=1)
 
 
 def _places(patches: Mapping[str, int], size: int) -> dict[str, tuple[str, int, int]]:
@@ -286,8 +285,7 @@ def _write_patch(
     labels = scene.label.astype(np.uint8)
     _write_raster(root / GROUND_REFERENCE / reference_name(name), labels[None], grid)
     content = label_content(names, grid.crs, np.unique(labels))
-    with whole(root / LABELS / f'{name}.json') as temporary:
-        temporary.write_text(json.dumps(content))
+    write_json(root / LABELS / f'{name}.json', content)
 
 
 def _draw_scene(rng: np.random.Generator, size: int, delay: float, context: bool) -> _Scene:
