@@ -39,6 +39,8 @@ ORIGINS = {'31UEQ': (32631, 500000.0, 5500000.0), '32ULU': (32632, 300000.0, 540
 S2_DATES = ('20200706', '20200805', '20200904', '20201108')
 BANDS = ('descriptions', 'scales', 'offsets', 'colorinterp')
 S1_DATES = ('20200704', '20200807', '20200904', '20201111')
+COMMON: tuple[str, ...] = ('blue', 'green', 'red', 'rededge1', 'rededge2', 'rededge3')
+COMMON += ('nir', 'nir08', 'swir16', 'swir22')
 SCHEME = ClassScheme(
     (
         LandCoverClass('Town', (255, 0, 0), (1,)),

@@ -13,14 +13,10 @@ from torchgeo_s1s2.datasets import MultiSenGE, copy_series
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
 
-def run(function: Any, *arguments: Any) -> Any:
-    """In this process, which saves the start of another one."""
-    return function(*arguments)
-
-
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, 'alone', run)
+    """Measure in this process, which saves the start of another one."""
+    monkeypatch.setattr(data, 'alone', lambda function, *arguments: function(*arguments))
 
 
 def test_starts_on_stand_ins(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+from conftest import COMMON
 
 from torchgeo_s1s2.datasets import SENSOR_BANDS, AllDates, MultiSenGE, write_series
 from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, S1S2Warning
@@ -25,8 +26,6 @@ RNG = np.random.default_rng(0)
 VALUES = RNG.integers(1, 9000, (2, len(BANDS), HEIGHT, WIDTH))
 VALUES[0, :, 3, 4] = 0  # no observation
 POWER = RNG.gamma(4, 0.02, (2, 2, HEIGHT, WIDTH)).astype('float32')
-COMMON = ['blue', 'green', 'red', 'rededge1', 'rededge2', 'rededge3']
-COMMON += ['nir', 'nir08', 'swir16', 'swir22']
 DIMS = ('time', 'y', 'x')
 
 

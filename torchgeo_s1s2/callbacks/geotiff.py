@@ -204,6 +204,10 @@ class MapWriter(BasePredictionWriter):
             workplace.leave()
         return Workplace.new(folder)
 
+    @property
+    def _folder(self) -> Path:
+        return self.output_dir or Path()
+
     def _leave(self) -> None:
         if self._workplace:
             self._workplace.leave()
@@ -347,15 +351,14 @@ class GeoTIFFWriter(MapWriter):
         values = classify(window.probabilities, window.observations, scheme.ids)
         count, grid = 2 if self.confidence else 1, window.grid
         pixels = [(Window(0, 0, grid.width, grid.height), values[:count])]
-        folder = self.output_dir or Path()
-        write_layers(folder, name, layers[:count], grid, pixels, self._unfinished)
+        write_layers(self._folder, name, layers[:count], grid, pixels, self._unfinished)
         self._written.add(name)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how many maps there are, and where."""
         super().on_predict_end(trainer, pl_module)
         if not self.confidence:
-            beside = (CONFIDENCE.path(self.output_dir or Path(), n) for n in self._written)
+            beside = (CONFIDENCE.path(self._folder, n) for n in self._written)
             self._warn_of_older(filter(Path.exists, beside))
         count = torch.tensor(len(self._written), device=pl_module.device)
         total = int(trainer.strategy.reduce(count, reduce_op='sum'))

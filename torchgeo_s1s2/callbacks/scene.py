@@ -588,10 +588,6 @@ class SceneWriter(MapWriter):
             datamodule.predict_sampler = remaining if several else remaining[0]
         return _digest(windows)
 
-    @property
-    def _folder(self) -> Path:
-        return self.output_dir or Path()
-
 
 def _is_of_a_scene(path: Path) -> bool:
     """Whether a scene's writer wrote a file, and not the user."""

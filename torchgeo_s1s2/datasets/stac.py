@@ -91,8 +91,7 @@ class StacCollection:
 
 _EARTH_SEARCH = 'https://earth-search.aws.element84.com/v1'
 _PLANETARY = 'https://planetarycomputer.microsoft.com/api/stac/v1'
-_NAMES = ('blue', 'green', 'red', 'rededge1', 'rededge2', 'rededge3')
-_COMMON = dict(zip(SENSORS['s2'].bands, (*_NAMES, 'nir', 'nir08', 'swir16', 'swir22'), strict=True))
+_COMMON = {band: name for name, band in SENSORS['s2'].aliases.items()}
 _GRD = StacCollection(
     'sentinel-1-grd',
     _EARTH_SEARCH,

@@ -79,8 +79,8 @@ def rasterize_labels(
     """
     polygons = _polygons(Path(file), layer, attribute, classes, order)
     write_label_files(root, progress=progress)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', S1S2Warning)  # the data set says the same when it is opened
+    # The data set says the same when it is opened.
+    with warnings.catch_warnings(action='ignore', category=S1S2Warning):
         catalog = Catalog(root, progress=progress, cache=False)
     numbers = [n for n in range(len(catalog.patches)) if catalog.patch(n).width]
     grids = {number: _grid(catalog, number) for number in numbers}
