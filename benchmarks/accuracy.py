@@ -40,10 +40,11 @@ from benchmarks.common import Row, provenance, report, table
 from benchmarks.run import FIT, PREDICTIONS
 from benchmarks.scores import Numbers, confusions, interval, resampled, scores
 from torchgeo_s1s2.datasets.catalog import FOLDERS, LABELS
-from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme, class_scheme
+from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.pastis import METADATA, PASTIS_CLASSES
+from torchgeo_s1s2.datasets.plot import draw_classes
 from torchgeo_s1s2.datasets.synthetic import MARKER, write_synthetic
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.files import whole, write_json
 
 CONF = Path(__file__).parent / 'conf'
 BASE = CONF / 'base.yaml'
@@ -131,9 +132,7 @@ class Run:
             shutil.rmtree(self.folder)
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with whole(path) as temporary:
-                content = {'made_of': made_of, 'made': provenance()}
-                temporary.write_text(json.dumps(content, indent=1))
+            write_json(path, {'made_of': made_of, 'made': provenance()}, indent=1)
 
     def settings(self) -> dict[str, dict[str, str]]:
         """What the run was ``made_of``, and when and where it was ``made``."""
@@ -359,8 +358,7 @@ def _maps(runs: Sequence[Run], scheme: ClassScheme, data: str, patches: int = 4)
     for (title, maps), line in zip(rows.items(), axes, strict=True):
         line[0].set_ylabel(title, rotation=0, ha='right', va='center', wrap=True, fontsize=8)
         for ax, patch in zip(line, chosen, strict=True):
-            shown = np.ma.masked_equal(maps[patch], NO_LABEL)
-            ax.imshow(shown, scheme.cmap, vmin=-0.5, vmax=len(scheme) - 0.5, interpolation='none')
+            draw_classes(ax, maps[patch], scheme, '')
             ax.set(xticks=[], yticks=[])
     handles = [Patch(color=scheme.cmap(i), label=name) for i, name in enumerate(scheme.names)]
     figure.legend(handles=handles, loc='outside lower center', ncols=2, fontsize=7)

@@ -1,6 +1,5 @@
 """What the benchmarks share: turns, memory, tables, and where they were measured."""
 
-import json
 import os
 import platform
 import subprocess
@@ -18,7 +17,7 @@ import psutil
 import torch
 from torch.utils.benchmark import Measurement, Timer, timer
 
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.files import whole, write_json
 
 MIB = 2**20
 Row = dict[str, Any]
@@ -95,11 +94,10 @@ def report(
     """
     facts = '\n'.join(f'- {name}: {value}' for name, value in about.items())
     text = f'# {title}\n\n{facts}\n\n{text or table(rows)}\n'
-    content = json.dumps({'about': about, 'results': rows}, indent=1)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, written in {'results.json': content, 'table.md': text}.items():
-        with whole(folder / name) as temporary:
-            temporary.write_text(written)
+    write_json(folder / 'results.json', {'about': about, 'results': rows}, indent=1)
+    with whole(folder / 'table.md') as temporary:
+        temporary.write_text(text)
     print(text, flush=True)
 
 

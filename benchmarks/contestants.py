@@ -26,9 +26,7 @@ class PixelLTAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Read (B, T, C, H, W), return logits (B, K, H, W)."""
-        batch, height, width = len(x), *x.shape[-2:]
-        logits: Tensor = self.head(self.encoder(_pixels(x)))
-        return logits.view(batch, height, width, -1).movedim(-1, 1)
+        return _maps(self.head(self.encoder(_pixels(x))), x)
 
 
 class LTAESegmentation(SpatioTemporalSegmentation):
@@ -53,11 +51,10 @@ class TreesSegmentation(SpatioTemporalSegmentation):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Read (B, T, C, H, W), return the logarithm of the probabilities (B, K, H, W)."""
-        batch, height, width = len(x), *x.shape[-2:]
         known = torch.from_numpy(self.trees.predict_proba(_series(x))).float()
         probabilities = torch.full((len(known), self.hparams['num_classes']), 1e-6)
         probabilities[:, self.trees.classes_] += known
-        return probabilities.log().view(batch, height, width, -1).movedim(-1, 1).to(x.device)
+        return _maps(probabilities.log().to(x.device), x)
 
     def training_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         x, y = _series(batch['image']), batch['mask'].flatten().cpu().numpy()
@@ -95,6 +92,11 @@ class OneMonth(MonthlySeries):
 def _pixels(x: Tensor) -> Tensor:
     """(B, T, C, H, W) to (B*H*W, T, C)."""
     return x.movedim((3, 4), (1, 2)).flatten(0, 2)
+
+
+def _maps(values: Tensor, x: Tensor) -> Tensor:
+    """(B*H*W, K) of the pixels of (B, T, C, H, W) to (B, K, H, W)."""
+    return values.view(len(x), *x.shape[-2:], -1).movedim(-1, 1)
 
 
 def _series(x: Tensor) -> np.ndarray:

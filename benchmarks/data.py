@@ -30,7 +30,7 @@ from torchgeo_s1s2.datamodules.statistics import Statistics
 from torchgeo_s1s2.datasets import SENSOR_BANDS, Catalog, MultiSenGE, copy_series
 from torchgeo_s1s2.datasets.catalog import CACHE, GROUND_REFERENCE, KEYS, LABELS, reference_name
 from torchgeo_s1s2.datasets.labels import write_label_files
-from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS
+from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS, Grid, crs_of
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
 
@@ -84,9 +84,8 @@ def write_stand_ins(archive: Path, root: Path) -> int:
 def _write_reference(path: Path, patch: Any) -> None:
     """A sparse raster of 256 x 256 pixels; where its tile lies does not matter."""
     place = from_origin(400000 + 10 * patch.x, 5500000 - 10 * patch.y, 10, 10)
-    where: Any = {'crs': f'EPSG:{patch.epsg}', 'transform': place}
-    size: Any = {'width': 256, 'height': 256, 'count': 1, 'dtype': 'uint8', 'sparse_ok': True}
-    rasterio.open(path, 'w', driver='GTiff', **where, **size).close()
+    where = vars(Grid(crs_of(patch.epsg), place, 256, 256))
+    rasterio.open(path, 'w', 'GTiff', count=1, dtype='uint8', sparse_ok=True, **where).close()
 
 
 def reading(options: argparse.Namespace) -> Iterator[Row]:

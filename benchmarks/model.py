@@ -41,13 +41,10 @@ class Plain(PlainFuseLSTM):
 
 def ours(slots: int, recompute: bool = False) -> nn.Module:
     """Our model, with the weights of a plain one from the same seed."""
-    channels: Any = {'in_channels': slots * CHANNELS, 'classes': CLASSES}
-    model: Any = smp.Unet('vgg16_convlstm_inception', encoder_weights=None, **channels)
+    model = other_backbone(slots, 'vgg16_convlstm_inception', recompute)
     torch.manual_seed(0)
-    model.load_state_dict(fuselstm_to_unet(PlainFuseLSTM(CLASSES).state_dict()))
-    if recompute:
-        model.encoder.set_recompute_gates()
-    return nn.Sequential(model)
+    model[0].load_state_dict(fuselstm_to_unet(PlainFuseLSTM(CLASSES).state_dict()))
+    return model
 
 
 def unet_stacked(slots: int) -> nn.Module:
@@ -56,7 +53,7 @@ def unet_stacked(slots: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(1, 2), unet)
 
 
-def other_backbone(slots: int, backbone: str = 'utae', recompute: bool = False) -> nn.Module:
+def other_backbone(slots: int, backbone: str = 'utae', recompute: bool = False) -> nn.Sequential:
     """Another backbone of ours with smp's U-Net."""
     channels: Any = {'in_channels': slots * CHANNELS, 'classes': CLASSES}
     model: Any = smp.Unet(backbone, encoder_weights=None, **channels)

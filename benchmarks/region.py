@@ -5,10 +5,8 @@ python -m benchmarks.region map CHECKPOINT  # of the demo: conf/region.yaml, and
 """
 
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,11 @@ import torchgeo.main
 from rasterio.warp import transform_bounds
 
 import torchgeo_s1s2
+from benchmarks.common import Row, alone, measured, table
 from benchmarks.server import item, serve_files, serve_items, write_cog
 from torchgeo_s1s2.datasets import SENSOR_BANDS, MultiSenGE, SentinelRegion, StacCollection
 from torchgeo_s1s2.datasets.classes import class_scheme
+from torchgeo_s1s2.datasets.plot import draw_classes
 from torchgeo_s1s2.datasets.region import _PROFILE
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
@@ -71,33 +71,24 @@ def plain(api: str, region: SentinelRegion, root: Path) -> None:
     bands = [*SENSOR_BANDS['s2']]
     chunks: Any = {'x': region.chunk, 'y': region.chunk}
     data = odc.stac.load(found.items(), bands=bands, geobox=box, chunks=chunks)
-    profile = _PROFILE | {'width': grid.width, 'height': grid.height, 'count': 10, 'predictor': 2}
-    profile |= {'crs': grid.crs, 'transform': grid.transform, 'dtype': 'int16', 'nodata': -10000}
+    profile = _PROFILE | vars(grid) | {'count': 10, 'predictor': 2}
+    profile |= {'dtype': 'int16', 'nodata': -10000}
     for number in range(data.sizes['time']):
         with rasterio.open(root / f'{number}.tif', 'w', **profile) as dst:
             dst.write(data.isel(time=number).to_array().compute().values)
 
 
-def child(what: str, api: str, size: int, bounds: str, root: str) -> None:
-    """One run in a process of its own; prints its seconds and peak of memory."""
-    region = SentinelRegion(
-        json.loads(bounds), SEASON, api, {'s2': S2}, clouds=[], num_workers=2, chunk=1024
-    )
-    start = time.perf_counter()
-    if what == 'plain':
-        plain(api, region, Path(root))
-    else:
-        region.write(root, ['s2'], progress=False)
-    seconds = time.perf_counter() - start
-    # What getrusage tells includes the parent's peak.
-    status = Path('/proc/self/status').read_text()
-    peak = int(status.split('VmHWM:')[1].split()[0]) // 1024
-    print(json.dumps({'what': what, 'size': size, 'seconds': seconds, 'peak MiB': peak}))
+def measure(what: str, api: str, size: int, bounds: list[float], root: Path) -> Row:
+    """Seconds and memory of one run."""
+    region = SentinelRegion(bounds, SEASON, api, {'s2': S2}, clouds=[], num_workers=2, chunk=1024)
+    with measured() as found:
+        plain(api, region, root) if what == 'plain' else region.write(root, ['s2'], progress=False)
+    return {'what': what, 'size': size, **found}
 
 
 def speed(sizes: tuple[int, ...] = (2048, 4096), rounds: int = 3, dates: int = 4) -> None:
-    """Runs that take turns; a table of seconds and peak memory."""
-    rng = np.random.default_rng(0)
+    """Runs that take turns, each in a process of its own; a table of seconds and memory."""
+    rng, rows = np.random.default_rng(0), []
     with tempfile.TemporaryDirectory() as name, serve_files(Path(name)) as files:
         root, items, side = Path(name), [], max(sizes) + 8
         for date in range(dates):
@@ -111,13 +102,12 @@ def speed(sizes: tuple[int, ...] = (2048, 4096), rounds: int = 3, dates: int = 4
             items.append(item(str(date), S2.collection, day, assets, folder / 'SCL.tif'))
         with serve_items(items, root) as api:
             for size in [*sizes] * rounds:
+                place = (399980, 5400020 - 10 * size, 399940 + 10 * size, 5399980)
+                bounds = [*transform_bounds('EPSG:32632', 'EPSG:4326', *place)]
                 for what in ('ours', 'plain'):
-                    west, north, east, south = 399960, 5400000, *(v * 10 for v in (size, size))
-                    place = (west + 20, north - south + 20, west + east - 20, north - 20)
-                    bounds = json.dumps([*transform_bounds('EPSG:32632', 'EPSG:4326', *place)])
                     with tempfile.TemporaryDirectory(dir=root) as out:
-                        command = [sys.executable, '-m', 'benchmarks.region', 'child', what, api]
-                        subprocess.run([*command, str(size), bounds, out], check=True)
+                        rows.append(alone(measure, what, api, size, bounds, Path(out)))
+    print(table(rows))
 
 
 def map_region(checkpoint: str, output: Path = Path('outputs/region.png')) -> None:
@@ -153,8 +143,7 @@ def map_region(checkpoint: str, output: Path = Path('outputs/region.png')) -> No
         ax.set_title(f'served, {title}')
     axes[2].imshow(np.array([colours[i] for i in range(256)], np.uint8)[ids])
     axes[2].set_title('the map (COG)')
-    axes[3].imshow(truth, scheme.cmap, vmin=-0.5, vmax=9.5, interpolation='none')
-    axes[3].set_title('truth')
+    draw_classes(axes[3], truth, scheme, 'truth')
     for ax in axes:
         ax.axis('off')
     figure.suptitle('Synthetic data: a box in degrees and a season in, a map out')
@@ -163,9 +152,7 @@ def map_region(checkpoint: str, output: Path = Path('outputs/region.png')) -> No
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['child']:
-        child(sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])
-    elif sys.argv[1:2] == ['map']:
+    if sys.argv[1:2] == ['map']:
         map_region(sys.argv[2])
     else:
         speed()

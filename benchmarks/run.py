@@ -1,6 +1,5 @@
 """Fits and tests one contestant with TorchGeo's command, in a process of its own."""
 
-import json
 import resource
 import sys
 import time
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchgeo.main import main
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.files import whole, write_json
 
 FIT, PREDICTIONS = 'fit.json', 'predictions.npz'
 
@@ -71,8 +70,7 @@ class Recorder(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parameters = sum(p.numel() for p in pl_module.parameters())
         content = {**self.state_dict(), 'parameters': parameters}
-        with whole(Path(trainer.default_root_dir, FIT)) as path:
-            path.write_text(json.dumps(content, indent=1))
+        write_json(Path(trainer.default_root_dir, FIT), content, indent=1)
 
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 

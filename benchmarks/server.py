@@ -29,6 +29,8 @@ from rasterio.warp import transform_geom
 from shapely import box
 from shapely.geometry import mapping, shape
 
+from torchgeo_s1s2.datasets.rasters import Grid, crs_of
+
 
 @dataclass
 class Files:
@@ -182,18 +184,10 @@ def write_cog(
 ) -> None:
     """Write a band (H, W) as a COG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    profile = {
-        'driver': 'COG',
-        'width': value.shape[1],
-        'height': value.shape[0],
-        'count': 1,
-        'dtype': value.dtype,
-        'crs': rasterio.CRS.from_epsg(epsg),
-        'transform': from_origin(left, top, res, res),
-        'compress': 'deflate',
-        'blocksize': 512,
-    }
-    with rasterio.open(path, 'w', **(profile | options)) as dst:
+    height, width = value.shape
+    grid = Grid(crs_of(epsg), from_origin(left, top, res, res), width, height)
+    profile = {'count': 1, 'dtype': value.dtype, 'compress': 'deflate', 'blocksize': 512} | options
+    with rasterio.open(path, 'w', 'COG', **vars(grid), **profile) as dst:
         dst.write(value, 1)
 
 

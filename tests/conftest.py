@@ -1,6 +1,10 @@
 import json
 import os
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,12 @@ from rasterio.crs import CRS
 from rasterio.transform import from_origin
 from shapely import MultiPolygon, box
 from shapely.geometry import mapping
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchgeo.main import main
 
-from torchgeo_s1s2.datasets import rasters
+import benchmarks.run
+from torchgeo_s1s2.datasets import ClassScheme, LandCoverClass, rasters
+from torchgeo_s1s2.datasets.rasters import Grid
 
 mpl.use('agg')
 # Workers of pytest-xdist share the cores, and so do the commands that they start.
@@ -31,6 +39,16 @@ ORIGINS = {'31UEQ': (32631, 500000.0, 5500000.0), '32ULU': (32632, 300000.0, 540
 S2_DATES = ('20200706', '20200805', '20200904', '20201108')
 BANDS = ('descriptions', 'scales', 'offsets', 'colorinterp')
 S1_DATES = ('20200704', '20200807', '20200904', '20201111')
+COMMON: tuple[str, ...] = ('blue', 'green', 'red', 'rededge1', 'rededge2', 'rededge3')
+COMMON += ('nir', 'nir08', 'swir16', 'swir22')
+SCHEME = ClassScheme(
+    (
+        LandCoverClass('Town', (255, 0, 0), (1,)),
+        LandCoverClass('Field & meadow', (0, 255, 0), (2,)),
+        LandCoverClass('Water', (0, 0, 255), (3,)),
+    ),
+    ids=(1, 4, 7),
+)
 
 
 def write_raster(
@@ -46,15 +64,8 @@ def write_raster(
     """A raster; options are of its profile, or what is set of its bands."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count, height, width = data.shape
-    profile = {
-        'driver': 'GTiff',
-        'count': count,
-        'height': height,
-        'width': width,
-        'dtype': data.dtype.name,
-        'crs': CRS.from_epsg(epsg),
-        'transform': from_origin(left, top, res, res),
-    }
+    grid = Grid(CRS.from_epsg(epsg), from_origin(left, top, res, res), width, height)
+    profile = {'driver': 'GTiff', 'count': count, 'dtype': data.dtype.name} | vars(grid)
     bands = {name: options.pop(name) for name in BANDS if name in options}
     inside = rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True)
     with inside, rasterio.open(path, 'w', **(profile | options)) as dst:
@@ -63,6 +74,13 @@ def write_raster(
         dst.write(data)
         if mask is not None:
             dst.write_mask(mask)
+
+
+def read_raster(path: Path) -> NDArray[Any]:
+    """Bands (C, H, W) as they are on disk."""
+    with rasterio.open(path) as src:
+        value: NDArray[Any] = src.read()
+    return value
 
 
 def write_label_file(
@@ -211,6 +229,77 @@ def quiet_trainer(root: Path | None = None, **options: Any) -> Trainer:
     quiet = ('logger', 'enable_checkpointing', 'enable_progress_bar', 'enable_model_summary')
     defaults: dict[str, Any] = {'accelerator': 'cpu', 'log_every_n_steps': 1, 'max_epochs': 1}
     return Trainer(default_root_dir=root, **(defaults | dict.fromkeys(quiet, False) | options))
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split('.')[0]
+        by_booleans = name == 'index' and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        )
+        waiting = (
+            'nonzero',
+            'is_nonzero',
+            '_local_scalar_dense',
+            'bincount',
+            '_unique2',
+            'masked_select',
+        )
+        if by_booleans or name in waiting:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def trainings(run: Callable[..., object] = benchmarks.run.run) -> Iterator[list[list[str]]]:
+    """Let benchmarks train in this process, which saves the start of another; options of each."""
+    real, options = subprocess.run, list[list[str]]()
+
+    def here(command: list[str], **how: Any) -> Any:
+        if 'benchmarks.run' not in command:
+            return real(command, **how)
+        options.append(command[3:])
+        try:
+            run(*command[3:])
+        except OSError:
+            return subprocess.CompletedProcess(command, 1)
+        return subprocess.CompletedProcess(command, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, 'run', here)
+        yield options
+
+
+def torchgeo(folder: Path, *arguments: str) -> None:
+    """What the command ``torchgeo`` runs, in a folder."""
+    with chdir(folder):
+        main([*arguments])
+
+
+def run_script(folder: Path, script: str) -> str:
+    """Run ``two.py``, which starts processes of its own, in a folder; what it printed."""
+    (folder / 'two.py').write_text(script)
+    done = subprocess.run(
+        [sys.executable, 'two.py'],
+        cwd=folder,
+        env=os.environ | {'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """Rows that a benchmark has written."""
+    return list(json.loads((folder / 'results.json').read_text())['results'])
 
 
 @pytest.fixture

@@ -1,17 +1,15 @@
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
-from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 import torch
-from torchgeo.main import main
+from conftest import run_script, torchgeo
 
 import torchgeo_s1s2
 from torchgeo_s1s2.errors import S1S2Warning
@@ -26,9 +24,7 @@ ELSEWHERE = '--trainer.logger.init_args.save_dir=predicted'
 
 
 def command(folder: Path, subcommand: str, *options: str, conf: Path = CONF) -> None:
-    """What ``torchgeo`` runs, in a folder of its own."""
-    with chdir(folder):
-        main([subcommand, f'--config={conf}', *options])
+    torchgeo(folder, subcommand, f'--config={conf}', *options)
 
 
 def logged(path: Path, prefix: str) -> dict[str, str]:
@@ -96,8 +92,8 @@ def test_a_checkpoint_of_four_dates_tests_three(fitted: Path) -> None:
 
 def test_command_maps_each_patch_on_the_grid_of_its_images(fitted: Path) -> None:
     """The real command, in a process of its own."""
-    torchgeo = Path(sys.executable).with_name('torchgeo')
-    arguments = [str(torchgeo), 'predict', f'--config={CONF}', CHECKPOINT, ELSEWHERE]
+    program = Path(sys.executable).with_name('torchgeo')
+    arguments = [str(program), 'predict', f'--config={CONF}', CHECKPOINT, ELSEWHERE]
     done = subprocess.run(arguments, cwd=fitted, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert '2 maps written to outputs/maps' in done.stdout
@@ -187,20 +183,9 @@ if __name__ == '__main__':
 
 def test_two_processes_measure_and_map_as_one(tmp_path: Path) -> None:
     """Fit, test and predict with two processes, then validate and test with one."""
-    script = tmp_path / 'two.py'
-    script.write_text(TWO)
-    environment = os.environ | {'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [sys.executable, script],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('val metrics') == 1
-    assert '3 maps written' in done.stdout
+    printed = run_script(tmp_path, TWO)
+    assert printed.count('val metrics') == 1
+    assert '3 maps written' in printed
     check_maps(tmp_path, '31UFP', 3)
     check_shares(tmp_path)
     test = '--trainer.logger.init_args.save_dir=one_tested'

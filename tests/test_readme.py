@@ -3,21 +3,19 @@
 import shlex
 import shutil
 import tarfile
-import threading
 from collections.abc import Iterator
 from contextlib import chdir
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from conftest import quiet_trainer
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from torchgeo.main import main
 
 import torchgeo_s1s2
+from benchmarks.server import serve_files
 from torchgeo_s1s2.datasets import MultiSenGE
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
@@ -72,15 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ('labels', 'ground_reference', 's2', 's1'):
         with tarfile.open(folder / 'served' / f'{name}.tgz', 'w:gz') as tar:
             tar.add(root / name, name)
-    handler = partial(SimpleHTTPRequestHandler, directory=str(folder / 'served'))
-    with (
-        ThreadingHTTPServer(('127.0.0.1', 0), handler) as server,
-        pytest.MonkeyPatch.context() as m,
-    ):
-        m.setattr(MultiSenGE, 'url', f'http://127.0.0.1:{server.server_address[1]}')
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with serve_files(folder / 'served') as files, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MultiSenGE, 'url', files.url)
         yield folder
-        server.shutdown()
 
 
 def write_checkpoint(path: Path) -> None:
@@ -88,7 +80,7 @@ def write_checkpoint(path: Path) -> None:
     task = S1S2SemanticSegmentation(
         backbone='resnet18_convlstm_inception', in_channels=48, num_classes=10
     )
-    trainer = Trainer(accelerator='cpu', logger=False, enable_progress_bar=False)
+    trainer = quiet_trainer()
     trainer.strategy.connect(task)
     trainer.save_checkpoint(path)
     assert torch.load(path, weights_only=True)['state_dict']

@@ -1,7 +1,6 @@
 """conf/region.yaml: from a place and a season to a map in one run."""
 
 import json
-from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,9 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
+from conftest import read_raster, torchgeo
 from rasterio.windows import from_bounds
 from shapely import box
-from torchgeo.main import main
 from urllib3 import Retry
 
 import torchgeo_s1s2
@@ -26,17 +25,12 @@ FIT = Path(__file__).parent / 'conf' / 'multisenge.yaml'
 MODEL = ('--model.init_args.backbone=resnet18_convlstm_inception', '--trainer.accelerator=cpu')
 
 
-def read(path: Path) -> Any:
-    with rasterio.open(path) as src:
-        return src.read()
-
-
 def test_predict_downloads_maps_and_writes(tmp_path: Path) -> None:
     from benchmarks.region import S1, S2, SEASON, bounds_of, publish
     from benchmarks.server import serve_files, serve_items
 
-    with chdir(tmp_path):
-        main(['fit', f'--config={FIT}', '--data.init_args.source.init_args.size=128'])
+    size = '--data.init_args.source.init_args.size=128'
+    torchgeo(tmp_path, 'fit', f'--config={FIT}', size)
     images = sorted(tmp_path.glob('data/s[12]/32ULU_*.tif'))
     patch = images[0].stem.split('_', 3)[-1]
     images = [image for image in images if image.stem.endswith(patch)]
@@ -49,8 +43,7 @@ def test_predict_downloads_maps_and_writes(tmp_path: Path) -> None:
             own = {'source': {'init_args': source | {'collections': known}}}
             (tmp_path / 'own.yaml').write_text(json.dumps({'data': {'init_args': own}}))
             options = [*MODEL, '--ckpt_path=outputs/best.ckpt', '--config=own.yaml']
-            with chdir(tmp_path):
-                main(['predict', f'--config={CONF}', *options])
+            torchgeo(tmp_path, 'predict', f'--config={CONF}', *options)
     # The same pixels cut out with rasterio alone, and mapped.
     direct = tmp_path / 'direct'
     for image in images:
@@ -70,15 +63,14 @@ def test_predict_downloads_maps_and_writes(tmp_path: Path) -> None:
             dst.write(value)
     write_label_files(direct, progress=False)
     check_fit(tmp_path, source | {'collections': known}, images[0])
-    with chdir(tmp_path):
-        plain = ['--data.init_args.source=null', '--data.init_args.root=direct']
-        elsewhere = '--trainer.callbacks.init_args.output_dir=outputs/direct'
-        main(['predict', f'--config={CONF}', *options[:-1], *plain, elsewhere])
+    plain = ['--data.init_args.source=null', '--data.init_args.root=direct']
+    elsewhere = '--trainer.callbacks.init_args.output_dir=outputs/direct'
+    torchgeo(tmp_path, 'predict', f'--config={CONF}', *options[:-1], *plain, elsewhere)
     ours, theirs = (sorted(tmp_path.glob(f'outputs/{n}/*.tif')) for n in ('region', 'direct'))
     assert ours
     assert [p.name for p in ours] == [p.name for p in theirs]
     for path, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(read(path), read(other))
+        np.testing.assert_array_equal(read_raster(path), read_raster(other))
 
 
 def check_fit(folder: Path, source: dict[str, Any], image: Path) -> None:
@@ -100,13 +92,13 @@ def check_fit(folder: Path, source: dict[str, Any], image: Path) -> None:
     splits = {'class_path': f'{datasets}.BlockSplits', 'init_args': blocks}
     data = {'source': sources, 'splits': splits, 'patch_size': 32, 'batch_size': 2}
     (folder / 'fit.yaml').write_text(json.dumps({'data': {'init_args': data}}))
-    with chdir(folder):
-        main(['fit', f'--config={CONF}', *MODEL, '--config=fit.yaml', '--trainer.max_epochs=1'])
+    options = [*MODEL, '--config=fit.yaml', '--trainer.max_epochs=1']
+    torchgeo(folder, 'fit', f'--config={CONF}', *options)
     [reference] = (folder / 'data' / 'region' / 'ground_reference').glob('*.tif')
     with rasterio.open(reference) as src:
         half = round((middle - src.bounds.left) / 10)
-        assert (read(reference)[0, :, :half] == 6).all()
-        assert (read(reference)[0, :, half:] == 11).all()
+        assert (read_raster(reference)[0, :, :half] == 6).all()
+        assert (read_raster(reference)[0, :, half:] == 11).all()
 
 
 def test_without_network_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +106,8 @@ def test_without_network_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ('http_proxy', 'https_proxy', 'all_proxy'):
         monkeypatch.setenv(name, 'http://127.0.0.1:9')
         monkeypatch.setenv(name.upper(), 'http://127.0.0.1:9')
-    with chdir(tmp_path), pytest.raises(DownloadError) as error:
-        main(['predict', f'--config={CONF}', *MODEL])
+    with pytest.raises(DownloadError) as error:
+        torchgeo(tmp_path, 'predict', f'--config={CONF}', *MODEL)
     message = str(error.value)
     assert message.startswith('sentinel-2-l2a at https://planetarycomputer.microsoft.com/api/stac')
     assert 'Check the network' in message

@@ -1,5 +1,7 @@
 """Errors and warnings of the package."""
 
+import warnings
+
 
 class S1S2Error(Exception):
     """Base of the package's errors about data, files and downloads."""
@@ -39,3 +41,8 @@ class ArchiveChangedError(DownloadError):
 
 class S1S2Warning(UserWarning):
     """Something was left out, replaced or assumed; the message counts it."""
+
+
+def warn(message: str, stacklevel: int = 2) -> None:
+    """Give an S1S2Warning; the stack counts from the function that calls this."""
+    warnings.warn(message, S1S2Warning, stacklevel=stacklevel + 1)

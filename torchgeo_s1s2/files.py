@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and the folder of a run's unfinished ones."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -43,6 +44,12 @@ def whole(path: str | os.PathLike[str], within: Path | None = None) -> Iterator[
                 os.fsync(written.fileno())
         for file in files:
             file.replace(path.parent / file.name)
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write JSON, whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent))
 
 
 class Workplace:

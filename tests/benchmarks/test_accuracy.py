@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import results, trainings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics.functional.classification import (
     multiclass_cohen_kappa,
@@ -17,14 +17,13 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-import benchmarks.run
 import torchgeo_s1s2
 from benchmarks import accuracy, pastis
 from benchmarks.scores import confusions, interval, resampled, scores
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
 NAMES = 'torchgeo_convlstm', 'pixel_trees'
-REAL = subprocess.run
+Finished = tuple[accuracy.Run, list[list[str]]]
 
 
 class Die(Callback):
@@ -37,21 +36,9 @@ class Die(Callback):
             raise OSError('killed')
 
 
-def here(command: list[str], **options: Any) -> Any:
-    """Train in this process, which saves the start of another one."""
-    if 'benchmarks.run' not in command:
-        return REAL(command, **options)
-    try:
-        benchmarks.run.run(*command[3:])
-    except OSError:
-        return subprocess.CompletedProcess(command, 1)
-    return subprocess.CompletedProcess(command, 0)
-
-
 @pytest.fixture(scope='module', autouse=True)
 def in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, 'run', here)
+    with trainings():
         yield
 
 
@@ -75,13 +62,8 @@ def run_folder(output: Path, name: str) -> Path:
     return output / 'runs' / name / 'lr_0.001' / 'seed_0'
 
 
-def results(output: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((output / 'results.json').read_text())
-    return content
-
-
 def test_scores_are_those_of_the_stored_predictions(output: Path) -> None:
-    runs = results(output)['results']
+    runs = results(output)
     assert [run['contestant'] for run in runs] == list(NAMES)
     for run in runs:
         with np.load(run_folder(output, run['contestant']) / 'predictions.npz') as stored:
@@ -128,11 +110,10 @@ def test_intervals_are_paired() -> None:
 
 
 def test_the_table_says_what_it_was_made_of(output: Path) -> None:
-    content = results(output)
     lines = (output / 'table.md').read_text().splitlines()
     assert lines[0].startswith('# Synthetic data')
     rows = [line.split(' | ') for line in lines if line.startswith('| ')]
-    for run in content['results']:
+    for run in results(output):
         for key in ('date', 'hardware', 'commit'):
             assert f'- {key}: {run["made"][key]}' in lines
         for key in ('base configuration', 'code', 'data'):
@@ -144,7 +125,7 @@ def test_the_table_says_what_it_was_made_of(output: Path) -> None:
 
 def test_only_what_is_unfinished_runs_again(output: Path, arguments: list[str]) -> None:
     finished, interrupted = (run_folder(output, name) for name in reversed(NAMES))
-    before = results(output)['results']
+    before = results(output)
     predicted = (finished / 'predictions.npz').stat().st_mtime_ns
     checkpoint = (interrupted / 'checkpoints' / 'last.ckpt').stat().st_mtime_ns
     (interrupted / 'predictions.npz').unlink()
@@ -152,7 +133,7 @@ def test_only_what_is_unfinished_runs_again(output: Path, arguments: list[str]) 
     assert (finished / 'predictions.npz').stat().st_mtime_ns == predicted
     # The epoch was done, so nothing is trained again, and the predictions are the same.
     assert (interrupted / 'checkpoints' / 'last.ckpt').stat().st_mtime_ns == checkpoint
-    assert results(output)['results'] == before
+    assert results(output) == before
 
 
 def test_an_interrupted_run_goes_on_from_its_last_epoch(
@@ -173,28 +154,19 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(
 
 
 @pytest.fixture
-def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[accuracy.Run, list[Any]]:
-    """A run of nothing, made of small files below tmp_path, and the commands of its trainings."""
-    commands: list[Any] = []
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Finished]:
+    """A run of nothing, made of small files below tmp_path, and the options of its trainings."""
     for name in ('base.yaml', 'a.yaml', 'package/__init__.py', 'data/s2/image.tif'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('# A\n')
     monkeypatch.setattr(accuracy, 'BASE', tmp_path / 'base.yaml')
     monkeypatch.setattr(torchgeo_s1s2, '__file__', str(tmp_path / 'package' / '__init__.py'))
     run = accuracy.Run(tmp_path / 'a.yaml', 0, tmp_path / 'run')
-
-    def train(command: list[str], **options: Any) -> Any:
-        if 'benchmarks.run' not in command:
-            return REAL(command, **options)
-        commands.append(command)
-        (run.folder / 'predictions.npz').touch()
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(subprocess, 'run', train)
-    run.start(tmp_path / 'data', 1)
-    run.start(tmp_path / 'data', 1)
-    assert len(commands) == 1
-    return run, commands
+    with trainings(lambda *_: (run.folder / 'predictions.npz').touch()) as trained:
+        run.start(tmp_path / 'data', 1)
+        run.start(tmp_path / 'data', 1)
+        assert len(trained) == 1
+        yield run, trained
 
 
 @pytest.mark.parametrize(
@@ -209,22 +181,22 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[accuracy.
     ],
 )
 def test_a_run_that_was_made_otherwise_is_refused_or_repeated(
-    finished: tuple[accuracy.Run, list[Any]], tmp_path: Path, name: str, what: str
+    finished: Finished, tmp_path: Path, name: str, what: str
 ) -> None:
-    run, commands = finished
+    run, trained = finished
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('# B\n')
     os.utime(tmp_path / name, (1, 1))
     with pytest.raises(ValueError, match=rf'other settings than there are now \({what}\).*--again'):
         run.start(tmp_path / 'data', 1)
-    assert len(commands) == 1
+    assert len(trained) == 1
     run.start(tmp_path / 'data', 1, again=True)
     run.start(tmp_path / 'data', 1)
-    assert len(commands) == 2
+    assert len(trained) == 2
     assert run.settings()['made_of'] == run.made_of(tmp_path / 'data', 1)
 
 
-def test_other_epochs_are_refused(finished: tuple[accuracy.Run, list[Any]], tmp_path: Path) -> None:
+def test_other_epochs_are_refused(finished: Finished, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'\(options\)'):
         finished[0].start(tmp_path / 'data', 2)
 
@@ -250,7 +222,7 @@ def test_pastis_gives_the_same_table(tmp_path: Path) -> None:
     config = accuracy.CONF / 'pastis' / 'pixel_trees.yaml'
     pastis.write(tmp_path / 'data', patches=10)
     accuracy.main([*options, '--seeds=1', '--epochs=1', '--rates=1e-3', '--configs', str(config)])
-    [run] = results(tmp_path)['results']
+    [run] = results(tmp_path)
     with np.load(run_folder(tmp_path, 'pixel_trees') / 'predictions.npz') as stored:
         found, mask = (torch.from_numpy(stored[k].astype(int)) for k in ('prediction', 'mask'))
     assert mask.shape == (2, 32, 32)

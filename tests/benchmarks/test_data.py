@@ -1,4 +1,3 @@
-import json
 import tarfile
 from argparse import Namespace
 from pathlib import Path
@@ -7,25 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from conftest import write_label_file, write_raster
+from conftest import results, write_label_file, write_raster
 
 from benchmarks import data
 from torchgeo_s1s2.datasets import MultiSenGE, copy_series
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 
 
-def run(function: Any, *arguments: Any) -> Any:
-    """In this process, which saves the start of another one."""
-    return function(*arguments)
-
-
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, 'alone', run)
-
-
-def results(output: Path) -> list[dict[str, Any]]:
-    return list(json.loads((output / 'results.json').read_text())['results'])
+    """Measure in this process, which saves the start of another one."""
+    monkeypatch.setattr(data, 'alone', lambda function, *arguments: function(*arguments))
 
 
 def test_starts_on_stand_ins(tmp_path: Path) -> None:

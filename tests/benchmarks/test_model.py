@@ -1,8 +1,8 @@
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import results
 from torch import Tensor, nn
 
 from benchmarks import model
@@ -71,7 +71,7 @@ def test_every_model_is_measured_in_every_cell(
     monkeypatch.setattr(model, 'MODES', {'plain': model.OTHERS['pixel-ltae']})
     options = ['--slots', '1', '2', '--sizes', '8', '--rounds', '2', '--device', 'cpu']
     model.main([*options, '--models', 'pixel-ltae', '--output', str(tmp_path)])
-    rows = json.loads((tmp_path / 'results.json').read_text())['results']
+    rows = results(tmp_path)
     names = 'plain', 'pixel-ltae'
     assert [(r['T'], r['pixels'], r['model']) for r in rows] == [
         (t, 8, name) for t in (1, 2) for name in names

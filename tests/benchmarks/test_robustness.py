@@ -1,13 +1,11 @@
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import results, trainings
 
-import benchmarks.run
 from benchmarks import accuracy, robustness
 from benchmarks.scores import scores
 from torchgeo_s1s2.datasets import MonthlySeries, MultiSenGE
@@ -26,28 +24,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='module')
 def output(root: Path) -> Output:
     """Folder of the results, and the options of one training, of a smaller model."""
-    trained: list[list[str]] = []
-    real = subprocess.run
-
-    def here(command: list[str], **options: Any) -> Any:
-        if 'benchmarks.run' not in command:
-            return real(command, **options)
-        trained.append(command[3:])
-        benchmarks.run.run(*command[3:])
-        return subprocess.CompletedProcess(command, 0)
-
     folder, small = root.parent / 'out', accuracy.CONF / 'inception_resnet18.yaml'
     arguments = ['--root', str(root), '--output', str(folder), '--epochs', '1']
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, 'run', here)
+    with trainings() as trained, pytest.MonkeyPatch.context() as patch:
         patch.delitem(robustness.TRAININGS, 'plain')
         accuracy.main(['--robustness', *arguments, '--configs', str(small)])
     return folder, trained
-
-
-def results(output: Output) -> list[dict[str, Any]]:
-    content = json.loads((output[0] / 'results.json').read_text())
-    return list(content['results'])
 
 
 def test_one_of_the_trainings_is_with_dropout(output: Output) -> None:
@@ -61,7 +43,7 @@ def test_one_of_the_trainings_is_with_dropout(output: Output) -> None:
 
 
 def test_undisturbed_series_score_as_in_the_test_of_torchgeo(output: Output) -> None:
-    undisturbed = [r for r in results(output) if r['condition'] in ('4 of 4', 'both', '0')]
+    undisturbed = [r for r in results(output[0]) if r['condition'] in ('4 of 4', 'both', '0')]
     assert len(undisturbed) == 4
     run = accuracy.Run(Path(), 0, output[0] / 'runs' / 'inception_resnet18 dropout')
     expected = scores(run.confusions(10).sum(0))

@@ -9,7 +9,7 @@ import pytest
 import rasterio
 import rasterio.shutil
 import torch
-from conftest import quiet_trainer
+from conftest import SCHEME, quiet_trainer, read_raster
 from lightning.pytorch import LightningModule
 from rasterio.transform import Affine, from_origin
 from rasterio.windows import Window
@@ -20,19 +20,9 @@ from torchgeo.datasets import stack_samples
 from torchgeo_s1s2.callbacks import GeoTIFFWriter
 from torchgeo_s1s2.callbacks.geotiff import predicted_windows
 from torchgeo_s1s2.callbacks.layers import OBSERVATIONS, classify, write_layers
-from torchgeo_s1s2.datasets.classes import ClassScheme, LandCoverClass
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.errors import MapError, S1S2Warning
 from torchgeo_s1s2.files import Workplace, whole
-
-SCHEME = ClassScheme(
-    (
-        LandCoverClass('Town', (255, 0, 0), (1,)),
-        LandCoverClass('Field & meadow', (0, 255, 0), (2,)),
-        LandCoverClass('Water', (0, 0, 255), (3,)),
-    ),
-    ids=(1, 4, 7),
-)
 
 
 class Patches(Dataset[dict[str, Any]]):
@@ -151,8 +141,7 @@ def test_numbers_of_a_subset_are_those_of_the_data_set(tmp_path: Path) -> None:
 
 def test_tensor_of_a_stock_task_is_enough(tmp_path: Path) -> None:
     predict(tmp_path, GeoTIFFWriter(), give=lambda probabilities: probabilities)
-    with rasterio.open(tmp_path / 'maps' / '31UEQ_257_0.tif') as src:
-        assert (src.read() == 4).all()
+    assert (read_raster(tmp_path / 'maps' / '31UEQ_257_0.tif') == 4).all()
 
 
 def test_without_a_number_the_place_is_the_name(tmp_path: Path) -> None:
@@ -246,8 +235,8 @@ def test_predictions_that_are_not_finite_are_counted(tmp_path: Path) -> None:
 
     with pytest.warns(S1S2Warning, match='2 predictions are not finite'):
         predict(tmp_path, GeoTIFFWriter(), give=lost)
-    with rasterio.open(tmp_path / 'maps' / '31UEQ_0_0.tif') as src:
-        assert np.argwhere(src.read(1) == 0).tolist() == [[2, 3]]
+    (classes,) = read_raster(tmp_path / 'maps' / '31UEQ_0_0.tif')
+    assert np.argwhere(classes == 0).tolist() == [[2, 3]]
 
 
 @pytest.mark.parametrize(('height', 'width'), [(1, 1), (64, 64), (250, 300), (513, 1030)])
@@ -255,8 +244,7 @@ def test_any_size_is_written_whole(tmp_path: Path, height: int, width: int) -> N
     value = np.arange(height * width).reshape(height, width).astype(np.uint16)
     grid = Grid(crs_of(32631), from_origin(0, 0, 10, 10), width, height)
     write_layers(tmp_path, 'a b.c', [OBSERVATIONS], grid, [(Window(0, 0, width, height), [value])])
-    with rasterio.open(tmp_path / 'a b.c_observations.tif') as src:
-        np.testing.assert_array_equal(src.read(1), value)
+    np.testing.assert_array_equal(read_raster(tmp_path / 'a b.c_observations.tif')[0], value)
 
 
 def noise(size: int) -> Any:

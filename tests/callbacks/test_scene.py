@@ -3,13 +3,14 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from conftest import SCHEME, quiet_trainer, read_raster
+from lightning.pytorch import LightningDataModule, LightningModule
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.transform import Affine, from_origin
@@ -34,18 +35,10 @@ from torchgeo_s1s2.callbacks.scene import (
     write_mosaic,
 )
 from torchgeo_s1s2.datamodules.series import spread
-from torchgeo_s1s2.datasets.classes import ClassScheme, LandCoverClass
+from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.errors import MapError, S1S2Warning
 
-SCHEME = ClassScheme(
-    (
-        LandCoverClass('Town', (255, 0, 0), (1,)),
-        LandCoverClass('Field', (0, 255, 0), (2,)),
-        LandCoverClass('Water', (0, 0, 255), (3,)),
-    ),
-    ids=(1, 4, 7),
-)
 LEFT, TOP = 500000, 5500000
 
 
@@ -135,16 +128,8 @@ def predict(
     task: LightningModule | None = None,
     dataset: Any = None,
 ) -> None:
-    trainer = Trainer(
-        accelerator='cpu',
-        callbacks=[writer],
-        default_root_dir=root,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     loader = DataLoader(dataset or Windows(), 4, collate_fn=stack_samples)
-    trainer.predict(task or Task(), loader)
+    quiet_trainer(root, callbacks=[writer]).predict(task or Task(), loader)
 
 
 def interrupted(root: Path, **options: Any) -> Path:
@@ -156,8 +141,7 @@ def interrupted(root: Path, **options: Any) -> Path:
 
 
 def read(folder: Path, name: str) -> NDArray[Any]:
-    with rasterio.open(folder / name) as src:
-        return cast(NDArray[Any], src.read(1))
+    return read_raster(folder / name)[0]
 
 
 def test_weights_by_hand() -> None:
@@ -429,10 +413,9 @@ def test_sampler_of_the_datamodule_gives_what_remains(tmp_path: Path) -> None:
             return DataLoader(Windows(), batch_size=4, sampler=indices, collate_fn=stack_samples)
 
     seen: list[Any] = []
-    options: dict[str, Any] = {'logger': False, 'enable_progress_bar': False, 'accelerator': 'cpu'}
     for stop, resume in ((2, False), (None, True)):
         writer = SceneWriter(tmp_path, resume=resume, buffer_size=1)
-        trainer = Trainer(callbacks=[writer], enable_model_summary=False, **options)
+        trainer = quiet_trainer(callbacks=[writer])
         with pytest.raises(RuntimeError, match='power cut') if stop else nullcontext():
             trainer.predict(Task(stop), datamodule=Module())
     assert seen[0] == list(Windows.places)

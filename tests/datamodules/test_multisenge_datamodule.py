@@ -4,9 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rasterio
 import torch
-from conftest import S1_DATES, S2_DATES, quiet_trainer, write_patch
+from conftest import S1_DATES, S2_DATES, quiet_trainer, read_raster, write_patch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -418,8 +417,7 @@ def test_a_configuration_describes_data_of_ones_own(root: Path) -> None:
     assert data.classes.names == ('Town', 'Arable', 'Forest')
     assert data.classes.ids == (10, 20, 30)
     assert data.classes.colors == ((158, 0, 32), (255, 236, 150), (34, 139, 34))
-    with rasterio.open(root / 'ground_reference' / '31UEQ_GR_13_0.tif') as src:
-        labels = src.read(1)
+    (labels,) = read_raster(root / 'ground_reference' / '31UEQ_GR_13_0.tif')
     expected = np.select([labels <= 5, labels == 6, np.isin(labels, (10, 11))], [0, 1, 2], 255)
     assert np.array_equal(data.train_dataset[1]['mask'], expected)  # type: ignore[index]
     assert [len(d) for d in (data.train_dataset, data.val_dataset)] == [4, 2]  # type: ignore[arg-type]
@@ -597,7 +595,9 @@ def test_a_configuration_names_what_fills_the_root(tmp_path: Path) -> None:
     assert len(kept) == 2 * 4
     assert kept < made
     one = '    source: {class_path: torchgeo_s1s2.datasets.Synthetic, init_args: {size: 16}}'
-    assert parse(OWN_DATA.format(root=tmp_path, classes=6) + one).sources == [Synthetic(size=16)]
+    (source,) = parse(OWN_DATA.format(root=tmp_path, classes=6) + one).sources
+    assert isinstance(source, Synthetic)
+    assert source.kwargs['size'] == 16
 
 
 READINGS = """

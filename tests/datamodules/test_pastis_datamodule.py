@@ -1,8 +1,5 @@
 """The data module of PASTIS, and series that TorchGeo pads."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +7,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import write_pastis
+from conftest import run_script, write_pastis
 from torch import Tensor
 from torchgeo.datamodules import PASTISDataModule
 from torchgeo.datasets import PASTIS
@@ -151,21 +148,12 @@ if __name__ == '__main__':
 def test_two_processes_train_resume_test_and_map(tmp_path: Path) -> None:
     """The shipped configurations on ten patches of the published layout."""
     write_pastis(tmp_path / 'data', {i: (3 + i % 3, 5 + i, 6 + i % 4) for i in range(10)})
-    (tmp_path / 'two.py').write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, 'two.py'],
-        cwd=tmp_path,
-        env=os.environ | {'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
+    printed = run_script(tmp_path, SCRIPT)
     last = torch.load(tmp_path / 'outputs/pastis/last.ckpt', weights_only=False)
     # Six training patches in two processes, which are a step of three each.
     assert (last['epoch'], last['global_step']) == (1, 2)
-    assert done.stdout.count('U-TAE, S2+S1 late (published)') == 1
-    assert done.stdout.count('this test: unet, resnet18_convlstm_inception_s2_s1ax3_s1dx3') == 1
+    assert printed.count('U-TAE, S2+S1 late (published)') == 1
+    assert printed.count('this test: unet, resnet18_convlstm_inception_s2_s1ax3_s1dx3') == 1
     maps = sorted((tmp_path / 'outputs/pastis/maps').glob('1000?.tif'))
     assert [path.stem for path in maps] == ['10004', '10009']  # fold 5
     for path, number in zip(maps, (4, 9), strict=True):

@@ -3,8 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rasterio
-from conftest import write_patch
+from conftest import read_raster, write_patch
 
 from torchgeo_s1s2.datasets import MonthlySeries, MultiSenGE, MultiSenNA
 from torchgeo_s1s2.errors import NoPatchesError, S1S2Warning
@@ -100,7 +99,6 @@ def test_real_sample(real_sample: Path) -> None:
     assert (gap >= 17 * 86400).all()
     days = (sample['acquisition_times'][:, 0] - sample['acquisition_times'][:, 1]).abs() / 86400
     assert (days <= 2).all()
-    with rasterio.open(real_sample / 'ground_reference' / '31UDS_GR_10140_7032.tif') as src:
-        labels = src.read(1)
+    (labels,) = read_raster(real_sample / 'ground_reference' / '31UDS_GR_10140_7032.tif')
     expected = np.select([labels == 2, labels == 6, labels == 9], [1, 5, 7], 255)
     assert np.array_equal(sample['mask'].numpy(), expected)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
-from conftest import write_patch
+from conftest import COMMON, write_patch
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
@@ -274,18 +274,7 @@ def test_a_scale_of_some_bands_is_refused(tmp_path: Path) -> None:
 
 
 ESA = ('B01', *SENSOR_BANDS['s2'][:8], 'B09', *SENSOR_BANDS['s2'][8:])
-STAC: tuple[str, ...] = (
-    'coastal',
-    'blue',
-    'green',
-    'red',
-    'rededge1',
-    'rededge2',
-    'rededge3',
-    'nir',
-    'nir08',
-)
-STAC += ('nir09', 'swir16', 'swir22')
+STAC = ('coastal', *COMMON[:8], 'nir09', *COMMON[8:])
 ORDERS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     'reversed': (SENSOR_BANDS['s2'][::-1], SENSOR_BANDS['s2'][::-1]),
     '12 named': (ESA, ESA),

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+from conftest import COMMON
 
 from torchgeo_s1s2.datasets import SENSOR_BANDS, AllDates, MultiSenGE, write_series
 from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, S1S2Warning
@@ -25,8 +26,6 @@ RNG = np.random.default_rng(0)
 VALUES = RNG.integers(1, 9000, (2, len(BANDS), HEIGHT, WIDTH))
 VALUES[0, :, 3, 4] = 0  # no observation
 POWER = RNG.gamma(4, 0.02, (2, 2, HEIGHT, WIDTH)).astype('float32')
-COMMON = ['blue', 'green', 'red', 'rededge1', 'rededge2', 'rededge3']
-COMMON += ['nir', 'nir08', 'swir16', 'swir22']
 DIMS = ('time', 'y', 'x')
 
 
@@ -185,7 +184,7 @@ def test_offset_and_unit(tmp_path: Path) -> None:
 
 def test_power_that_looks_like_db_is_refused(tmp_path: Path) -> None:
     db = odc(10 * np.log10(POWER), ('vv', 'vh'), 'float32')
-    with pytest.raises(ImplausibleValuesError, match=r"is no power.*unit=\{'s1': 'db'\}"):
+    with pytest.raises(ImplausibleValuesError, match=r"are no power.*unit=\{'s1': 'db'\}"):
         write_series(tmp_path, s1=db, progress=False)
 
 

@@ -173,8 +173,7 @@ def test_parts_thinner_than_a_pixel_are_left_out(ground: Path, fractions: list[f
     samplers = [GriddedPatchSampler(part, size=8) for part in parts]  # before anything is read
     with pytest.warns(S1S2Warning, match='8 of 8 rows of the index hold no pixel'):
         held = [by_number(part) for part in parts]
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', S1S2Warning)  # it is said once
+    with warnings.catch_warnings(action='error', category=S1S2Warning):  # it is said once
         for part, own in zip(parts, held, strict=True):
             for again in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
                 assert by_number(again) == own

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import rasterio
+from conftest import read_raster
 from rasterio.warp import transform_bounds
 
 from benchmarks.server import Files, item, serve_files, serve_items, write_cog
@@ -145,17 +146,11 @@ def direct(world: World, name: str, path: Path, offset: int, earth: bool) -> Any
         rows, columns = slice(row, row + src.height), slice(col, col + src.width)
     bands = []
     for key in [*(COMMON[b] if earth else b for b in BANDS), 'scl' if earth else 'SCL']:
-        with rasterio.open(world.root / name / f'{key}.tif') as src:
-            value = src.read(1).astype(int)
+        value = read_raster(world.root / name / f'{key}.tif')[0].astype(int)
         repeat = SIZE // len(value)
         bands.append(value.repeat(repeat, 0).repeat(repeat, 1)[rows, columns])
     *bands, scl = bands
     return np.array([np.where((b == 0) | (scl == 9), -10000, b + offset) for b in bands])
-
-
-def read(path: Path) -> Any:
-    with rasterio.open(path) as src:
-        return src.read()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +169,7 @@ def test_pixels_and_offsets(
     assert len(paths) == len(offsets)
     for path, (name, offset) in zip(paths, offsets.items(), strict=True):
         expected = direct(world, name, path, offset, kind != 'pc-l2a')
-        np.testing.assert_array_equal(read(path), expected)
+        np.testing.assert_array_equal(read_raster(path), expected)
         with rasterio.open(path) as src:
             assert src.descriptions == BANDS
             assert src.nodata == -10000
@@ -197,8 +192,8 @@ def test_items_that_deny_being_harmonised_are_said(world: World, tmp_path: Path)
             source = region(world, 'earth-l2a', offset=offset)
             source.write(tmp_path / str(offset), ['s2'], progress=False)
         old, new = sorted((tmp_path / str(offset) / 's2').iterdir())
-        np.testing.assert_array_equal(read(new), direct(world, 'es_new', new, added, True))
-        assert offset == -500 or (read(old) == direct(world, 'es_old', old, 0, True)).all()
+        np.testing.assert_array_equal(read_raster(new), direct(world, 'es_new', new, added, True))
+        assert offset == -500 or (read_raster(old) == direct(world, 'es_old', old, 0, True)).all()
 
 
 @pytest.mark.parametrize(
@@ -216,7 +211,7 @@ def test_sentinel_1(orbits: Any, names: list[str], world: World, tmp_path: Path)
     with rasterio.open(paths[0]) as src:
         value, left, top = src.read(1), *(round(v / 10) for v in (src.bounds.left, src.bounds.top))
         at = np.s_[TOP // 10 - top :, left - LEFT // 10 :]
-        first, last = (read(world.root / s / 'vv.tif')[0] for s in ('s1_a', 's1_b'))
+        first, last = (read_raster(world.root / s / 'vv.tif')[0] for s in ('s1_a', 's1_b'))
         assert src.descriptions == ('VV', 'VH')
         assert np.isnan(src.nodata)
     if orbits != 'ascending':
@@ -266,7 +261,7 @@ def test_refused_and_dropped_requests(
     (written,) = (tmp_path / 's2').iterdir()
     assert not world.files.faults[path]
     expected = direct(world, f'fragile_{number}', written, -1000, False)
-    np.testing.assert_array_equal(read(written), expected)
+    np.testing.assert_array_equal(read_raster(written), expected)
 
 
 def test_what_is_missing_or_broken_is_named(world: World, tmp_path: Path) -> None:

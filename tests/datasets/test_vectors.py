@@ -5,7 +5,7 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
-from conftest import write_patch, write_raster
+from conftest import read_raster, write_patch, write_raster
 from numpy.typing import NDArray
 from shapely import LineString, Polygon, box
 from shapely.affinity import translate
@@ -43,8 +43,7 @@ def polygons(root: Path, *shapes: Any, crs: str = 'EPSG:32631', **columns: Any) 
 
 
 def labels(root: Path, name: str = '31UEQ_GR_0_0.tif') -> NDArray[Any]:
-    with rasterio.open(root / 'ground_reference' / name) as src:
-        return src.read(1)
+    return read_raster(root / 'ground_reference' / name)[0]
 
 
 def write(root: Path, path: Path, attribute: str, classes: Any = None, **options: Any) -> int:
@@ -164,6 +163,7 @@ def test_a_polygon_of_the_whole_world_and_names_in_yaml(root: Path) -> None:
     path = root / 'world.parquet'
     world = [box(-180, -90, 180, 90)]
     gpd.GeoDataFrame({'cover': [311.0]}, geometry=world, crs='EPSG:4326').to_parquet(path)
-    VectorLabels(str(path), 'cover', str(names)).fill(root, None)  # type: ignore[arg-type]
+    source = VectorLabels(file=str(path), attribute='cover', classes=str(names))
+    source.fill(root, None)  # type: ignore[arg-type]
     assert (labels(root) == 11).all()
     assert (labels(root, '32ULU_GR_0_0.tif') == 11).all()

@@ -549,8 +549,7 @@ def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_timm_model_with_a_pretrained_tag() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)
+    with warnings.catch_warnings(action='error', category=UserWarning):
         name = register_encoder('tu-resnet18.a1_in1k')
     assert timm.is_model('resnet18.a1_in1k')
     assert name == 'timm_resnet18.a1_in1k_convlstm_inception'

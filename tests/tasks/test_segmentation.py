@@ -10,11 +10,10 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from conftest import quiet_trainer, write_patch
+from conftest import Waits, quiet_trainer, write_patch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchgeo.datasets.utils import pad_across_batches
 from torchgeo.tasks import SemanticSegmentation
@@ -37,36 +36,11 @@ def scheme(*order: int, names: tuple[str, ...] = ('Town', 'Field', 'Water')) -> 
 CLASSES = scheme(0, 1, 2)
 
 
-class Pass(nn.Module):
-    """Gives the image back as the logits, so that a test chooses what is predicted."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split('.')[0]
-        by_booleans = name == 'index' and any(
-            t is not None and t.dtype == torch.bool for t in args[1]
-        )
-        waiting = ('_local_scalar_dense', 'nonzero', 'bincount', '_unique2', 'masked_select')
-        if by_booleans or name in waiting:
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def passing(**options: Any) -> S1S2SemanticSegmentation:
-    """A task whose model gives its input back."""
+    """A task whose model gives the image back as the logits, so that a test chooses them."""
     defaults: dict[str, Any] = {'in_channels': 4, 'num_classes': 4, 'num_filters': 1}
     task = S1S2SemanticSegmentation('fcn', **(defaults | options))
-    task.model = Pass()
+    task.model = nn.Identity()
     return task
 
 

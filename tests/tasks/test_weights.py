@@ -56,8 +56,7 @@ def test_the_same_number_of_classes_loads_the_head_too(tmp_path: Path, kind: str
         checkpoint_of(source, path)
     else:
         torch.save(state if kind == 'model' else unet_to_fuselstm(state), path)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
+    with warnings.catch_warnings(action='error'):
         target = task_of(10, backbone=VGG, weights=str(path), class_weights=[1.0] * 10)
     assert equal_parts(source, target) == {'encoder', 'decoder', 'segmentation_head'}
 

@@ -1,6 +1,5 @@
 """Predictions as georeferenced rasters."""
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch.utils.data import Subset
 from torchgeo_s1s2.callbacks.layers import CONFIDENCE, class_layer, classify, write_layers
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
-from torchgeo_s1s2.errors import MapError, S1S2Warning
+from torchgeo_s1s2.errors import MapError, warn
 from torchgeo_s1s2.files import Workplace
 
 
@@ -188,11 +187,9 @@ class MapWriter(BasePredictionWriter):
             folder.mkdir(parents=True, exist_ok=True)
             left, living = Workplace.found(folder)
             if living:
-                warnings.warn(
+                warn(
                     f'{living} other runs are at work in {folder}; their unfinished files are '
-                    'left alone, but of maps of the same name the last one stays',
-                    S1S2Warning,
-                    stacklevel=2,
+                    'left alone, but of maps of the same name the last one stays'
                 )
             return self._choose(folder, left)
         except OSError as error:
@@ -206,6 +203,10 @@ class MapWriter(BasePredictionWriter):
         for workplace in left:
             workplace.leave()
         return Workplace.new(folder)
+
+    @property
+    def _folder(self) -> Path:
+        return self.output_dir or Path()
 
     def _leave(self) -> None:
         if self._workplace:
@@ -246,23 +247,19 @@ class MapWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how many predictions are not finite."""
         if self._unknown:
-            warnings.warn(
+            warn(
                 f'{self._unknown} predictions are not finite where there are observations; their '
-                'pixels have no class in the map',
-                S1S2Warning,
-                stacklevel=2,
+                'pixels have no class in the map'
             )
 
     def _warn_of_older(self, paths: Iterable[Path]) -> None:
         """Say which files beside new maps are not of this run."""
         names = sorted(path.name for path in paths)
         if names:
-            warnings.warn(
+            warn(
                 f'{len(names)} files in {self.output_dir} are of an earlier run and do not belong '
                 f'to the maps of this one: {", ".join(names[:5])}. Delete them, or give another '
-                'output_dir',
-                S1S2Warning,
-                stacklevel=2,
+                'output_dir'
             )
 
     def _scheme_of(self, trainer: Trainer) -> ClassScheme:
@@ -354,15 +351,14 @@ class GeoTIFFWriter(MapWriter):
         values = classify(window.probabilities, window.observations, scheme.ids)
         count, grid = 2 if self.confidence else 1, window.grid
         pixels = [(Window(0, 0, grid.width, grid.height), values[:count])]
-        folder = self.output_dir or Path()
-        write_layers(folder, name, layers[:count], grid, pixels, self._unfinished)
+        write_layers(self._folder, name, layers[:count], grid, pixels, self._unfinished)
         self._written.add(name)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how many maps there are, and where."""
         super().on_predict_end(trainer, pl_module)
         if not self.confidence:
-            beside = (CONFIDENCE.path(self.output_dir or Path(), n) for n in self._written)
+            beside = (CONFIDENCE.path(self._folder, n) for n in self._written)
             self._warn_of_older(filter(Path.exists, beside))
         count = torch.tensor(len(self._written), device=pl_module.device)
         total = int(trainer.strategy.reduce(count, reduce_op='sum'))

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import re
-import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ from torchgeo_s1s2.callbacks.layers import (
 )
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
-from torchgeo_s1s2.errors import MapError, S1S2Warning
+from torchgeo_s1s2.errors import MapError, warn
 from torchgeo_s1s2.files import Workplace, whole
 
 BLOCK = 512
@@ -397,14 +396,13 @@ def mosaic_grid(crs: CRS, zones: Sequence[Grid]) -> Grid:
 
 
 def _warped(folder: Path, grid: Grid, zones: Sequence[int]) -> Pixels:
-    options = {k: getattr(grid, k) for k in ('crs', 'transform', 'height', 'width')}
     suffixes = '', CONFIDENCE.suffix, OBSERVATIONS.suffix
     with ExitStack() as stack:
         sources = [
             [stack.enter_context(rasterio.open(folder / f'{zone}{s}.tif')) for s in suffixes]
             for zone in zones
         ]
-        maps = [[stack.enter_context(WarpedVRT(src, **options)) for src in s] for s in sources]
+        maps = [[stack.enter_context(WarpedVRT(src, **vars(grid))) for src in s] for s in sources]
         for _, _, (rows, cols) in pieces(Place(0, 0, 0, grid.height, grid.width)):
             window = Window.from_slices(rows, cols)
             values = np.array([[src.read(1, window=window) for src in m] for m in maps])
@@ -491,11 +489,9 @@ class SceneWriter(MapWriter):
         self._origin = trainer.strategy.broadcast(origin | {'windows': self._windows})
         self._parts.check_origin(self._origin)
         for workplace in self._dropped:
-            warnings.warn(
+            warn(
                 f'{len(workplace.parts)} parts of an interrupted run in {workplace.path} are '
-                'deleted; resume: true would have continued it',
-                S1S2Warning,
-                stacklevel=2,
+                'deleted; resume: true would have continued it'
             )
             workplace.remove()
         self._dropped = []
@@ -591,10 +587,6 @@ class SceneWriter(MapWriter):
             remaining = [self._parts.remaining(w, d, least) for w, d in pairs]
             datamodule.predict_sampler = remaining if several else remaining[0]
         return _digest(windows)
-
-    @property
-    def _folder(self) -> Path:
-        return self.output_dir or Path()
 
 
 def _is_of_a_scene(path: Path) -> bool:

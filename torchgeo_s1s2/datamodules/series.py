@@ -1,7 +1,6 @@
 """What the data modules of time series share: loaders, statistics and transforms."""
 
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torchgeo_s1s2.datamodules.statistics import Statistics
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
 from torchgeo_s1s2.datasets.time_series import check_at_least
-from torchgeo_s1s2.errors import DataError, NoPatchesError, S1S2Warning
+from torchgeo_s1s2.errors import DataError, NoPatchesError, warn
 from torchgeo_s1s2.transforms import AugmentSeries, DayOfYear, NormalizeSeries, SeriesDropout
 from torchgeo_s1s2.transforms.series import count_observations
 
@@ -382,7 +381,7 @@ class SeriesDataModule(NonGeoDataModule):
         notes = [f'no class claims the labels {values}'] if set(unclaimed) - {0} else []
         notes += [f'no training pixel is of {", ".join(empty)}'] if empty else []
         if notes:
-            warnings.warn(f'{title}: {"; ".join(notes)}', S1S2Warning, stacklevel=3)
+            warn(f'{title}: {"; ".join(notes)}', stacklevel=3)
 
     def _find_statistics(self) -> Statistics | None:
         """Statistics from the file given or beside the data, None without training patches."""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from torchgeo_s1s2.datamodules.plausible import Floor, check_values
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
-from torchgeo_s1s2.errors import DataError, S1S2Warning
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.errors import DataError, warn
+from torchgeo_s1s2.files import write_json
 
 WINDOW = 512
 """Height and width of the windows that patches are read in."""
@@ -127,8 +126,7 @@ class Statistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, whole or not at all."""
-        with whole(path) as temporary:
-            temporary.write_text(json.dumps(vars(self), indent=1))
+        write_json(Path(path), vars(self), indent=1)
 
     @property
     def class_weights(self) -> Tensor:
@@ -266,12 +264,9 @@ def _kept(path: Path) -> dict[str, Any]:
 
 def _keep(path: Path, content: Mapping[str, Any]) -> None:
     try:
-        with whole(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1))
+        write_json(path, content, indent=1)
     except OSError as error:
-        warnings.warn(
-            f'{path} cannot be written ({error}); it is computed anew', S1S2Warning, stacklevel=3
-        )
+        warn(f'{path} cannot be written ({error}); it is computed anew', stacklevel=3)
 
 
 def _digest(paths: Iterable[Path]) -> str:

@@ -13,7 +13,6 @@ import re
 import struct
 import tarfile
 import time
-import warnings
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Collection, Iterator, Set
@@ -28,8 +27,8 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError, S1S2Warning
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError, warn
+from torchgeo_s1s2.files import write_json
 
 _WINDOW = 2**15
 _CHUNK = 2**16
@@ -173,8 +172,7 @@ class Journal:
             'names': [sorted(names) for names in self.names],
             'starts': [(*n, b64encode(window).decode()) for *n, window in self.starts[1:]],
         }
-        with whole(self.path) as temporary:
-            temporary.write_text(json.dumps(content))
+        write_json(self.path, content)
 
 
 @dataclass
@@ -532,11 +530,9 @@ class RemoteArchive:
             yield name, member, reader
         self.journal.add(names, None)
         if again:
-            warnings.warn(
+            warn(
                 f'{self.url} holds {len(again)} files with the name of another ({again[0]} ...); '
-                'the first of each name is taken',
-                S1S2Warning,
-                stacklevel=2,
+                'the first of each name is taken'
             )
 
     def _members(self, start: RestartPoint) -> _Members:

@@ -2,12 +2,12 @@
 
 import os
 import time
-import warnings
 from hashlib import sha256
 from pathlib import Path
 
 import geopandas as gpd
 
+from torchgeo_s1s2.errors import warn
 from torchgeo_s1s2.files import whole
 
 State = dict[str, list[int]]
@@ -83,7 +83,7 @@ class TableCache:
             with whole(self.path) as temporary:
                 table.to_parquet(temporary, compression='zstd', write_page_checksum=True)
         except OSError as error:
-            warnings.warn(
+            warn(
                 f'{self.path} cannot be written ({error}); every start takes as long as this one',
                 stacklevel=4,
             )

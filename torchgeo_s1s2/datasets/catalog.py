@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from torchgeo_s1s2.datasets.cache import CONTENTS, TableCache, wait_for_next_tick
 from torchgeo_s1s2.datasets.rasters import Grid, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError
+from torchgeo_s1s2.errors import DataError, UnreadableError, warn
 
 LABELS, GROUND_REFERENCE = 'labels', 'ground_reference'
 FOLDERS = (*SENSORS, GROUND_REFERENCE)
@@ -175,7 +174,7 @@ class Catalog:
         self._records = [Patch(*values) for values in zip(*fields, strict=True)]
         if attrs['notes']:
             notes = '; '.join(attrs['notes'])
-            warnings.warn(f'{self.root}: {notes}', S1S2Warning, stacklevel=2)
+            warn(f'{self.root}: {notes}')
 
     @cached_property
     def acquisitions(self) -> pd.DataFrame:
@@ -532,12 +531,8 @@ def _table(labels: Sequence[_Label]) -> gpd.GeoDataFrame:
     for folder in FOLDERS:
         images = [label.images.get(folder, []) for label in labels]
         numbers = [[layouts.setdefault(i.layout, len(layouts)) for i in row] for row in images]
-        for what, rows in (
-            ('time', [[i.time for i in row] for row in images]),
-            ('layout', numbers),
-        ):
-            arrays = [np.array(row, np.int64) for row in rows]
-            frame[f'{folder}_{what}'] = pd.Series(arrays, dtype=object)
+        frame[f'{folder}_time'] = _arrays([i.time for i in row] for row in images)
+        frame[f'{folder}_layout'] = _arrays(numbers)
     grids = [label.grid for label in labels]
     places = [(g.width, g.height, *g.bounds) if g else (0, 0, *4 * [np.nan]) for g in grids]
     frame[['width', 'height', 'xmin', 'ymin', 'xmax', 'ymax']] = np.array(places)
@@ -545,6 +540,11 @@ def _table(labels: Sequence[_Label]) -> gpd.GeoDataFrame:
     table = gpd.GeoDataFrame(frame, geometry=_footprints(frame), crs='EPSG:4326')
     table.attrs = {'layouts': [tuple(layout) for layout in layouts]}
     return table
+
+
+def _arrays(rows: Iterable[Sequence[int]]) -> 'pd.Series[Any]':
+    """A column of an array a row."""
+    return pd.Series([np.array(row, np.int64) for row in rows], dtype=object)
 
 
 def _footprints(frame: pd.DataFrame) -> gpd.GeoSeries:

@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torchgeo_s1s2.datasets.archive import Journal, Kind, RemoteArchive
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog, reference_name
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
-from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError, NoSeriesError, S1S2Warning
+from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError, NoSeriesError, warn
 from torchgeo_s1s2.files import whole
 
 FILE_SIZE = {GROUND_REFERENCE: 256 * 256, 's2': 256 * 256 * 10 * 2, 's1': 256 * 256 * 2 * 4}
@@ -266,11 +265,10 @@ class SeasonDownload:
             archive = self._archives[folder]
             lacking = sorted(names - archive.journal.all_names)
             if lacking and archive.journal.complete:
-                warnings.warn(
+                warn(
                     f'{archive.url} lacks {len(lacking)} of the {len(names)} files that the series '
                     f'needs after the label files ({lacking[0]} ...); the series are made of what '
                     'there is',
-                    S1S2Warning,
                     stacklevel=3,
                 )
                 return False
@@ -286,9 +284,8 @@ class SeasonDownload:
             if folder in self._changed:
                 raise
             self._changed.add(folder)
-            warnings.warn(
+            warn(
                 f'{change}. It is read from its start, and what came from the old one is replaced',
-                S1S2Warning,
                 stacklevel=4,
             )
             archive.journal.start_anew()

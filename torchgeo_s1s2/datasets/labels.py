@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from torchgeo_s1s2.datasets.catalog import (
 )
 from torchgeo_s1s2.datasets.rasters import open_raster, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.errors import DataError, S1S2Warning
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.errors import DataError, warn
+from torchgeo_s1s2.files import write_json
 
 
 def write_label_files(
@@ -64,9 +63,8 @@ def write_label_files(
     paths = {name: root / LABELS / f'{name}.json' for name in sorted(chosen)}
     todo = {name: path for name, path in paths.items() if overwrite or not path.exists()}
     for name, path in tqdm(todo.items(), 'Writing labels', unit='patch', disable=not progress):
-        with whole(path) as temporary:
-            own = {folder: rasters[folder].get(name, []) for folder in FOLDERS}
-            temporary.write_text(json.dumps(_content(root, name, own)))
+        own = {folder: rasters[folder].get(name, []) for folder in FOLDERS}
+        write_json(path, _content(root, name, own))
     return len(todo)
 
 
@@ -77,7 +75,7 @@ def _rasters(root: Path, folder: str) -> Mapping[str, list[Image]]:
         )
     found, notes = list_rasters(root, folder)
     if notes:
-        warnings.warn(f'{root}: {"; ".join(notes)}', S1S2Warning, stacklevel=3)
+        warn(f'{root}: {"; ".join(notes)}', stacklevel=3)
     return found
 
 

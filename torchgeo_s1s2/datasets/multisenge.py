@@ -1,7 +1,6 @@
 """MultiSenGE and MultiSenNA as TorchGeo data sets of time series."""
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from torchgeo_s1s2.datasets.rasters import Grid, read_image, read_labels
 from torchgeo_s1s2.datasets.sensors import SENSOR_BANDS, SENSORS, Array, Offset, in_order, readings
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
-from torchgeo_s1s2.errors import NoPatchesError, S1S2Warning
+from torchgeo_s1s2.errors import NoPatchesError, warn
 
 Splits = Mapping[str, Sequence[str]]
 
@@ -266,4 +265,4 @@ def check_splits(splits: Splits, catalog: Catalog) -> None:
     ]
     if notes:
         have = ', '.join(sorted(there))
-        warnings.warn(f'{"; ".join(notes)} (tiles there: {have})', S1S2Warning, stacklevel=3)
+        warn(f'{"; ".join(notes)} (tiles there: {have})', stacklevel=3)

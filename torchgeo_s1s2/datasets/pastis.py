@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from torchgeo_s1s2.datasets.rasters import Grid, crs_of, onto
 from torchgeo_s1s2.datasets.sensors import PASTIS_SENSORS, Array, in_order, readings
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
 from torchgeo_s1s2.datasets.time_series import AllDates, DateRule
-from torchgeo_s1s2.errors import DataError, NoPatchesError, S1S2Warning
+from torchgeo_s1s2.errors import DataError, NoPatchesError, warn
 
 FOLDS = (1, 2, 3, 4, 5)
 METADATA = 'metadata.geojson'
@@ -200,10 +199,9 @@ class PASTISSeries(SeriesDataset):
         absent = [s for s in sensors if _dates_of(s) not in table]
         if absent:
             days = ' to '.join(str(day.astype('datetime64[D]')) for day in _SEASON)
-            warnings.warn(
+            warn(
                 f'{self.root / METADATA} has no {", ".join(map(_dates_of, absent))}; the '
                 f'{len(table)} patches are taken to have dates evenly from {days}',
-                S1S2Warning,
                 stacklevel=3,
             )
         times, order, shapes = [], [], []
@@ -303,10 +301,9 @@ def _grids(table: gpd.GeoDataFrame, shapes: Sequence[tuple[int, int]], title: st
         skewed += skew > 0.5
         grids.append(grid)
     if skewed:
-        warnings.warn(
+        warn(
             f'the footprints of {skewed} of {len(grids)} patches of {title} are no rectangles in '
             f'{", ".join(f"EPSG:{code}" for code in projected)}; their maps cover the bounds',
-            S1S2Warning,
             stacklevel=4,
         )
     return grids

@@ -44,7 +44,7 @@ def plot_series(
         ax.set_axis_off()
     _draw_series(axes, image, bands, sample.get('acquisition_times'), show_titles)
     for ax, (key, value) in zip(axes[-1], maps.items(), strict=False):
-        _draw_classes(ax, value, classes, key.capitalize() if show_titles else '')
+        draw_classes(ax, value, classes, key.capitalize() if show_titles else '')
     _draw_legend(axes[-1, len(maps)], maps, classes)
     if suptitle:
         figure.suptitle(suptitle)
@@ -71,7 +71,8 @@ def _draw_series(
         channel += len(names)
 
 
-def _draw_classes(ax: Axes, value: NDArray[Any], classes: ClassScheme, title: str) -> None:
+def draw_classes(ax: Axes, value: NDArray[Any], classes: ClassScheme, title: str) -> None:
+    """Show classes (H, W) in their colours, nothing where there is none."""
     shown = np.ma.masked_equal(value, NO_LABEL)
     ax.imshow(shown, cmap=classes.cmap, vmin=-0.5, vmax=len(classes) - 0.5, interpolation='nearest')
     ax.set_title(title, fontsize=8)

@@ -31,7 +31,7 @@ Read = Callable[[Window], NDArray[Any]]
 
 @dataclass(frozen=True)
 class Grid:
-    """Pixels: where they lie and how many.
+    """Pixels: where they lie and how many, by the names of rasterio's profiles.
 
     Attributes:
         crs: CRS.
@@ -325,14 +325,15 @@ def _rescale(value: Array, src: rasterio.DatasetReader, indexes: Sequence[int]) 
 
 
 def _check_power(path: Path, value: Array, reading: Reading) -> None:
+    if reading.unit != 'db' and reading.sensor.positive:
+        check_power(path, value, reading.sensor.name)
+
+
+def check_power(where: object, value: NDArray[Any], name: str = 's1') -> None:
     """Raise an error where values that shall be power are mostly well below 0."""
-    if reading.unit == 'db' or not reading.sensor.positive or not (value < 0).any():
-        return
-    middle = float(np.nanmedian(value))
-    if middle < -1:
-        name = reading.sensor.name
+    if (value < 0).any() and (middle := float(np.nanmedian(value))) < -1:
         raise ImplausibleValuesError(
-            f'{path} holds mostly negative values (median {middle:.4g}), which are no power. If '
+            f'{where} holds mostly negative values (median {middle:.4g}), which are no power. If '
             f"they are dB, give unit={{{name!r}: 'db'}}; if that value stands for none, give "
             f'nodata={{{name!r}: {middle:.4g}}}, or tag it in the file'
         )

@@ -32,9 +32,9 @@ from torchgeo_s1s2.datasets.catalog import (
     reference_name,
 )
 from torchgeo_s1s2.datasets.labels import write_label_files
-from torchgeo_s1s2.datasets.rasters import Grid, read_grid
+from torchgeo_s1s2.datasets.rasters import Grid, check_power, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings
-from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, S1S2Warning
+from torchgeo_s1s2.errors import DataError, warn
 from torchgeo_s1s2.files import whole
 
 Merge = Literal['pass', 'day'] | None
@@ -150,11 +150,9 @@ def write_series(
     jobs = {name: cube.jobs(merge) for name, cube in cubes.items()}
     names = [(sensor, file_name(f'{tile}_0_0', *key)) for sensor in jobs for key in jobs[sensor]]
     if there := sum(Path(root, *name).exists() for name in names):
-        warnings.warn(
+        warn(
             f'{there} of {len(names)} images of {tile} are there already and stay as they are; '
-            'delete them to have them written anew',
-            S1S2Warning,
-            stacklevel=2,
+            'delete them to have them written anew'
         )
     write_patch(root, tile, grid, jobs, progress, image)
     return Path(root)
@@ -260,7 +258,7 @@ def _warn(outcomes: Mapping[Path, Outcome], count: int) -> None:
         why = '; '.join(f'{n} {reason}' for reason, n in reasons.items())
         notes.insert(0, f'{reasons.total()} of {count} images are left out: {why}')
     if notes:
-        warnings.warn('; '.join(notes), S1S2Warning, stacklevel=4)
+        warn('; '.join(notes), stacklevel=4)
 
 
 class _Cube:
@@ -297,11 +295,10 @@ class _Cube:
         """What is to be added at each time."""
         late = sum(float(baseline or 0) >= 4 for baseline in self.baselines)
         if offset is None and late:
-            warnings.warn(
+            warn(
                 f's2 has {late} acquisitions of processing baseline 04.00 and later, whose values '
                 'are 1,000 too high unless their source has harmonised them; give offset=-1000, '
                 'or 0 if it has',
-                S1S2Warning,
                 stacklevel=4,
             )
         if hasattr(offset, 'dims'):
@@ -411,7 +408,7 @@ def clean(
     if value.dtype.kind == 'f':
         empty |= ~np.isfinite(value)
     if positive:
-        _check_power(value[~empty])
+        check_power('s1', value[~empty])
         empty |= ~(value > 0)
     for cloud in clouds:
         empty |= cloud
@@ -424,15 +421,6 @@ def clean(
     value = value.astype(kind)
     value[empty] = tag
     return value
-
-
-def _check_power(value: NDArray[Any]) -> None:
-    """Raise an error where values that shall be power look like dB."""
-    if (value < 0).any() and -100 < (middle := float(np.median(value))) < -1:
-        raise ImplausibleValuesError(
-            f'the median of s1 is {middle:.4g}, which is no power; if its values are dB, give '
-            "unit={'s1': 'db'}, and if that value stands for none, give nodata"
-        )
 
 
 def _labels(value: NDArray[Any], missing: float) -> NDArray[np.uint8]:
@@ -467,9 +455,8 @@ def _is(value: NDArray[Any], nodata: float) -> NDArray[np.bool_]:
 def write_bands(path: Path, grid: Grid, bands: Mapping[str, Any], nodata: float) -> bool:
     """Write dask arrays (H, W) as bands of a GeoTIFF, block by block; False if all is missing."""
     dtype = next(iter(bands.values())).dtype
-    place = {'width': grid.width, 'height': grid.height, 'crs': grid.crs}
-    profile = _PROFILE | place | {'transform': grid.transform, 'nodata': nodata, 'dtype': dtype}
-    profile |= {'count': len(bands), 'predictor': 3 if dtype.kind == 'f' else 2}
+    profile = _PROFILE | vars(grid) | {'nodata': nodata, 'dtype': dtype, 'count': len(bands)}
+    profile['predictor'] = 3 if dtype.kind == 'f' else 2
     with whole(path) as temporary, rasterio.open(temporary, 'w', **profile) as dst:
         dst.descriptions = tuple(bands)
         targets = [_Band(dst, number, nodata) for number in range(1, len(bands) + 1)]

@@ -1,7 +1,6 @@
 """Data sets of time series: their index, samples, windows and date rules; no file name."""
 
 import copy
-import warnings
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +31,7 @@ from torchgeo_s1s2.datasets.plot import plot_series
 from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS, Grid, mean, same_crs
 from torchgeo_s1s2.datasets.sensors import Array, Reading
 from torchgeo_s1s2.datasets.time_series import DateRule, series_report
-from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError, S1S2Warning, UnreadableError
+from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError, UnreadableError, warn
 
 Sample = dict[str, Any]
 Chosen = dict[str, list[tuple[int, ...]]]
@@ -178,10 +177,9 @@ class SeriesDataset(GeoDataset):
             if not held.all():
                 self._slivers = self._index.geometry[~held]
                 self._index = self._index[held]
-                warnings.warn(
+                warn(
                     f'{(~held).sum()} of {len(held)} rows of the index hold no pixel and are left '
                     'out',
-                    S1S2Warning,
                     stacklevel=3,
                 )
         return self._index
@@ -400,7 +398,7 @@ class SeriesDataset(GeoDataset):
                     f'none {of} has the series {self.series}: {why}. Choose another series, or '
                     'missing="keep"'
                 )
-            warnings.warn(f'{failed.total()} {of} are left out: {why}', S1S2Warning, stacklevel=4)
+            warn(f'{failed.total()} {of} are left out: {why}', stacklevel=4)
         return chosen
 
     @property
@@ -614,7 +612,7 @@ class SeriesDataset(GeoDataset):
         except NoSeriesError:
             self._unreadable -= {bad for bad in self._unreadable if bad[0] == series.patch}
             raise error from None
-        warnings.warn(f'{error} Another date takes its place', S1S2Warning, stacklevel=2)
+        warn(f'{error} Another date takes its place')
         return series._replace(slots=slots)
 
 
@@ -778,22 +776,15 @@ def merge_series(samples: Iterable[Sample]) -> Sample:
         if not merged:
             merged = dict(sample)
             continue
-        for key, free in (
-            ('image', torch.isnan),
-            ('mask', _unlabelled),
-            ('acquisition_times', _unseen),
-        ):
-            merged[key] = torch.where(free(merged[key]), sample[key], merged[key])
+        free = {
+            'image': merged['image'].isnan(),
+            'mask': merged['mask'] == NO_LABEL,
+            'acquisition_times': merged['acquisition_times'] < 0,
+        }
+        for key, where in free.items():
+            merged[key] = torch.where(where, sample[key], merged[key])
         merged['valid'] = merged['valid'] | sample['valid']
     return merged
-
-
-def _unlabelled(mask: torch.Tensor) -> torch.Tensor:
-    return mask == NO_LABEL
-
-
-def _unseen(times: torch.Tensor) -> torch.Tensor:
-    return times < 0
 
 
 def remap(labels: NDArray[np.float64], classes: ClassScheme) -> NDArray[np.int64]:

@@ -1,12 +1,10 @@
 """What fills the root of a data set before a run; a configuration names it as ``source``."""
 
-import json
 import os
 import shutil
-import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +24,8 @@ from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import rasterize_labels
-from torchgeo_s1s2.errors import S1S2Warning, UnreadableError
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.errors import UnreadableError, warn
+from torchgeo_s1s2.files import whole, write_json
 
 
 class Wanted(NamedTuple):
@@ -60,24 +58,19 @@ class Source(ABC):
         return root
 
 
-@dataclass
 class Synthetic(Source):
     """Writes a small synthetic data set, unless it is there.
 
-    The attributes are arguments of :func:`~torchgeo_s1s2.datasets.synthetic.write_synthetic`.
+    Its arguments are those of :func:`~torchgeo_s1s2.datasets.synthetic.write_synthetic`.
     """
 
-    size: int = 64
-    patches: Mapping[str, int] | None = None
-    year: int = 2020
-    incomplete: float = 0.1
-    haze: float = 0.2
-    seed: int = 0
-    delay: float = 0
+    def __init__(self, **kwargs: Any) -> None:
+        """Keep them."""
+        self.kwargs = kwargs
 
     def fill(self, root: Path, wanted: Wanted) -> None:
         """Write it."""
-        write_synthetic(root, **vars(self))
+        write_synthetic(root, **self.kwargs)
 
 
 @dataclass
@@ -127,24 +120,19 @@ class Copy(Source):
         return Path(self.folder)
 
 
-@dataclass
 class VectorLabels(Source):
     """Writes the label rasters of a data set from polygons.
 
-    The attributes are arguments of :func:`~torchgeo_s1s2.datasets.rasterize_labels`.
+    Its arguments are those of :func:`~torchgeo_s1s2.datasets.rasterize_labels`.
     """
 
-    file: str
-    attribute: str
-    classes: dict[Any, int] | str | None = None
-    layer: str | None = None
-    order: list[str | int] | None = None
-    all_touched: bool = False
-    overwrite: bool = False
+    def __init__(self, **kwargs: Any) -> None:
+        """Keep them."""
+        self.kwargs = kwargs
 
     def fill(self, root: Path, wanted: Wanted) -> None:
         """Write what is missing or has changed."""
-        rasterize_labels(root, **vars(self))
+        rasterize_labels(root, **self.kwargs)
 
 
 def copy_series(
@@ -184,11 +172,7 @@ def copy_series(
         bar = tqdm(pool.map(_copy, jobs), title, len(jobs), disable=hidden, unit='raster')
         failed = [text for text in bar if text]
     if failed:
-        warnings.warn(
-            f'{len(failed)} rasters cannot be read and are not copied: {"; ".join(failed[:3])}',
-            S1S2Warning,
-            stacklevel=2,
-        )
+        warn(f'{len(failed)} rasters cannot be read and are not copied: {"; ".join(failed[:3])}')
     for index, copies in enumerate(rasters):
         _write_label_file(dataset, index, folder, copies)
     return folder
@@ -279,6 +263,4 @@ def _write_label_file(
             names[raster.kind].add(raster.source.name)
     listed = {sensor: sorted(images) for sensor, images in names.items()}
     if listed != before:
-        with whole(path) as temporary:
-            content = label_content(listed, crs_of(patch['epsg']), patch['classes'])
-            temporary.write_text(json.dumps(content))
+        write_json(path, label_content(listed, crs_of(patch['epsg']), patch['classes']))

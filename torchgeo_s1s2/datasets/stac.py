@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil, floor
@@ -43,8 +42,8 @@ from torchgeo_s1s2.datasets.region import (
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.datasets.time_series import DateRule
-from torchgeo_s1s2.errors import DataError, DownloadError, S1S2Warning
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.errors import DataError, DownloadError, warn
+from torchgeo_s1s2.files import write_json
 
 T = TypeVar('T')
 WAITS = (1.0, 2.0, 4.0)
@@ -92,8 +91,7 @@ class StacCollection:
 
 _EARTH_SEARCH = 'https://earth-search.aws.element84.com/v1'
 _PLANETARY = 'https://planetarycomputer.microsoft.com/api/stac/v1'
-_NAMES = ('blue', 'green', 'red', 'rededge1', 'rededge2', 'rededge3')
-_COMMON = dict(zip(SENSORS['s2'].bands, (*_NAMES, 'nir', 'nir08', 'swir16', 'swir22'), strict=True))
+_COMMON = {band: name for name, band in SENSORS['s2'].aliases.items()}
 _GRD = StacCollection(
     'sentinel-1-grd',
     _EARTH_SEARCH,
@@ -291,7 +289,7 @@ class SentinelRegion(Source):
         if not items:
             raise DataError(f'no item of {collection.collection} can be used. {told}')
         if notes:
-            warnings.warn(told, S1S2Warning, stacklevel=4)
+            warn(told, stacklevel=4)
         if sensor == 's2' and collection.offset == 'harmonised':
             _warn_of_offsets([item for item, _ in items.values()])
         found = sorted(items.values(), key=lambda own: (-_baseline(own[0]), own[0].id))
@@ -412,8 +410,7 @@ class _State:
     def save(self, finished: bool = False) -> None:
         self.finished = finished
         names = ('settings', 'finished', 'left_out', 'clouds')
-        with whole(self.path) as temporary:
-            temporary.write_text(json.dumps({n: getattr(self, n) for n in names}, indent=1))
+        write_json(self.path, {n: getattr(self, n) for n in names}, indent=1)
 
 
 @dataclass(frozen=True)
@@ -622,12 +619,11 @@ def _warn_of_offsets(items: Sequence[Any]) -> None:
         if not item.properties.get('earthsearch:boa_offset_applied') and not 0 < _baseline(item) < 4
     ]
     if denying:
-        warnings.warn(
+        warn(
             f'{len(denying)} of {len(items)} items, such as {denying[0]}, are of processing '
             'baseline 04.00 or later, or say none, and do not say that their offset is applied '
             '(earthsearch:boa_offset_applied). It is taken to be, as in most of these files; where '
             "values are 1,000 too high, as in some of early 2022, give offset='item' to believe "
             'the items, and 0 if none is',
-            S1S2Warning,
             stacklevel=5,
         )

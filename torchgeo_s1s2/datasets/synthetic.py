@@ -33,15 +33,14 @@ import rasterio
 import torch
 from kornia.filters import gaussian_blur2d
 from numpy.typing import NDArray
-from rasterio import Affine
-from rasterio.crs import CRS
 from rasterio.transform import from_origin
 from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, image_name, reference_name
 from torchgeo_s1s2.datasets.labels import label_content
+from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.files import write_json
 
 Array = NDArray[np.float64]
 
@@ -247,8 +246,7 @@ def _claim(root: Path, settings: Mapping[str, object]) -> None:
         raise ValueError(f'{root} holds a data set that is not synthetic; give another root')
     for folder in (LABELS, GROUND_REFERENCE, *SENSORS):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    with whole(marker) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1))
+    write_json(marker, settings, indent=1)
 
 
 def _places(patches: Mapping[str, int], size: int) -> dict[str, tuple[str, int, int]]:
@@ -272,7 +270,8 @@ def _write_patch(
     days = {'s2': _s2_days(rng, settings['incomplete'])}
     days['s1'] = np.arange(rng.integers(100, 112), 366, 12)
     epsg, left, top = TILES[tile]
-    crs, transform = CRS.from_epsg(epsg), from_origin(left + 10 * x, top - 10 * y, 10, 10)
+    place = from_origin(left + 10 * x, top - 10 * y, 10, 10)
+    grid = Grid(crs_of(epsg), place, settings['size'], settings['size'])
     names: dict[str, list[str]] = {sensor: [] for sensor in SENSORS}
     for sensor in SENSORS:
         for day in rng.permutation(days[sensor]).tolist():
@@ -282,13 +281,11 @@ def _write_patch(
                 image: NDArray[Any] = _reflectance(rng, scene, day, settings['haze'])
             else:
                 image = _backscatter(rng, scene, day)
-            _write_raster(root / sensor / names[sensor][-1], image, crs, transform)
+            _write_raster(root / sensor / names[sensor][-1], image, grid)
     labels = scene.label.astype(np.uint8)
-    path = root / GROUND_REFERENCE / reference_name(name)
-    _write_raster(path, labels[None], crs, transform)
-    content = label_content(names, crs, np.unique(labels))
-    with whole(root / LABELS / f'{name}.json') as temporary:
-        temporary.write_text(json.dumps(content))
+    _write_raster(root / GROUND_REFERENCE / reference_name(name), labels[None], grid)
+    content = label_content(names, grid.crs, np.unique(labels))
+    write_json(root / LABELS / f'{name}.json', content)
 
 
 def _draw_scene(rng: np.random.Generator, size: int, delay: float, context: bool) -> _Scene:
@@ -409,9 +406,7 @@ def _backscatter(rng: np.random.Generator, scene: _Scene, day: int) -> NDArray[n
     return (mixed * speckle(rng, mixed.shape)).astype(np.float32)
 
 
-def _write_raster(path: Path, image: NDArray[np.generic], crs: CRS, transform: Affine) -> None:
-    count, height, width = image.shape
-    profile = {'driver': 'GTiff', 'compress': 'lzw', 'crs': crs, 'transform': transform}
-    profile |= {'count': count, 'height': height, 'width': width, 'dtype': image.dtype.name}
-    with rasterio.open(path, 'w', **profile) as dst:
+def _write_raster(path: Path, image: NDArray[np.generic], grid: Grid) -> None:
+    profile = {'driver': 'GTiff', 'compress': 'lzw', 'count': len(image), 'dtype': image.dtype.name}
+    with rasterio.open(path, 'w', **profile, **vars(grid)) as dst:
         dst.write(image)

@@ -25,8 +25,8 @@ from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog, re
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, open_raster, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError, warn
+from torchgeo_s1s2.files import whole, write_json
 
 TAG = 'TORCHGEO_S1S2_POLYGONS'
 """Tag of the label rasters that are made here: a checksum of what they are made of."""
@@ -79,8 +79,8 @@ def rasterize_labels(
     """
     polygons = _polygons(Path(file), layer, attribute, classes, order)
     write_label_files(root, progress=progress)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', S1S2Warning)  # the data set says the same when it is opened
+    # The data set says the same when it is opened.
+    with warnings.catch_warnings(action='ignore', category=S1S2Warning):
         catalog = Catalog(root, progress=progress, cache=False)
     numbers = [n for n in range(len(catalog.patches)) if catalog.patch(n).width]
     grids = {number: _grid(catalog, number) for number in numbers}
@@ -134,7 +134,7 @@ def _polygons(
     notes[f'have a value that classes do not name and are left out: {which}'] = unmapped.total()
     said = '; '.join(f'{n} {text}' for text, n in notes.items() if n)
     if said:
-        warnings.warn(f'{file}: of its features {said}', S1S2Warning, stacklevel=3)
+        warn(f'{file}: of its features {said}', stacklevel=3)
     ranks = {_key(value): rank for rank, value in enumerate(order or ())}
     if unknown := sorted(ranks.keys() - {*polygons['value'], *known}):
         raise ValueError(f'order names {", ".join(unknown)}, which no polygon and no class has')
@@ -239,10 +239,9 @@ def _check_found(
             f'the patches at {here} in degrees. Check the CRS of the file'
         )
     if without:
-        warnings.warn(
+        warn(
             f'{len(without)} of {len(found)} patches have no polygon of {file}, such as '
             f'{catalog.patch(without[0]).name}; they have no label',
-            S1S2Warning,
             stacklevel=3,
         )
 
@@ -290,14 +289,11 @@ def _write(catalog: Catalog, number: int, labels: NDArray[Any], grid: Grid, made
     usual = catalog.root / GROUND_REFERENCE / reference_name(name)
     path = catalog.ground_reference(number) or usual
     profile = {'driver': 'GTiff', 'count': 1, 'dtype': labels.dtype, 'nodata': 0}
-    profile |= {'compress': 'deflate', 'tiled': max(labels.shape) > 512}
-    place = {'crs': grid.crs, 'transform': grid.transform}
-    size = {'height': grid.height, 'width': grid.width}
-    with whole(path) as temporary, rasterio.open(temporary, 'w', **profile, **place, **size) as dst:
+    profile |= {'compress': 'deflate', 'tiled': max(labels.shape) > 512, **vars(grid)}
+    with whole(path) as temporary, rasterio.open(temporary, 'w', **profile) as dst:
         dst.write(labels, 1)
         dst.update_tags(**{TAG: made_of})
     listing = catalog.root / LABELS / f'{name}.json'
     content = json.loads(listing.read_text())
     content['labels'] = ';'.join(map(str, np.unique(labels[labels > 0])))
-    with whole(listing) as temporary:
-        temporary.write_text(json.dumps(content))
+    write_json(listing, content)
