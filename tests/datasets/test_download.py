@@ -610,6 +610,25 @@ def test_disk_that_is_too_small(
     season(server, tmp_path).run()
 
 
+def test_disk_that_fills_up_meanwhile(
+    server: Files, tmp_path: Path, expected: Mapping[str, bytes]
+) -> None:
+    resource = pytest.importorskip('resource')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(map(len, expected.values()))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))
+    try:
+        with pytest.raises(
+            DownloadError, match=r'is full \(.*\)\. What was written is whole; make'
+        ):
+            season(server, tmp_path).run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert tree(tmp_path).items() <= expected.items()
+    season(server, tmp_path).run()
+    assert tree(tmp_path) == expected
+
+
 @pytest.mark.parametrize('missing', ['drop', 'keep', 'nearest'])
 @pytest.mark.parametrize('leader', ['s2', 's1'])
 def test_every_draw_is_among_the_candidates(missing: Any, leader: Any) -> None:

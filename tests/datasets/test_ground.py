@@ -139,8 +139,11 @@ def test_pieces_have_names_of_their_own_and_bad_numbers_are_refused(tmp_path: Pa
     assert names == {'31UEQ_0_0'}
     names = {*part(root, BlockSplits(80, {'train': 1.0}), 'train').index['name']}
     assert names == {f'31UEQ_0_0_{n}' for n in range(1, 10)}
-    with pytest.raises(ValueError, match='give each above 0, 1 together'):
-        BlockSplits(80, {'train': 0.5, 'test': 0.4})
+    for shares in ({'train': 0.5, 'test': 0.4}, {'train': 1.0, 'test': 0}, {}):
+        with pytest.raises(ValueError, match=r'shares are .* give each split one above 0, 1 t'):
+            BlockSplits(80, shares)
+    with pytest.raises(ValueError, match='size is 0; give the side of a block in metres'):
+        BlockSplits(0, SHARES)
     with pytest.raises(ValueError, match='buffer is 80; give 0 or more, and less than 80'):
         BlockSplits(80, SHARES, buffer=80)
     with pytest.raises(DataError, match='1 blocks of 10000 m are too few for the shares'):

@@ -47,7 +47,7 @@ def labels(root: Path, name: str = '31UEQ_GR_0_0.tif') -> NDArray[Any]:
 
 
 def write(root: Path, path: Path, attribute: str, classes: Any = None, **options: Any) -> int:
-    with pytest.warns(S1S2Warning, match='1 of 2 patches have no polygon of .*, such as 32ULU_0_0'):
+    with pytest.warns(S1S2Warning, match='1 of 2 patches have no label, such as 32ULU_0_0: no p'):
         return rasterize_labels(root, path, attribute, classes, progress=False, **options)
 
 
@@ -150,11 +150,20 @@ def test_other_rasters_stay_and_the_same_are_not_written_again(root: Path) -> No
     assert labels(root)[0, 0] == 5
     own = root / 'ground_reference' / '31UEQ_GR_0_0.tif'
     write_raster(own, np.full((1, 8, 8), 9, np.uint8), 32631, LEFT, TOP)
-    with pytest.warns(S1S2Warning), pytest.raises(DataError, match='was not made from polygons he'):
+    with pytest.raises(DataError, match='was not made from polygons here'):
         rasterize_labels(root, path, 'cover', IDS, progress=False)
     assert (labels(root) == 9).all()
     assert write(root, path, 'cover', IDS, overwrite=True) == 1 + 1
     assert labels(root).tolist() == EXPECTED.tolist()
+
+
+def test_rasters_without_a_label_are_told_each_time(root: Path) -> None:
+    path = polygons(root, square(2.6, 2.6, 0.8, 0.3), code=['11'])
+    for written in (2, 0):
+        with pytest.warns(S1S2Warning, match=r'2 of 2 .* no label, such as 31UEQ_0_0: .* centre'):
+            assert rasterize_labels(root, path, 'code', progress=False) == written
+    assert write(root, path, 'code', all_touched=True) == 2
+    assert [*zip(*labels(root).nonzero(), strict=True)] == [(2, 2), (2, 3)]
 
 
 def test_a_polygon_of_the_whole_world_and_names_in_yaml(root: Path) -> None:

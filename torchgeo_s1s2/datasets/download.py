@@ -1,5 +1,6 @@
 """Downloads what a season needs of a data set in MultiSenGE's archives, and no more."""
 
+import errno
 import hashlib
 import os
 import re
@@ -32,6 +33,7 @@ KINDS = {
 }
 """What each archive can hold. MultiSenGE's 8,157 label files have 40 MB, the largest 7 kB."""
 _RECORD = re.compile(r'([0-9a-f]{64})  ([^\n]+)\n')
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 _HIDDEN, _UNFINISHED = '.download', '.download/unfinished'
 
 
@@ -234,7 +236,15 @@ class SeasonDownload:
                 )
                 for folder, kind in KINDS.items()
             }
-            yield
+            try:
+                yield
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                raise DownloadError(
+                    f'the disk of {self.root} is full ({error}). What was written is whole; make '
+                    'room, and run the same again to continue'
+                ) from error
 
     def _first_plan(self) -> DownloadPlan:
         """The plan, in folders that are clear of what an interruption left half written."""

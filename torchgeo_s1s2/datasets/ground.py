@@ -59,10 +59,16 @@ class BlockSplits(GroundSplits):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        if not 0 < self.size < math.inf:
+            raise ValueError(f'size is {self.size}; give the side of a block in metres, above 0')
         if not 0 <= self.buffer < self.size:
             raise ValueError(f'buffer is {self.buffer}; give 0 or more, and less than {self.size}')
-        if min(self.shares.values()) <= 0 or not math.isclose(sum(self.shares.values()), 1):
-            raise ValueError(f'shares are {self.shares}; give each above 0, 1 together')
+        shares = [*(self.shares or {}).values()]
+        if not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1):
+            raise ValueError(
+                f'shares are {self.shares}; give each split one above 0, 1 together, such as '
+                "{'train': 0.6, 'val': 0.2, 'test': 0.2}"
+            )
 
     def __iter__(self) -> Iterator[str]:
         """Names of the splits."""

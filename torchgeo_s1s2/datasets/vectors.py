@@ -58,7 +58,7 @@ def rasterize_labels(
             CRS.
         attribute: Column with the class of each polygon.
         classes: Id of each value of the column, 1..65535, or a YAML file that says so; without it
-            the column holds the ids.
+            the column holds the ids, as numbers or as text such as ``'11'``.
         layer: Layer of the file; the first unless given.
         order: Values of the column from the lowest to the uppermost where polygons overlap; those
             that it lacks lie below. Polygons of one value, and all unless given, lie over those
@@ -90,9 +90,17 @@ def rasterize_labels(
     made_of = _checksum(polygons, all_touched)
     todo = [n for n in numbers if _is_outdated(catalog, n, grids[n], made_of, overwrite)]
     dtype = 'uint8' if polygons['id'].max() < 256 else 'uint16'
+    labelled = {n for n in {*numbers}.difference(todo) if catalog.patches['classes'].iat[n]}
     for number in tqdm(todo, 'Rasterizing labels', unit='patch', disable=not progress):
         labels = _rasterized(polygons.iloc[found[number]], grids[number], all_touched, dtype)
         _write(catalog, number, labels, grids[number], made_of)
+        labelled |= {number} if labels.any() else set()
+    if bare := [catalog.patch(n).name for n in numbers if n not in labelled]:
+        rule = '' if all_touched else ' at its centre (all_touched=True: anywhere)'
+        warn(
+            f'{len(bare)} of {len(numbers)} patches have no label, such as {bare[0]}: no polygon '
+            f'of {file} meets a pixel of them{rule}'
+        )
     return len(todo)
 
 
@@ -230,19 +238,12 @@ def _check_found(
     found: Mapping[int, NDArray[np.intp]],
     catalog: Catalog,
 ) -> None:
-    without = [number for number, positions in found.items() if not len(positions)]
-    if len(without) == len(found):
+    if not any(map(len, found.values())):
         here = catalog.patches.total_bounds.round(4).tolist()
         there = polygons.total_bounds.tolist()
         raise DataError(
             f'no polygon of {file} lies on a patch: they lie at {there} in {polygons.crs.name}, '
             f'the patches at {here} in degrees. Check the CRS of the file'
-        )
-    if without:
-        warn(
-            f'{len(without)} of {len(found)} patches have no polygon of {file}, such as '
-            f'{catalog.patch(without[0]).name}; they have no label',
-            stacklevel=3,
         )
 
 
