@@ -20,6 +20,12 @@ onnxruntime = pytest.importorskip('onnxruntime')
 SHAPES = [(2, 3, 64, 96), (1, 1, 64, 64), (3, 5, 96, 64)]
 
 
+@pytest.fixture(autouse=True)
+def forget_graphs() -> None:
+    """PyTorch compiles a function eight times at most, those of other tests included."""
+    torch.compiler.reset()
+
+
 def build(backbone: str = 'vgg16_convlstm_inception') -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = smp.create_model('unet', backbone, None, in_channels=12, classes=5)
