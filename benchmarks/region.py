@@ -21,7 +21,7 @@ import torchgeo.main
 from rasterio.warp import transform_bounds
 
 import torchgeo_s1s2
-from benchmarks.common import Row, alone, measured, table
+from benchmarks.common import Row, alone, measured, provenance, report
 from benchmarks.server import item, serve_files, serve_items, write_cog
 from torchgeo_s1s2.datasets import SENSOR_BANDS, MultiSenGE, SentinelRegion, StacCollection
 from torchgeo_s1s2.datasets.classes import class_scheme
@@ -82,7 +82,10 @@ def measure(what: str, api: str, size: int, bounds: list[float], root: Path) -> 
     """Seconds and memory of one run."""
     region = SentinelRegion(bounds, SEASON, api, {'s2': S2}, clouds=[], num_workers=2, chunk=1024)
     with measured() as found:
-        plain(api, region, root) if what == 'plain' else region.write(root, ['s2'], progress=False)
+        if what == 'plain':
+            plain(api, region, root)
+        else:
+            region.write(root, ['s2'], progress=False)
     return {'what': what, 'size': size, **found}
 
 
@@ -107,7 +110,7 @@ def speed(sizes: tuple[int, ...] = (2048, 4096), rounds: int = 3, dates: int = 4
                 for what in ('ours', 'plain'):
                     with tempfile.TemporaryDirectory(dir=root) as out:
                         rows.append(alone(measure, what, api, size, bounds, Path(out)))
-    print(table(rows))
+    report(Path('outputs/region_speed'), 'Synthetic data: a region', provenance(), rows)
 
 
 def map_region(checkpoint: str, output: Path = Path('outputs/region.png')) -> None:

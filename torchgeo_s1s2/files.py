@@ -46,7 +46,7 @@ def whole(path: str | os.PathLike[str], within: Path | None = None) -> Iterator[
             file.replace(path.parent / file.name)
 
 
-def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = None) -> None:
     """Write JSON, whole or not at all."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=indent))

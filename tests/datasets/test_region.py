@@ -184,8 +184,21 @@ def test_offset_and_unit(tmp_path: Path) -> None:
 
 def test_power_that_looks_like_db_is_refused(tmp_path: Path) -> None:
     db = odc(10 * np.log10(POWER), ('vv', 'vh'), 'float32')
+    for band in ('vv', 'vh'):
+        db[band][:, 1:] = -9999  # most of it, untagged, which hides nothing
     with pytest.raises(ImplausibleValuesError, match=r"are no power.*unit=\{'s1': 'db'\}"):
         write_series(tmp_path, s1=db, progress=False)
+
+
+def test_what_is_neither_power_nor_db_is_missing(tmp_path: Path) -> None:
+    power = odc(POWER, ('vv', 'vh'), 'float32')
+    for band in ('vv', 'vh'):
+        power[band][:, 1:] = -9999
+    write_series(tmp_path, s1=power, progress=False)
+    for number, path in enumerate(sorted((tmp_path / 's1').iterdir())):
+        written = read(path)
+        np.testing.assert_allclose(written[:, 0], POWER[number][:, 0], rtol=1e-5)
+        assert np.isnan(written.data[:, 1:]).all()
 
 
 @pytest.mark.parametrize(('label', 'written'), [(254, 254), (255, 255), (np.nan, 255)])

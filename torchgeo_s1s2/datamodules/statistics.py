@@ -126,7 +126,7 @@ class Statistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, whole or not at all."""
-        write_json(Path(path), vars(self), indent=1)
+        write_json(path, vars(self), indent=1)
 
     @property
     def class_weights(self) -> Tensor:

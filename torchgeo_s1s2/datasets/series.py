@@ -162,7 +162,7 @@ class SeriesDataset(GeoDataset):
 
     @index.setter
     def index(self, index: gpd.GeoDataFrame) -> None:
-        index = _named(index, self._columns)
+        index = _restored(index, self._columns, self.crs)
         self._columns = list(index.columns)
         self._index, self._checked = index, False
         self._slivers = index.geometry[:0]
@@ -723,8 +723,9 @@ class SeriesUnion(UnionDataset):
 
     @index.setter
     def index(self, index: gpd.GeoDataFrame) -> None:
-        columns = list(getattr(self, '_index', index).columns)
-        self._index, self._handed_on = _named(index, columns), False
+        before = getattr(self, '_index', index)
+        self._index = _restored(index, list(before.columns), before.crs)
+        self._handed_on = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Look at the index of a copy again, for random_bbox_splitting changes that in place."""
@@ -753,8 +754,10 @@ class SeriesUnion(UnionDataset):
     __and__ = SeriesDataset.__and__
 
 
-def _named(index: gpd.GeoDataFrame, columns: Sequence[str]) -> gpd.GeoDataFrame:
-    """An index with the names of its columns, which random_grid_cell_assignment replaces."""
+def _restored(index: gpd.GeoDataFrame, columns: Sequence[str], crs: CRS) -> gpd.GeoDataFrame:
+    """With what random_grid_cell_assignment drops: names of columns, and the CRS in 0.10.0."""
+    if index.crs is None:
+        index = index.set_crs(crs)
     if 'patch' in index:
         return index
     names = {i: name for i, name in enumerate(columns) if name != 'geometry'}

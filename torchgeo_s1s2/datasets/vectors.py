@@ -90,16 +90,17 @@ def rasterize_labels(
     made_of = _checksum(polygons, all_touched)
     todo = [n for n in numbers if _is_outdated(catalog, n, grids[n], made_of, overwrite)]
     dtype = 'uint8' if polygons['id'].max() < 256 else 'uint16'
-    labelled = {n for n in {*numbers}.difference(todo) if catalog.patches['classes'].iat[n]}
+    bare = [n for n in {*numbers}.difference(todo) if not catalog.patches['classes'].iat[n]]
     for number in tqdm(todo, 'Rasterizing labels', unit='patch', disable=not progress):
         labels = _rasterized(polygons.iloc[found[number]], grids[number], all_touched, dtype)
         _write(catalog, number, labels, grids[number], made_of)
-        labelled |= {number} if labels.any() else set()
-    if bare := [catalog.patch(n).name for n in numbers if n not in labelled]:
+        if not labels.any():
+            bare.append(number)
+    if bare:
         rule = '' if all_touched else ' at its centre (all_touched=True: anywhere)'
         warn(
-            f'{len(bare)} of {len(numbers)} patches have no label, such as {bare[0]}: no polygon '
-            f'of {file} meets a pixel of them{rule}'
+            f'{len(bare)} of {len(numbers)} patches have no label, such as '
+            f'{catalog.patch(min(bare)).name}: no polygon of {file} meets a pixel of them{rule}'
         )
     return len(todo)
 
