@@ -1,5 +1,6 @@
 """What leaves eager PyTorch gives what eager PyTorch gives: compiled, exported, other formats."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,17 @@ def test_model_of_the_task_compiles_in_place() -> None:
     task.model.compile(fullgraph=True, backend='eager')
     torch.testing.assert_close(task(image), expected, rtol=0, atol=1e-5)
     assert list(task.state_dict()) == names
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_shapes_without_values(small: nn.Module, training: bool) -> None:
+    """On the device 'meta', where a model is laid out before its weights are loaded."""
+    real = copy.deepcopy(small).train(training)
+    empty = copy.deepcopy(real).to('meta')
+    expected = learn(real, real, make_image())
+    actual = learn(empty, empty, make_image().to('meta'))
+    for mine, other in zip(actual, expected, strict=True):
+        assert {n: x.shape for n, x in mine.items()} == {n: x.shape for n, x in other.items()}
 
 
 def test_compiled_to_kernels() -> None:

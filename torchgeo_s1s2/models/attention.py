@@ -10,6 +10,7 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from .convlstm import seen_first
@@ -277,7 +278,7 @@ class AttentionEncoder(SeriesEncoder):
         images = torch.cat([x.where(m, 0) for x, m in zip(bands, masks, strict=True)], dim=2)
         valid = torch.stack([seen[n] for n in members], -1).any(-1)
         positions = self._positions(members, series, seen, days)
-        if not self._is_dense(group) and not valid.all():
+        if not self._is_dense(group, images) and not valid.all():
             valid, images, positions = seen_first(valid, images, positions)
             longest = max(1, int(valid.sum(1).max()))
             valid, images, positions = (x[:, :longest] for x in (valid, images, positions))
@@ -309,7 +310,7 @@ class AttentionEncoder(SeriesEncoder):
 
     def _encode(self, group: str, images: Tensor, seen: Tensor) -> list[Tensor]:
         """Features of images (N, C, H, W); those that were not seen are 0."""
-        if self._is_dense(group):
+        if self._is_dense(group, images):
             return self._levels(group, images)
         index = seen.flatten().nonzero()[:, 0]
         if len(index) == len(images):
@@ -340,8 +341,10 @@ class AttentionEncoder(SeriesEncoder):
         parts = [call(group, part) for part in images.split(at_once)]
         return [torch.cat(level) for level in zip(*parts, strict=True)]
 
-    def _is_dense(self, group: str) -> bool:
+    def _is_dense(self, group: str, images: Tensor) -> bool:
         """Whether every slot is encoded, so that no shape depends on data."""
+        if images.is_meta or isinstance(images, FakeTensor):
+            return True
         return torch.compiler.is_compiling() and not _has_batch_statistics(self.spatial[group])
 
     def _levels(self, group: str, images: Tensor) -> list[Tensor]:
