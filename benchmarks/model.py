@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +162,11 @@ def peak(call: Callable[[], object], device: str) -> float:
     return highest / MIB
 
 
-def measure(names: Sequence[str], slots: int, size: int, rounds: int, device: str) -> list[Row]:
-    """Measure each model in turns with the plain one alone, whatever the memory; one row each."""
-    rows = []
-    for name in names:
-        found = measure_together({PLAIN, name}, slots, size, rounds, device)
-        row = beside(found[name], found[PLAIN])
-        rows.append({'T': slots, 'pixels': size, 'model': name, **row})
-    return rows
+def measure(name: str, slots: int, size: int, rounds: int, device: str) -> Row:
+    """Measure a model in turns with the plain one, and nothing else in memory."""
+    found = measure_together({PLAIN, name}, slots, size, rounds, device)
+    row = beside(found[name], found[PLAIN])
+    return {'T': slots, 'pixels': size, 'model': name, **row}
 
 
 def measure_together(
@@ -206,15 +204,14 @@ def beside(values: Mapping[str, float], plain: Mapping[str, float]) -> dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write ``table.md`` and ``results.json`` after each T and size."""
+    """Measure, and write ``table.md`` and ``results.json`` after each row."""
     args = _parser().parse_args(arguments)
     names = dict.fromkeys([PLAIN, *args.models, *(OTHERS if args.others else ())])
     rows: list[Row] = []
-    for slots in args.slots:
-        for size in args.sizes:
-            rows += measure([*names], slots, size, args.rounds, args.device)
-            about = {**provenance(), 'device': args.device, 'turns': args.rounds}
-            report(args.output, 'Speed and memory of models', about, rows)
+    for slots, size, name in product(args.slots, args.sizes, names):
+        rows.append(measure(name, slots, size, args.rounds, args.device))
+        about = {**provenance(), 'device': args.device, 'turns': args.rounds}
+        report(args.output, 'Speed and memory of models', about, rows)
 
 
 def _parser() -> argparse.ArgumentParser:
