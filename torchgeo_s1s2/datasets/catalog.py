@@ -210,11 +210,14 @@ class Catalog:
 
     def path(self, patch: int, sensor: str, position: int) -> Path:
         """Path of the image at a position of ``times(patch, sensor)``."""
-        return self._raster(patch, sensor, position)[0]
+        return self.raster(patch, sensor, position)[0]
 
-    def has_sidecars(self, patch: int, sensor: str, position: int) -> bool:
-        """Whether files beside an image belong to it."""
-        return self._raster(patch, sensor, position)[1].sidecars
+    def raster(self, patch: int, folder: str, position: int) -> tuple[Path, bool]:
+        """Path of a raster, and whether files beside it belong to it."""
+        at = self._span(patch, folder).start + position
+        layout = self._layouts[self._layout[at]]
+        path = layout.path(self._records[patch].name, int(self._time[at].astype(np.int64)))
+        return self.root / path, layout.sidecars
 
     def patch(self, patch: int) -> Patch:
         """What reading needs to know of a patch, faster than a row of the table.
@@ -227,12 +230,6 @@ class Catalog:
     def ground_reference(self, patch: int) -> Path | None:
         """Path of the label raster of a patch, None where there is none."""
         return self.path(patch, GROUND_REFERENCE, 0) if self.patch(patch).ground_reference else None
-
-    def _raster(self, patch: int, folder: str, position: int) -> tuple[Path, Layout]:
-        at = self._span(patch, folder).start + position
-        layout = self._layouts[self._layout[at]]
-        path = layout.path(self._records[patch].name, int(self._time[at].astype(np.int64)))
-        return self.root / path, layout
 
     def _span(self, patch: int, folder: str) -> slice:
         first = len(FOLDERS) * patch + FOLDERS.index(folder)

@@ -163,17 +163,15 @@ class MultiSenGE(SeriesDataset):
 
     def read_image(self, patch: int, sensor: str, position: int, grid: Grid) -> Array:
         """Values (C, H, W) of an acquisition on a grid, NaN without one."""
-        path = self.catalog.path(patch, sensor, position)
-        sidecars = self.catalog.has_sidecars(patch, sensor, position)
+        path, sidecars = self.catalog.raster(patch, sensor, position)
         time, place = self.times_of(patch, sensor)[position], self.grid_of(patch)
         return read_image(path, self.readings[sensor], grid, time, place, sidecars)
 
     def read_labels(self, patch: int, grid: Grid) -> NDArray[Any] | None:
         """Labels (H, W) as they are on disk, NaN for none; None without a label raster."""
-        path = self.catalog.ground_reference(patch)
-        if path is None:
+        if not self.catalog.patch(patch).ground_reference:
             return None
-        sidecars = self.catalog.has_sidecars(patch, GROUND_REFERENCE, 0)
+        path, sidecars = self.catalog.raster(patch, GROUND_REFERENCE, 0)
         return read_labels(path, grid, self.grid_of(patch), sidecars)
 
     def files_of(self, index: int) -> dict[str, list[Path]]:

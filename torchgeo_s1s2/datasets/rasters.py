@@ -298,14 +298,17 @@ def _values(
     kinds = {np.dtype(src.dtypes[i - 1]).kind for i in indexes}
     if 'c' in kinds:
         raise DataError(f'{path} holds complex numbers ({src.dtypes[0]}); give power or dB')
-    value: NDArray[Any] = src.read(indexes, window=window, out_dtype=dtype)
+    # Whole numbers become floats faster in NumPy than in GDAL.
+    stored = np.result_type(*(src.dtypes[i - 1] for i in indexes)) if kinds <= {*'iu'} else dtype
+    value: NDArray[Any] = src.read(indexes, window=window, out_dtype=stored).astype(
+        dtype, copy=False
+    )
     flags, tags = src.mask_flag_enums, src.nodatavals
     masked = any(MaskFlags.per_dataset in flags[i - 1] for i in indexes)
     if 'u' in kinds and nodata < 0:
         nodata = 0  # as in ESA's products, whose type has no other
     for tag in {tags[i - 1] for i in indexes} - ({None} if masked else set()):
-        with np.errstate(over='ignore'):  # no-data values of another type
-            missing = value == dtype(nodata if tag is None else tag)
+        missing = value == _as(value.dtype, nodata if tag is None else tag)
         if missing.any():
             missing[[tags[i - 1] != tag for i in indexes]] = False
             value[missing] = np.nan
@@ -314,6 +317,13 @@ def _values(
     if 'f' in kinds:
         value[~np.isfinite(value)] = np.nan
     return value
+
+
+@lru_cache(maxsize=64)
+def _as(dtype: np.dtype[Any], value: float) -> Any:
+    """A no-data value, perhaps of a file's wider type, as one of another type."""
+    with np.errstate(over='ignore'):
+        return dtype.type(value)
 
 
 def _rescale(value: Array, src: rasterio.DatasetReader, indexes: Sequence[int]) -> None:

@@ -203,7 +203,7 @@ def _rasters(dataset: MultiSenGE, index: int, folder: Path) -> list[_Raster]:
     rasters = []
     for kind, chosen in positions.items():
         for p in sorted(chosen):
-            path, sidecars = catalog.path(patch, kind, p), catalog.has_sidecars(patch, kind, p)
+            path, sidecars = catalog.raster(patch, kind, p)
             rasters.append(_Raster(path, kind, sidecars, folder / path.relative_to(dataset.root)))
     return rasters
 

@@ -218,8 +218,7 @@ def _grid(catalog: Catalog, number: int) -> Grid:
     for sensor in SENSORS:
         for position in range(len(catalog.times(number, sensor))):
             try:
-                sidecars = catalog.has_sidecars(number, sensor, position)
-                return read_grid(catalog.path(number, sensor, position), sidecars)
+                return read_grid(*catalog.raster(number, sensor, position))
             except UnreadableError as error:
                 failed = error
     raise failed
