@@ -249,7 +249,7 @@ def plain(value: np.ndarray, day: str) -> np.ndarray:
     return value
 
 
-LATE = '20220904'
+LATE, LOWEST = '20220904', float(np.finfo('float32').min)
 KINDS: dict[str, tuple[str, str, Callable[[np.ndarray, str], Any], dict, str, dict]] = {
     'reflectance': (
         's2', 'float32', lambda v, d: v * 1e-4, {}, 'unit="reflectance"', {'unit': 'reflectance'},
@@ -273,6 +273,18 @@ KINDS: dict[str, tuple[str, str, Callable[[np.ndarray, str], Any], dict, str, di
     'no data without a tag': (
         's2', 'int16', lambda v, d: np.where(np.arange(8) < 3, -9999, v), {},
         "nodata={'s2': -9999}", {'nodata': {'s2': -9999}},
+    ),
+    'the lowest number': (
+        's2', 'float32', lambda v, d: np.where(np.arange(8) < 3, LOWEST, v), {},
+        r"nodata={'s2': -3.40282e\+38}", {'nodata': {'s2': -3.40282e38}},
+    ),
+    'the highest whole number': (
+        's2', 'int32', lambda v, d: np.where(np.arange(8) < 3, 2**31 - 1, v * 1.0), {},
+        r"nodata={'s2': 2.14748e\+09}", {'nodata': {'s2': 2.14748e9}},
+    ),
+    'the highest number of Sentinel-1': (
+        's1', 'float32', lambda v, d: np.where(np.arange(8) < 1, -LOWEST, v), {},
+        r"nodata={'s1': 3.40282e\+38}", {'nodata': {'s1': 3.40282e38}},
     ),
     'dB': (
         's1', 'float32', lambda v, d: 10 * np.log10(v), {}, "unit={'s1': 'db'}", {'unit': 'db'},
