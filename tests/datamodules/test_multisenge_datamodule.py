@@ -317,6 +317,7 @@ def test_a_given_file_of_statistics_wins(root: Path, tmp_path: Path, beside: boo
         path.write_text(statistics_path(data.train_dataset).read_text())  # type: ignore[arg-type]
     path.write_text(path.read_text().replace(str(data.statistics.mean[0]), '7.5'))
     mine = datamodule(root, statistics=path)
+    mine.prepare_data()
     mine.setup('test')
     assert mine.statistics is not None
     assert mine.statistics.mean == (7.5, *data.statistics.mean[1:])

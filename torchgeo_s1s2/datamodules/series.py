@@ -165,7 +165,7 @@ class SeriesDataModule(NonGeoDataModule):
 
         Lightning calls this in the first process only, before the ``setup`` of all.
         """
-        if self._trains:
+        if self._trains and self.statistics_path is None:
             self._find_statistics()
 
     def setup(self, stage: str) -> None:
