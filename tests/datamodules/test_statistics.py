@@ -10,6 +10,7 @@ import rasterio
 import torch
 from conftest import ORIGINS, S1_DATES, S2_DATES, write_patch, write_raster
 
+from torchgeo_s1s2.callbacks.scene import _content
 from torchgeo_s1s2.datamodules.statistics import Statistics, count_labels, statistics_path
 from torchgeo_s1s2.datasets import ClassScheme, LandCoverClass, MonthlySeries, MultiSenGE
 from torchgeo_s1s2.errors import ImplausibleValuesError, S1S2Warning
@@ -166,6 +167,18 @@ def test_statistics_follow_the_files_that_made_them(
     assert {shape[0] for shape in windows_read} == bands
     assert (after != before) == bool(bands)
     assert after == Statistics.compute(MultiSenGE(tmp_path, 'test'), progress=False)
+
+
+def test_a_link_to_nothing_is_left_out(tmp_path: Path) -> None:
+    write_patch(tmp_path, '31UEQ', size=8)
+    path = tmp_path / 's1' / '31UEQ_20200904_S1_0_0.tif'
+    path.unlink()
+    path.symlink_to('/nowhere')
+    dataset = MultiSenGE(tmp_path, 'test')
+    with pytest.warns(S1S2Warning, match=f'{path} cannot be read.*Another date takes its place'):
+        statistics = Statistics.beside(dataset)
+    assert statistics.mean[-2:] == pytest.approx((-10, -20), abs=1e-3)
+    assert len([*_content(MultiSenGE(tmp_path, 'test'))]) == 3 + 4 + 3  # of each file that is there
 
 
 def test_other_classes_read_nothing(noise: Path, windows_read: list[tuple[int, ...]]) -> None:

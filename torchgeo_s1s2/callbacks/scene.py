@@ -636,8 +636,8 @@ def _content(dataset: Any) -> Iterator[Any]:
     if isinstance(dataset, SeriesDataset):  # whose root holds more than the images
         rows = map(dataset.files_of, range(len(dataset)))
         files = [file for row in rows for sensor in dataset.sensors for file in row[sensor]]
-    for file in files:
-        stat = Path(file).stat()
+    for file in filter(Path.exists, map(Path, files)):
+        stat = file.stat()
         yield str(file), stat.st_size, stat.st_mtime_ns
 
 
