@@ -9,6 +9,7 @@ import rasterio
 from affine import Affine
 from conftest import COMMON, ORIGINS, write_patch, write_raster
 from numpy.typing import NDArray
+from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 from rasterio.transform import from_bounds, from_origin
@@ -484,6 +485,7 @@ def test_georeference_beside_a_raster(tmp_path: Path, how: str, folder: str) -> 
 
 
 NOWHERE = Affine.identity()
+CORNERS = [GroundControlPoint(row, col, 3 + col, 49 - row) for row in (0, 8) for col in (0, 8)]
 
 
 @pytest.mark.parametrize(
@@ -491,6 +493,11 @@ NOWHERE = Affine.identity()
     [
         ('s2', {'crs': None}, r'does not say where it lies \(CRS None.*gdal_edit'),
         ('s1', {'transform': NOWHERE}, 'does not say where it lies'),
+        (
+            's1',
+            {'transform': None, 'gcps': CORNERS},
+            'has control points only: correct its terrain',
+        ),
         ('labels', {'crs': None}, 'does not say where it lies'),
         ('labels', {'crs': CRS.from_epsg(32632)}, 'in EPSG:32632, its label file says EPSG:32631'),
         ('labels', {'transform': Affine(10, 0, 500000, 0, 10, 5499920)}, 'is not north-up'),

@@ -34,7 +34,9 @@ CACHE, VERSION = 'catalog.parquet', 2
 KEYS = {'s2': 'corresponding_s2', 's1': 'corresponding_s1'}
 _PATCH = re.compile(r'(?P<tile>\w+)_(?P<x>\d+)_(?P<y>\d+)')
 _EPSG = re.compile(r'AUTHORITY\["EPSG","(\d+)"\]\]\s*$')
-_SIDECAR = re.compile(r'(?P<stem>.+?)(\.tiff?)?\.(aux\.xml|msk|tfw|tifw|tiffw|wld)', re.IGNORECASE)
+_SIDECAR = re.compile(
+    r'(?P<stem>.+?)(\.tiff?)?\.(aux\.xml|msk|tfw|tifw|tiffw|wld|hdr)', re.IGNORECASE
+)
 # TILE_20200706_S2_X_Y.tif. What follows S2 or S1 may tell two images of one day apart, and so may
 # the time of day.
 _IMAGE = re.compile(

@@ -174,9 +174,12 @@ def read_grid(path: Path, sidecars: bool = False) -> Grid:
 
 def _grid_of(path: Path, src: rasterio.DatasetReader) -> Grid:
     if src.crs is None or src.transform.is_identity:
+        mend = 'write its georeference, for instance with gdal_edit -a_srs and -a_ullr'
+        if src.gcps[0]:
+            mend = 'it has control points only: correct its terrain, or warp it with gdalwarp'
         raise DataError(
             f'{path} does not say where it lies (CRS {src.crs}, transform {src.transform[:6]}); '
-            'write its georeference, for instance with gdal_edit -a_srs and -a_ullr'
+            f'{mend}'
         )
     return Grid(src.crs, src.transform, src.width, src.height)
 
