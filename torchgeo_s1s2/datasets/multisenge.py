@@ -201,6 +201,8 @@ class MultiSenGE(SeriesDataset):
         names = (*self.splits, 'all')
         if self.split not in names:
             raise NoPatchesError(f'no split {self.split!r}; choose one of {", ".join(names)}')
+        if 'all' in self.splits:
+            raise ValueError("'all' stands for every patch; give the split another name")
         if self.split == 'all' or isinstance(self.splits, GroundSplits):
             return None
         tiles = self.splits[self.split]
