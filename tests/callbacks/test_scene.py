@@ -1,3 +1,4 @@
+import os
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -26,6 +27,8 @@ from torchgeo_s1s2.callbacks.scene import (
     Lattices,
     Parts,
     Place,
+    _content,
+    _digest,
     blend_weights,
     clip,
     lattice_of,
@@ -35,6 +38,7 @@ from torchgeo_s1s2.callbacks.scene import (
     write_mosaic,
 )
 from torchgeo_s1s2.datamodules.series import spread
+from torchgeo_s1s2.datasets import MultiSenGE
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.errors import MapError, S1S2Warning
@@ -349,6 +353,18 @@ def test_parts_made_otherwise_are_refused(
         predict(tmp_path, SceneWriter(resume=True))
 
 
+def test_data_are_others_if_an_image_is_and_not_for_what_lies_beside(two_zones: Path) -> None:
+    def content() -> str:
+        return _digest(_content(MultiSenGE(two_zones, 'all')))
+
+    before = content()
+    (two_zones / 'statistics_of_another_training.json').write_text('{}')
+    os.utime(two_zones / 'ground_reference' / '31UEQ_GR_0_0.tif', (0, 0))
+    assert content() == before
+    os.utime(two_zones / 's1' / '31UEQ_20200807_S1_0_0.tif', (0, 0))
+    assert content() != before
+
+
 def test_parts_are_dropped_without_resume_and_nothing_else(tmp_path: Path) -> None:
     folder = interrupted(tmp_path)
     for name in ('part-mine.npz', 'notes.txt', '../parts/mine.npz'):
@@ -461,8 +477,9 @@ def test_maps_of_an_earlier_run_do_not_pass_for_new_ones(tmp_path: Path) -> None
 
 
 def test_mosaic_without_a_place_is_refused() -> None:
-    with pytest.raises(MapError, match='mosaic is 999999, expected an EPSG code'):
-        SceneWriter(mosaic=999999)
+    for mosaic in (999999, 'EPSG:4326'):
+        with pytest.raises(MapError, match=f'mosaic is {mosaic}, expected an EPSG code'):
+            SceneWriter(mosaic=mosaic)  # type: ignore[arg-type]
     antimeridian = Grid(crs_of(32601), from_origin(100000, 10000, 10, 10), 14000, 10)
     with pytest.raises(MapError, match='no connected place'):
         mosaic_grid(CRS.from_epsg(4326), [antimeridian])

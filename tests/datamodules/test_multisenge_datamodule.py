@@ -225,6 +225,28 @@ def test_windows_cover_the_scenes_of_each_zone(root: Path) -> None:
     np.testing.assert_array_equal(covered[32632][:, :25], expected[32632][:, :25])
 
 
+def test_a_scene_smaller_than_a_window_has_one(root: Path) -> None:
+    windows = {'predict_patch_size': (8, 256), 'predict_stride': (8, 16)}
+    data = datamodule(root, predict_split='all', **windows)
+    data.setup('predict')
+    assert data.predict_sampler
+    assert [len(list(sampler)) for sampler in data.predict_sampler] == [2, 2]  # rows
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'predict_patch_size': 8, 'predict_stride': (8, 9)}, 'stride the smaller one, or ground'),
+        ({'predict_patch_size': 8, 'predict_stride': 0}, 'predict_stride is 0; it must be 1'),
+        ({'predict_stride': 8}, 'predict_patch_size None'),
+        ({'predict_patch_size': (0, 8)}, 'predict_patch_size is 0; it must be 1 or more'),
+    ],
+)
+def test_windows_that_leave_ground_out_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        datamodule(Path(), **options)
+
+
 def test_what_is_known_of_the_data(root: Path) -> None:
     data = datamodule(root, classes=6, bands=['B08', 'VV', 'B04'])
     with pytest.raises(RuntimeError, match='call setup'):
@@ -317,6 +339,7 @@ def test_a_given_file_of_statistics_wins(root: Path, tmp_path: Path, beside: boo
         path.write_text(statistics_path(data.train_dataset).read_text())  # type: ignore[arg-type]
     path.write_text(path.read_text().replace(str(data.statistics.mean[0]), '7.5'))
     mine = datamodule(root, statistics=path)
+    mine.prepare_data()
     mine.setup('test')
     assert mine.statistics is not None
     assert mine.statistics.mean == (7.5, *data.statistics.mean[1:])

@@ -10,6 +10,7 @@ import rasterio
 import torch
 from conftest import ORIGINS, S1_DATES, S2_DATES, write_patch, write_raster
 
+from torchgeo_s1s2.callbacks.scene import _content
 from torchgeo_s1s2.datamodules.statistics import Statistics, count_labels, statistics_path
 from torchgeo_s1s2.datasets import ClassScheme, LandCoverClass, MonthlySeries, MultiSenGE
 from torchgeo_s1s2.errors import ImplausibleValuesError, S1S2Warning
@@ -168,6 +169,18 @@ def test_statistics_follow_the_files_that_made_them(
     assert after == Statistics.compute(MultiSenGE(tmp_path, 'test'), progress=False)
 
 
+def test_a_link_to_nothing_is_left_out(tmp_path: Path) -> None:
+    write_patch(tmp_path, '31UEQ', size=8)
+    path = tmp_path / 's1' / '31UEQ_20200904_S1_0_0.tif'
+    path.unlink()
+    path.symlink_to('/nowhere')
+    dataset = MultiSenGE(tmp_path, 'test')
+    with pytest.warns(S1S2Warning, match=f'{path} cannot be read.*Another date takes its place'):
+        statistics = Statistics.beside(dataset)
+    assert statistics.mean[-2:] == pytest.approx((-10, -20), abs=1e-3)
+    assert len([*_content(MultiSenGE(tmp_path, 'test'))]) == 3 + 4 + 3  # of each file that is there
+
+
 def test_other_classes_read_nothing(noise: Path, windows_read: list[tuple[int, ...]]) -> None:
     first = Statistics.beside(MultiSenGE(noise, 'test'))
     del windows_read[:]
@@ -249,7 +262,7 @@ def plain(value: np.ndarray, day: str) -> np.ndarray:
     return value
 
 
-LATE = '20220904'
+LATE, LOWEST = '20220904', float(np.finfo('float32').min)
 KINDS: dict[str, tuple[str, str, Callable[[np.ndarray, str], Any], dict, str, dict]] = {
     'reflectance': (
         's2', 'float32', lambda v, d: v * 1e-4, {}, 'unit="reflectance"', {'unit': 'reflectance'},
@@ -273,6 +286,18 @@ KINDS: dict[str, tuple[str, str, Callable[[np.ndarray, str], Any], dict, str, di
     'no data without a tag': (
         's2', 'int16', lambda v, d: np.where(np.arange(8) < 3, -9999, v), {},
         "nodata={'s2': -9999}", {'nodata': {'s2': -9999}},
+    ),
+    'the lowest number': (
+        's2', 'float32', lambda v, d: np.where(np.arange(8) < 3, LOWEST, v), {},
+        r"nodata={'s2': -3.40282e\+38}", {'nodata': {'s2': -3.40282e38}},
+    ),
+    'the highest whole number': (
+        's2', 'int32', lambda v, d: np.where(np.arange(8) < 3, 2**31 - 1, v * 1.0), {},
+        r"nodata={'s2': 2.14748e\+09}", {'nodata': {'s2': 2.14748e9}},
+    ),
+    'the highest number of Sentinel-1': (
+        's1', 'float32', lambda v, d: np.where(np.arange(8) < 1, -LOWEST, v), {},
+        r"nodata={'s1': 3.40282e\+38}", {'nodata': {'s1': 3.40282e38}},
     ),
     'dB': (
         's1', 'float32', lambda v, d: 10 * np.log10(v), {}, "unit={'s1': 'db'}", {'unit': 'db'},

@@ -1,3 +1,4 @@
+import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +127,29 @@ def test_rasters_are_found_by_name(
     assert path.name == Path(change(path.name)).name.replace('.tifff', '.tiff')
 
 
+def test_folders_behind_links_are_read_and_hidden_files_are_not(two_zones: Path) -> None:
+    (two_zones / 's2').rename(two_zones / 'elsewhere')
+    (two_zones / 's2').mkdir()
+    (two_zones / 's2' / '2020').symlink_to(two_zones / 'elsewhere')
+    (two_zones / 's2' / 'circle').symlink_to(two_zones)
+    (two_zones / 'labels' / '._31UEQ_0_0.json').write_bytes(b'of a Mac')
+    with warnings.catch_warnings(action='error', category=S1S2Warning):
+        catalog = Catalog(two_zones)
+    assert catalog.path(0, 's2', 0).parent == two_zones / 's2' / '2020'
+    assert len(catalog.times(0, 's2')) == 4
+
+
+@pytest.mark.parametrize(
+    'date', ['20201331', '00000000', '00010101', '99991231', '20200706T250000']
+)
+def test_images_without_a_date_are_counted_and_left_out(two_zones: Path, date: str) -> None:
+    path = two_zones / 's2' / f'31UEQ_{date}_S2_0_0.tif'
+    shutil.copy(two_zones / 's2' / '31UEQ_20200706_S2_0_0.tif', path)
+    with pytest.warns(S1S2Warning, match=f'1 files in s2 have other names.* {path.name}, and'):
+        dataset = MultiSenGE(two_zones, 'all', AllDates())
+    assert int(dataset[0]['valid'][:, 0].sum()) == 4
+
+
 def test_images_that_no_label_file_names_are_read_and_counted(two_zones: Path) -> None:
     write_label_file(two_zones, '31UEQ', 0, 0, s2=S2_DATES[:1], s1=())
     with pytest.warns(S1S2Warning, match='7 images that no label file names are read too'):
@@ -232,6 +256,24 @@ def test_label_file_that_names_what_cannot_be_its_own(two_zones: Path, name: str
     message = f'{path} names .{name}. as an image of s2; expected 31UEQ_Y'
     with pytest.raises(ValueError, match=message):
         Catalog(two_zones)
+
+
+@pytest.mark.parametrize('make', [Path.mkdir, lambda path: path.symlink_to('/nowhere')])
+def test_unreadable_label_file_names_itself(two_zones: Path, make: Callable[[Path], Any]) -> None:
+    path = two_zones / 'labels' / '31UEQ_1_1.json'
+    make(path)
+    with pytest.raises(OSError, match=f'{path} cannot be read: .*Fetch the file again or delete'):
+        Catalog(two_zones)
+
+
+def test_label_file_that_spells_its_crs_otherwise(two_zones: Path) -> None:
+    write_label_file(two_zones, '31UEQ', 0, 0, projection='EPSG:32631')
+    assert Catalog(two_zones).patches['epsg'].tolist() == [32631, 32631, 32632]
+
+
+def test_a_tile_is_no_list_of_tiles(two_zones: Path) -> None:
+    with pytest.raises(ValueError, match=r"split 'mine' is '31UEQ'; give a list of tiles: \[31UEQ"):
+        MultiSenGE(two_zones, 'mine', splits={'mine': '31UEQ'})
 
 
 def test_unreadable_raster_names_itself(two_zones: Path) -> None:

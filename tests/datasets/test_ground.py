@@ -21,7 +21,7 @@ from torchgeo_s1s2.datasets import (
     PolygonSplits,
 )
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
-from torchgeo_s1s2.errors import DataError, NoPatchesError
+from torchgeo_s1s2.errors import DataError, NoPatchesError, S1S2Warning
 
 CONF = Path(__file__).parents[1] / 'conf' / 'multisenge.yaml'
 LEFT, TOP, SIZE = 500000, 5500000, 24
@@ -111,7 +111,7 @@ def test_crops_of_a_scene_lie_within_the_blocks(tmp_path: Path) -> None:
     assert seen <= own
 
 
-def polygons(path: Path, *shapes: Any, split: list[str]) -> PolygonSplits:
+def polygons(path: Path, *shapes: Any, split: list[Any]) -> PolygonSplits:
     gpd.GeoDataFrame({'part': split}, geometry=[*shapes], crs=32631).to_crs(4326).to_file(path)
     return PolygonSplits(str(path), 'part')
 
@@ -128,6 +128,13 @@ def test_polygons_name_the_split_of_their_ground(tmp_path: Path) -> None:
     assert [*part(root, splits, 'train').index['name']] == ['31UEQ_0_0']
     with pytest.raises(NoPatchesError, match="no split 'val'; choose one of test, train, all"):
         part(root, splits, 'val')
+    splits = polygons(tmp_path / 'more.gpkg', *west, east.boundary, split=['all', None, 'test'])
+    left_out = '1 are no polygons, .*; 1 have no part and are left out'
+    with (
+        pytest.warns(S1S2Warning, match=f'more.gpkg: of its features {left_out}'),
+        pytest.raises(ValueError, match="'all' stands for every patch"),
+    ):
+        part(root, splits, 'all')
     over = polygons(tmp_path / 'over.gpkg', west[0], west[1], split=['train', 'test'])
     with pytest.raises(DataError, match=r'overlap that are of the splits test and train'):
         part(root, over, 'train')
@@ -135,7 +142,7 @@ def test_polygons_name_the_split_of_their_ground(tmp_path: Path) -> None:
 
 def test_pieces_have_names_of_their_own_and_bad_numbers_are_refused(tmp_path: Path) -> None:
     root = write(tmp_path, ('31UEQ', 0, 0))
-    names = {*part(root, BlockSplits(80, {'all': 1.0}), 'all').index['name']}
+    names = {*part(root, BlockSplits(80, {'train': 1.0}), 'all').index['name']}
     assert names == {'31UEQ_0_0'}
     names = {*part(root, BlockSplits(80, {'train': 1.0}), 'train').index['name']}
     assert names == {f'31UEQ_0_0_{n}' for n in range(1, 10)}

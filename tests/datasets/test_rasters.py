@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
-from conftest import COMMON, write_patch
+from conftest import COMMON, ORIGINS, write_patch, write_raster
 from numpy.typing import NDArray
+from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 from rasterio.transform import from_bounds, from_origin
@@ -72,6 +73,7 @@ def check_halves(image: Image, right: float, left: float = NAN) -> None:
         ('float32', -INF, -INF),
         ('float32', NAN, -9999),
         ('float32', FLOOR, FLOOR),
+        ('float32', FLOOR, -3.40282e38),  # as GDAL prints it
         ('float64', -1.7e308, -1.7e308),
         ('int32', -(2**31), -(2**31)),
         ('uint32', 2**32 - 1, 2**32 - 1),
@@ -104,6 +106,20 @@ def test_no_data_that_no_file_tells_is_an_argument(tmp_path: Path) -> None:
     sample = read(tmp_path, **images, nodata={'s2': -1, 's1': -9999})  # type: ignore[arg-type]
     check_halves(sample['s2'], 0.1)
     check_halves(sample['s1'], 0)
+
+
+@pytest.mark.parametrize(
+    ('unit', 'value', 'right', 'seen'),
+    [('amplitude', -9999, 0.1, -20), ('amplitude', FLOOR, 0.1, -20), ('db', 9999, -12.5, -12.5)],
+)
+def test_what_has_no_power_is_missing(
+    tmp_path: Path, unit: str, value: float, right: float, seen: float
+) -> None:
+    image = half(right, 'float32', right, 2)
+    image[:, 2:, 2:4] = value
+    power = read(tmp_path, s1=image, unit=unit)['s1']
+    np.testing.assert_allclose(power[:, :2], seen, rtol=1e-5)
+    check_halves(power[:, 2:, 2:6].repeat(2, axis=2), seen)
 
 
 @pytest.mark.parametrize('how', ['internal', 'sidecar', 'alpha'])
@@ -197,10 +213,24 @@ def test_labels_of_any_type(
     assert mask.tolist() == [[classes[0]] * 4 + [classes[1]] * 4] * 8
 
 
-def test_labels_under_a_mask_are_none(tmp_path: Path) -> None:
-    options = {'labels_options': {'mask': np.broadcast_to(np.arange(8) < 4, (8, 8))}}
-    mask = read(tmp_path, labels=np.full((8, 8), 6, np.uint8), options=options, classes=CORINE)
-    assert mask['mask'].tolist() == [[3] * 4 + [255] * 4] * 8
+@pytest.mark.parametrize('how', ['mask', 'alpha'])
+def test_labels_under_a_mask_are_none(tmp_path: Path, how: str) -> None:
+    labels, seen = np.full((8, 8), 6, np.uint8), np.broadcast_to(np.arange(8) < 4, (8, 8))
+    write_patch(tmp_path, '31UEQ', size=8, labels=labels, labels_options={'mask': seen})
+    if how == 'alpha':
+        path = tmp_path / 'ground_reference' / '31UEQ_GR_0_0.tif'
+        bands = np.stack([labels, seen * np.uint8(255)])
+        write_raster(path, bands, *ORIGINS['31UEQ'], colorinterp=[ColorInterp.gray, *ALPHA[-1:]])
+    mask = MultiSenGE(tmp_path, 'all', classes=CORINE)[0]['mask']
+    assert mask.tolist() == [[3] * 4 + [255] * 4] * 8
+
+
+def test_colours_are_no_labels(tmp_path: Path) -> None:
+    write_patch(tmp_path, '31UEQ', size=8)
+    path = tmp_path / 'ground_reference' / '31UEQ_GR_0_0.tif'
+    write_raster(path, np.zeros((4, 8, 8), np.uint8), *ORIGINS['31UEQ'], alpha='yes')
+    with pytest.raises(ValueError, match='has 3 bands, a label raster has one; write the class'):
+        MultiSenGE(tmp_path, 'all')[0]
 
 
 @pytest.mark.parametrize(
@@ -455,6 +485,7 @@ def test_georeference_beside_a_raster(tmp_path: Path, how: str, folder: str) -> 
 
 
 NOWHERE = Affine.identity()
+CORNERS = [GroundControlPoint(row, col, 3 + col, 49 - row) for row in (0, 8) for col in (0, 8)]
 
 
 @pytest.mark.parametrize(
@@ -462,12 +493,18 @@ NOWHERE = Affine.identity()
     [
         ('s2', {'crs': None}, r'does not say where it lies \(CRS None.*gdal_edit'),
         ('s1', {'transform': NOWHERE}, 'does not say where it lies'),
+        (
+            's1',
+            {'transform': None, 'gcps': CORNERS},
+            'has control points only: correct its terrain',
+        ),
         ('labels', {'crs': None}, 'does not say where it lies'),
         ('labels', {'crs': CRS.from_epsg(32632)}, 'in EPSG:32632, its label file says EPSG:32631'),
         ('labels', {'transform': Affine(10, 0, 500000, 0, 10, 5499920)}, 'is not north-up'),
         ('labels', {'transform': Affine(10, 2, 500000, 1, -10, 5500000)}, 'is not north-up'),
         ('s2', {'transform': from_origin(500080, 5500000, 10, 10)}, 'beside its patch at'),
         ('s1', {'crs': CRS.from_epsg(32632)}, 'beside its patch at'),
+        ('s2', {'crs': CRS.from_wkt('LOCAL_CS["mine",UNIT["metre",1]]')}, 'beside its patch at'),
         ('s1', {'crs': CRS.from_epsg(4326), 'transform': from_origin(50, 3, 1e-4, 1e-4)}, 'beside'),
     ],
 )

@@ -374,6 +374,7 @@ def test_what_has_no_substitute_names_itself(
         with pytest.raises(OSError, match='Fetch the file again') as error:
             dataset[0]
         assert str(path) in str(error.value)
+        assert 'previous exception' not in str(error.value)
     assert dataset[1]['valid'].all()
 
 

@@ -112,6 +112,16 @@ def test_it_holds_the_dates_of_the_rule_and_names_them(root: Path) -> None:
     check_same(MultiSenGE(root, **early), MultiSenGE(both.root, **early))
 
 
+def test_what_the_data_set_has_no_longer_is_said(root: Path) -> None:
+    copied(root)
+    path = root / 's2' / '31UEQ_20200805_S2_0_0.tif'
+    path.rename(path.with_name('31UEQ_20200806_S2_0_0.tif'))
+    (root / 'ground_reference' / '31UEQ_GR_0_0.tif').unlink()
+    which = f's2/{path.name}, ground_reference/31UEQ_GR_0_0.tif'
+    with pytest.warns(S1S2Warning, match=f'holds 2 rasters that .* has no longer.*: {which}. Del'):
+        copied(root)
+
+
 def test_rasters_are_uncompressed_and_say_what_they_said(tmp_path: Path) -> None:
     own = {'nodata': 7, 'scales': [1e-4] * 10, 'offsets': [-0.1] * 10, 'compress': 'deflate'}
     names = [f'B{n:02}' for n in (12, 11)] + ['B8A'] + [f'B{n:02}' for n in range(8, 1, -1)]

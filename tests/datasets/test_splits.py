@@ -174,6 +174,35 @@ def test_a_row_without_a_pixel_is_left_out(ground: Path) -> None:
     assert sorted(by_number(parts[0]) + by_number(parts[1])) == sorted(ALL)
 
 
+def test_rows_whose_ground_is_cut_away_are_left_out(ground: Path) -> None:
+    dataset, half = numbered(ground), box(LEFT, BOTTOM, LEFT + 10 * SIZE, TOP)
+    with pytest.warns(S1S2Warning, match='6 of 8 rows of the index hold no pixel'):
+        dataset.index = dataset.index.set_geometry(dataset.index.intersection(half))
+    assert len(dataset) == 2
+    with pytest.warns(S1S2Warning, match='1 of 2 rows'):
+        dataset.index = dataset.index.set_geometry([None, dataset.index.geometry.iat[1]])
+    assert by_number(dataset) == pixels(numbered(ground)[1])
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda index: index.reset_index(drop=True),
+        lambda index: index.dissolve('name'),
+        lambda index: index.drop(columns='patch'),
+        pd.DataFrame,
+    ],
+)
+def test_an_index_without_patches_or_times_is_refused(
+    ground: Path, change: Callable[[Any], Any]
+) -> None:
+    dataset = numbered(ground)
+    for part in (dataset, dataset | numbered(ground)):
+        with pytest.raises(ValueError, match='must keep their column "patch" and their intervals'):
+            part.index = change(part.index)
+    assert len(dataset) == 8
+
+
 @pytest.mark.parametrize('fractions', [[0.97, 0.03], [0.03, 0.97]])
 def test_parts_thinner_than_a_pixel_are_left_out(ground: Path, fractions: list[float]) -> None:
     """TorchGeo changes the index of copies in place; half a pixel of 16 is 0.03 of a patch."""
@@ -353,9 +382,9 @@ def test_what_does_not_fit_is_not_joined(ground: Path, three: list[MultiSenGE]) 
 
 def test_a_crs_in_degrees_has_its_resolution_in_degrees(ground: Path) -> None:
     """10 m are 9.0e-5 degrees north and, at 49.6 degrees north, 1.4e-4 east."""
-    given, changed = numbered(ground, crs='EPSG:4326'), numbered(ground)
-    changed.crs = given.crs
-    for dataset in (given, changed):
+    given, changed, warped = numbered(ground, crs='EPSG:4326'), numbered(ground), numbered(ground)
+    changed.crs, warped.index = given.crs, warped.index.to_crs(given.crs)
+    for dataset in (given, changed, warped):
         xres, yres = dataset.res
         assert yres <= 1.2e-4
         assert 8e-5 < xres < 1.5e-4
@@ -374,7 +403,10 @@ def test_a_crs_in_degrees_has_its_resolution_in_degrees(ground: Path) -> None:
 def test_a_part_in_another_crs_is_the_same_part(ground: Path) -> None:
     left, _ = boxes(numbered(ground))
     expected = sorted(by_number(left))
-    left.crs = 'EPSG:32632'
+    empty = copy.copy(left)
+    empty.index = empty.index[:0]
+    left.crs = empty.crs = 'EPSG:32632'
+    assert len(empty) == 0
     assert left.crs.to_epsg() == 32632
     assert sorted(by_number(left)) == expected
 

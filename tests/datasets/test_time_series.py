@@ -352,6 +352,8 @@ def test_patch_without_a_date_of_the_leader(rule: Any, missing: Any) -> None:
         (MonthlySeries, {'s1': 'last'}, "s1 is 'last'; choose one of nearest, first"),
         (MonthlySeries, {'min_gap_days': -1}, 'min_gap_days is -1; it must be 0 or more'),
         (MonthlySeries, {'s1_max_days': -1}, 's1_max_days is -1; it must be 0 or more'),
+        (MonthlySeries, {'s1_max_days': None}, 's1_max_days is None; .* a whole number'),
+        (EvenlySpaced, {'n': 2.5}, 'n is 2.5; it must be 1 or more, a whole number'),
         (MonthlySeries, {'months': (0, 13)}, 'expected one or more numbers 1..12'),
         (MonthlySeries, {'months': ()}, 'expected one or more numbers 1..12'),
         (MonthlySeries, {'s1_per_slot': 0}, 's1_per_slot is 0'),

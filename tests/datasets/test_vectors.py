@@ -174,5 +174,8 @@ def test_a_polygon_of_the_whole_world_and_names_in_yaml(root: Path) -> None:
     gpd.GeoDataFrame({'cover': [311.0]}, geometry=world, crs='EPSG:4326').to_parquet(path)
     source = VectorLabels(file=str(path), attribute='cover', classes=str(names))
     source.fill(root, None)  # type: ignore[arg-type]
+    names.write_text('field: [')
+    with pytest.raises(DataError, match=f'{names} is no YAML'):
+        source.fill(root, None)  # type: ignore[arg-type]
     assert (labels(root) == 11).all()
     assert (labels(root, '32ULU_GR_0_0.tif') == 11).all()

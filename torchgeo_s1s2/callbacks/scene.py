@@ -19,7 +19,7 @@ from affine import Affine
 from lightning.pytorch import LightningModule, Trainer
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.errors import CRSError, RasterioError
+from rasterio.errors import RasterioError
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import calculate_default_transform, transform_bounds
 from rasterio.windows import Window
@@ -40,6 +40,7 @@ from torchgeo_s1s2.callbacks.layers import (
 )
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
+from torchgeo_s1s2.datasets.series import SeriesDataset
 from torchgeo_s1s2.errors import MapError, warn
 from torchgeo_s1s2.files import Workplace, whole
 
@@ -457,7 +458,7 @@ class SceneWriter(MapWriter):
             raise MapError(f'buffer_size is {buffer_size}, expected a number of MiB above 0')
         try:
             self.mosaic = None if mosaic is None else CRS.from_epsg(mosaic)
-        except CRSError as error:
+        except ValueError as error:
             raise MapError(f'mosaic is {mosaic}, expected an EPSG code: {error}') from error
         self.resume = resume
         self.buffer_size = buffer_size
@@ -631,8 +632,12 @@ def _content(dataset: Any) -> Iterator[Any]:
     yield len(dataset) if hasattr(dataset, '__len__') else None
     if isinstance(dataset, GeoDataset):
         yield dataset.index.to_wkb().to_csv()
-    for file in getattr(dataset, 'files', ()):
-        stat = Path(file).stat()
+    files = getattr(dataset, 'files', ())
+    if isinstance(dataset, SeriesDataset):  # whose root holds more than the images
+        rows = map(dataset.files_of, range(len(dataset)))
+        files = [file for row in rows for sensor in dataset.sensors for file in row[sensor]]
+    for file in filter(Path.exists, map(Path, files)):
+        stat = file.stat()
         yield str(file), stat.st_size, stat.st_mtime_ns
 
 

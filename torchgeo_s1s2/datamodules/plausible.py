@@ -18,6 +18,8 @@ _LEAST, _MOST = -0.9, 5.0
 # 0 to 0.05 in some band, which the offset of processing baseline 04.00 makes 0.1 to 0.2.
 _OFFSET_FLOOR = 0.095, 0.2
 _LOUD, _SILENT = 5.0, -50.0  # dB
+_LOUDEST = 100.0  # dB of a single pixel; 16 bits of amplitude make 96
+_MOST_POWER = float(np.finfo(np.float32).max)
 
 
 class Floor(NamedTuple):
@@ -61,13 +63,10 @@ def _reflectance(reading: Reading, mean: Sequence[float], lowest: float, highest
     seen = f'Sentinel-2 has mean reflectances of {low:.3g} to {high:.3g}'
     if low < 0 and reading.offsets:
         return f'{seen}: the offset takes away too much; leave offset out, or give it by day'
-    if lowest < _LEAST or (high < _BRIGHT and highest > _MOST):
+    if lowest < _LEAST or (highest > _MOST and (high < _BRIGHT or highest > 2**16)):
         odd = lowest if lowest < _LEAST else highest
-        stored = odd if reading.unit == 'reflectance' else round(odd * 1e4)
-        return (
-            f'{seen}, and a value of {odd:.5g}, which seems to stand for none: give it as it is in '
-            f"the files, as in nodata={{'s2': {stored:g}}}, or tag it in them"
-        )
+        stored = odd if reading.unit == 'reflectance' else odd * 1e4
+        return f'{seen}{_stands_for_none(reading, odd, stored)}'
     if high < _DARK:
         return (
             f'{seen}: the files seem to hold reflectance itself; give unit="reflectance", or write '
@@ -81,6 +80,13 @@ def _reflectance(reading: Reading, mean: Sequence[float], lowest: float, highest
     return ''
 
 
+def _stands_for_none(reading: Reading, value: float, stored: float) -> str:
+    return (
+        f', and a value of {value:.5g}, which seems to stand for none: give it as it is in the '
+        f'files, as in nodata={{{reading.sensor.name!r}: {stored:g}}}, or tag it in them'
+    )
+
+
 def _backscatter(reading: Reading, mean: Sequence[float], lowest: float, highest: float) -> str:
     pairs = zip(reading.bands, mean, strict=True)
     mean = [value for band, value in pairs if band not in reading.sensor.ratios]
@@ -89,6 +95,10 @@ def _backscatter(reading: Reading, mean: Sequence[float], lowest: float, highest
     seen = f'Sentinel-1 has mean backscatters of {min(mean):.3g} to {max(mean):.3g} dB'
     if reading.stored == 'db' and lowest >= 0:
         return f'{seen} and none below 0: the files seem to hold power; give unit="linear"'
+    if highest > _LOUDEST:
+        stored = highest if reading.stored == 'db' else min(10 ** (highest / 10), _MOST_POWER)
+        stored = stored**0.5 if reading.stored == 'amplitude' else stored
+        return f'{seen}{_stands_for_none(reading, highest, stored)}'
     if max(mean) > _LOUD and reading.unit != 'amplitude':
         return (
             f'{seen}: the files seem to hold uncalibrated amplitudes; calibrate them to sigma0 or '

@@ -111,11 +111,18 @@ class SeriesDataModule(NonGeoDataModule):
         check_at_least('batch_size', batch_size, 1)
         check_at_least('num_workers', num_workers, 0)
         self.patch_size = _pair(patch_size)
-        if self.patch_size:
-            check_at_least('patch_size', min(self.patch_size), 1)
         self.predict_split = predict_split
         self.predict_patch_size = _pair(predict_patch_size)
         self.predict_stride = _pair(predict_stride)
+        for name in ('patch_size', 'predict_patch_size', 'predict_stride'):
+            if (size := getattr(self, name)) is not None:
+                check_at_least(name, min(size), 1)
+        window = self.predict_patch_size or (0, 0)
+        if any(s > n for s, n in zip(self.predict_stride or (0, 0), window, strict=True)):
+            raise ValueError(
+                f'predict_stride is {self.predict_stride}, predict_patch_size '
+                f'{self.predict_patch_size}; make the stride the smaller one, or ground is left out'
+            )
         self.predict_sampler: list[Any] | None = None
         self.statistics_path = statistics
         self.statistics: Statistics | None = None
@@ -165,7 +172,7 @@ class SeriesDataModule(NonGeoDataModule):
 
         Lightning calls this in the first process only, before the ``setup`` of all.
         """
-        if self._trains:
+        if self._trains and self.statistics_path is None:
             self._find_statistics()
 
     def setup(self, stage: str) -> None:
@@ -335,12 +342,15 @@ class SeriesDataModule(NonGeoDataModule):
         self.predict_sampler = [self._gridded(zone, self.predict_patch_size) for zone in zones]
 
     def _gridded(self, zone: SeriesDataset, size: tuple[int, int]) -> GriddedPatchSampler:
-        if self.predict_stride:
-            return GriddedPatchSampler(zone, size=size, stride=self.predict_stride)
         xmin, ymin, xmax, ymax = zone.index.total_bounds
-        rows = spread(round((ymax - ymin) / zone.res[1]), size[0])
-        cols = spread(round((xmax - xmin) / zone.res[0]), size[1])
-        sizes, strides = zip(rows, cols, strict=True)
+        shape = round((ymax - ymin) / zone.res[1]), round((xmax - xmin) / zone.res[0])
+        if self.predict_stride:
+            # TorchGeo gives no window of a scene that is smaller by a stride or more.
+            every = zip(shape, size, self.predict_stride, strict=True)
+            pairs = [(n, n if n >= length else stride) for length, n, stride in every]
+        else:
+            pairs = [*map(spread, shape, size)]
+        sizes, strides = zip(*pairs, strict=True)
         return GriddedPatchSampler(zone, size=sizes, stride=strides)
 
     @property

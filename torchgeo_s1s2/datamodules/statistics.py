@@ -273,6 +273,8 @@ def _digest(paths: Iterable[Path]) -> str:
     """Of the names, sizes and times of modification and change of files."""
     digest = hashlib.sha256()
     for path in paths:
+        if not path.exists():  # a link to nothing, which reading leaves out
+            continue
         status = path.stat()
         stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
         digest.update(f'{path.name} {stamp}\n'.encode())

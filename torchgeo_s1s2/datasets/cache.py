@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -111,7 +112,11 @@ def _stamp(status: os.stat_result) -> list[int]:
 
 def _stamp_all(folder: Path) -> list[int]:
     """Newest times of the files in a folder, and a digest of all their names, times and sizes."""
-    stamps = {entry.name: _stamp(entry.stat()) for entry in os.scandir(folder)}
+    stamps = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # a link to nothing
+                stamps[entry.name] = _stamp(entry.stat())
     digest = sha256(repr(sorted(stamps.items())).encode()).digest()
     newest = [max((stamp[i] for stamp in stamps.values()), default=0) for i in range(2)]
     return [*newest, int.from_bytes(digest[:8])]

@@ -34,7 +34,9 @@ CACHE, VERSION = 'catalog.parquet', 2
 KEYS = {'s2': 'corresponding_s2', 's1': 'corresponding_s1'}
 _PATCH = re.compile(r'(?P<tile>\w+)_(?P<x>\d+)_(?P<y>\d+)')
 _EPSG = re.compile(r'AUTHORITY\["EPSG","(\d+)"\]\]\s*$')
-_SIDECAR = re.compile(r'(?P<stem>.+?)(\.tiff?)?\.(aux\.xml|msk|tfw|tifw|tiffw|wld)', re.IGNORECASE)
+_SIDECAR = re.compile(
+    r'(?P<stem>.+?)(\.tiff?)?\.(aux\.xml|msk|tfw|tifw|tiffw|wld|hdr)', re.IGNORECASE
+)
 # TILE_20200706_S2_X_Y.tif. What follows S2 or S1 may tell two images of one day apart, and so may
 # the time of day.
 _IMAGE = re.compile(
@@ -286,7 +288,8 @@ class _Builder:
 
     def _read_labels(self) -> list[_Label]:
         folder = self._folder(LABELS)
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith('.json'))
+        there = (entry.name for entry in os.scandir(folder) if entry.name[0] != '.')
+        names = sorted(name for name in there if name.endswith('.json'))
         if not names:
             raise FileNotFoundError(f'{folder} holds no label file; expected TILE_X_Y.json')
         hidden = not self.progress or len(names) < 1000
@@ -337,8 +340,10 @@ class _Builder:
 
 def walk(root: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
     """A folder and all below it but hidden ones, relative to root, each with its file names."""
-    for where, folders, names in os.walk(root / folder):
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+    for where, folders, names in os.walk(root / folder, followlinks=True):
+        real = Path(where).resolve()
+        beyond = (n for n in folders if not real.is_relative_to((real / n).resolve()))  # no circle
+        folders[:] = sorted(name for name in beyond if not name.startswith('.'))
         yield Path(where).relative_to(root).as_posix(), names
 
 
@@ -363,10 +368,14 @@ def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[
                 odd.append(name)
                 continue
             stem = name[: match.start('ending')]
+            try:
+                image = _image(match, f'{where}/', stem in beside)
+            except ValueError:  # no date
+                odd.append(name)
+                continue
             doubles += stem in stems
             if stem not in stems:
                 stems.add(stem)
-                image = _image(match, f'{where}/', stem in beside)
                 layout = layouts.setdefault(image.layout, image.layout)
                 found[f'{match["tile"]}_{match["place"]}'].append(Image(image.time, layout))
     return found, _notes(folder, odd, doubles, found.values())
@@ -400,7 +409,10 @@ def _image(match: re.Match[str], folder: str, sidecars: bool) -> Image:
 def _seconds(text: str) -> int:
     """Seconds since 1970 of YYYYMMDD or YYYYMMDDTHHMMSS."""
     style = '%Y%m%d' if len(text) == 8 else '%Y%m%dT%H%M%S'
-    return int(datetime.strptime(text.upper(), style).replace(tzinfo=UTC).timestamp())
+    time = datetime.strptime(text.upper(), style).replace(tzinfo=UTC)
+    if not 1700 <= time.year <= 2200:  # beyond what pandas can hold
+        raise ValueError(f'no date of a satellite: {text}')
+    return int(time.timestamp())
 
 
 def _days(images: Iterable[Image]) -> list[int]:
@@ -427,7 +439,9 @@ def reference_name(patch: str) -> str:
 
 def _read_label(path: Path) -> _Label:
     if _PATCH.fullmatch(path.stem) is None:
-        raise DataError(f'{path} is not named TILE_X_Y.json, for example 31UEQ_257_514.json')
+        raise DataError(
+            f'{path} is not named TILE_X_Y.json, for example 31UEQ_257_514.json; move it elsewhere'
+        )
     try:
         content = json.loads(path.read_bytes())
         epsg = _epsg(content['projection'])
@@ -438,6 +452,10 @@ def _read_label(path: Path) -> _Label:
         raise DataError(
             f'{path} is malformed ({type(error).__name__}: {error}); expected a JSON object with '
             f'the strings {keys}. Fetch the file again or delete it'
+        ) from error
+    except OSError as error:
+        raise UnreadableError(
+            f'{path} cannot be read: {error}. Fetch the file again or delete it'
         ) from error
     images = {s: sorted(_listed(path, s, names)) for s, names in listed.items()}
     return _Label(path.stem, epsg, classes, images)
@@ -473,10 +491,10 @@ def _thin(images: dict[str, list[Image]]) -> int:
 
 @lru_cache(maxsize=64)
 def _epsg(wkt: str) -> int:
-    """EPSG code of a WKT1 string."""
+    """EPSG code of a CRS, usually a WKT1 string."""
     if match := _EPSG.search(wkt):
         return int(match[1])
-    code = CRS.from_wkt(wkt).to_epsg()
+    code = CRS.from_user_input(wkt).to_epsg()
     if code is None:
         raise ValueError(f'projection without EPSG code: {wkt[:60]}')
     return code

@@ -10,7 +10,7 @@ import numpy as np
 import shapely
 
 from torchgeo_s1s2.datasets.catalog import native_footprints
-from torchgeo_s1s2.datasets.vectors import read_polygons
+from torchgeo_s1s2.datasets.vectors import read_polygons, say
 from torchgeo_s1s2.errors import DataError
 
 
@@ -140,4 +140,6 @@ class PolygonSplits(GroundSplits):
         return parts[['split', 'geometry']]
 
     def _read(self) -> gpd.GeoDataFrame:
-        return read_polygons(self.file, self.attribute, self.layer)[0]
+        polygons, notes = read_polygons(self.file, self.attribute, self.layer)
+        say(self.file, notes)
+        return polygons

@@ -199,8 +199,14 @@ class MultiSenGE(SeriesDataset):
         names = (*self.splits, 'all')
         if self.split not in names:
             raise NoPatchesError(f'no split {self.split!r}; choose one of {", ".join(names)}')
-        everything = self.split == 'all' or isinstance(self.splits, GroundSplits)
-        return None if everything else self.splits[self.split]
+        if 'all' in self.splits:
+            raise ValueError("'all' stands for every patch; give the split another name")
+        if self.split == 'all' or isinstance(self.splits, GroundSplits):
+            return None
+        tiles = self.splits[self.split]
+        if isinstance(tiles, str):
+            raise ValueError(f'split {self.split!r} is {tiles!r}; give a list of tiles: [{tiles}]')
+        return tiles
 
     def _rows_of_split(self, wanted: Sequence[str] | None) -> list[int]:
         patches = self.catalog.patches

@@ -12,9 +12,10 @@ import numpy as np
 import rasterio
 from affine import Affine
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.errors import RasterioError
+from rasterio.errors import CRSError, RasterioError
 from rasterio.transform import array_bounds
 from rasterio.warp import reproject
 from rasterio.warp import transform as warp_points
@@ -144,8 +145,8 @@ def open_raster(path: Path, sidecars: bool = False) -> Iterator[rasterio.Dataset
             yield src
     except RasterioError as error:
         raise UnreadableError(
-            f'{path} cannot be read: {error}. Fetch the file again, or delete it and the '
-            'catalogue leaves it out'
+            f'{path} cannot be read: {error.__cause__ or error}. Fetch the file again, or delete '
+            'it and the catalogue leaves it out'
         ) from error
 
 
@@ -173,9 +174,12 @@ def read_grid(path: Path, sidecars: bool = False) -> Grid:
 
 def _grid_of(path: Path, src: rasterio.DatasetReader) -> Grid:
     if src.crs is None or src.transform.is_identity:
+        mend = 'write its georeference, for instance with gdal_edit -a_srs and -a_ullr'
+        if src.gcps[0]:
+            mend = 'it has control points only: correct its terrain, or warp it with gdalwarp'
         raise DataError(
             f'{path} does not say where it lies (CRS {src.crs}, transform {src.transform[:6]}); '
-            'write its georeference, for instance with gdal_edit -a_srs and -a_ullr'
+            f'{mend}'
         )
     return Grid(src.crs, src.transform, src.width, src.height)
 
@@ -237,11 +241,15 @@ def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> 
         UnreadableError: If it cannot be read.
     """
     with open_raster(path, sidecars) as src:
-        if src.count != 1:
-            raise DataError(f'{path} has {src.count} bands, a label raster has one')
+        data = [i for i, kind in enumerate(src.colorinterp, 1) if kind != ColorInterp.alpha]
+        if len(data) != 1:
+            raise DataError(
+                f'{path} has {len(data)} bands, a label raster has one; write the class numbers '
+                'into one band, not their colours'
+            )
 
         def read(window: Window) -> NDArray[np.float64]:
-            return _values(path, src, [1], window, np.nan, np.float64)
+            return _values(path, src, data, window, np.nan, np.float64)
 
         own = _own_grid(path, src, patch)
         labels: NDArray[np.float64] = onto(own, grid, read, Resampling.nearest, 1)[0]
@@ -308,7 +316,7 @@ def _values(
     if 'u' in kinds and nodata < 0:
         nodata = 0  # as in ESA's products, whose type has no other
     for tag in {tags[i - 1] for i in indexes} - ({None} if masked else set()):
-        missing = value == _as(value.dtype, nodata if tag is None else tag)
+        missing = _equal(value, _as(value.dtype, nodata if tag is None else tag))
         if missing.any():
             missing[[tags[i - 1] != tag for i in indexes]] = False
             value[missing] = np.nan
@@ -324,6 +332,11 @@ def _as(dtype: np.dtype[Any], value: float) -> Any:
     """A no-data value, perhaps of a file's wider type, as one of another type."""
     with np.errstate(over='ignore'):
         return dtype.type(value)
+
+
+def _equal(value: NDArray[Any], tag: np.floating[Any]) -> NDArray[np.bool_]:
+    """Where values are a tag, which may be written with six digits if it is large."""
+    return np.isclose(value, tag, rtol=1e-4) if abs(tag) > 2**24 else value == tag
 
 
 def _rescale(value: Array, src: rasterio.DatasetReader, indexes: Sequence[int]) -> None:
@@ -392,9 +405,12 @@ def onto(own: Grid, grid: Grid, read: Read, how: Resampling, count: int) -> NDAr
 
 
 def _check_overlap(path: Path, own: Grid, patch: Grid) -> None:
-    columns, rows = own.pixels_of(patch)
-    beside = columns.max() <= 0 or columns.min() >= own.width
-    if beside or rows.max() <= 0 or rows.min() >= own.height:
+    try:
+        columns, rows = own.pixels_of(patch)
+    except (CRSError, CPLE_BaseError):  # no way from one CRS to the other
+        columns = rows = np.array([np.nan])
+    across = columns.max() > 0 and columns.min() < own.width
+    if not (across and rows.max() > 0 and rows.min() < own.height):
         raise DataError(
             f'{path} lies at {own.bounds} in {own.crs}, beside its patch at {patch.bounds} in '
             f'{patch.crs}; mend its georeference or its name'

@@ -28,6 +28,7 @@ def _from_db(value: Array) -> Array:
 
 
 def _from_amplitude(value: Array) -> Array:
+    value[value < 0] = 0  # what stands for none, or its square would be a power
     return np.square(value, out=value)
 
 
@@ -165,9 +166,10 @@ class Reading:
             scaled: Whether the file has a scale.
         """
         if not self.raw and (self.unit or not scaled):
-            value = self.sensor.units[self.stored](value)
+            with np.errstate(over='ignore'):
+                value = self.sensor.units[self.stored](value)
         if self.sensor.positive and not (self.raw and self.stored == 'db'):
-            missing = ~(value > 0)
+            missing = ~((value > 0) & (value < np.inf))
             if missing.any():
                 value[missing] = np.nan
         return value

@@ -163,6 +163,8 @@ class SeriesDataset(GeoDataset):
     @index.setter
     def index(self, index: gpd.GeoDataFrame) -> None:
         index = _restored(index, self._columns, self.crs)
+        if len(index) and index.crs != self.crs:
+            self._res = self._res_in(index.crs, int(index['patch'].iat[0]))
         self._columns = list(index.columns)
         self._index, self._checked = index, False
         self._slivers = index.geometry[:0]
@@ -190,6 +192,9 @@ class SeriesDataset(GeoDataset):
 
     def _holds(self, index: int) -> bool:
         """Whether a row holds the centre of a pixel."""
+        ground = self._rows.geometry.iat[index]
+        if ground is None or ground.is_empty:
+            return False
         grid, shape = self._part(index)
         return min(grid.width, grid.height) > 0 and (
             shape is None or bool(_inside(shape, grid).any())
@@ -205,7 +210,8 @@ class SeriesDataset(GeoDataset):
         new_crs = CRS.from_user_input(new_crs)
         if new_crs == self.crs:
             return
-        self._res = self._res_in(new_crs, int(self._rows['patch'].iat[0]))
+        if len(self):
+            self._res = self._res_in(new_crs, int(self._rows['patch'].iat[0]))
         self._index, self._slivers = self._rows.to_crs(new_crs), self._slivers.to_crs(new_crs)
 
     @property
@@ -756,12 +762,19 @@ class SeriesUnion(UnionDataset):
 
 def _restored(index: gpd.GeoDataFrame, columns: Sequence[str], crs: CRS) -> gpd.GeoDataFrame:
     """With what random_grid_cell_assignment drops: names of columns, and the CRS in 0.10.0."""
+    numbers = {i: name for i, name in enumerate(columns) if name != 'geometry'}
+    whole = isinstance(index, gpd.GeoDataFrame) and isinstance(index.index, pd.IntervalIndex)
+    if not whole or not {'patch', *numbers} & {*index}:
+        raise ValueError(
+            'rows of an index must keep their column "patch" and their intervals of time; select '
+            'rows of dataset.index or change their geometry, without reset_index, dissolve or '
+            'overlay'
+        )
     if index.crs is None:
         index = index.set_crs(crs)
     if 'patch' in index:
         return index
-    names = {i: name for i, name in enumerate(columns) if name != 'geometry'}
-    return index.rename(columns=names)[[*names.values(), 'geometry']]
+    return index.rename(columns=numbers)[[*numbers.values(), 'geometry']]
 
 
 def _description(dataset: GeoDataset) -> tuple[Any, ...]:

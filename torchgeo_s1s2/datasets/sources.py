@@ -15,7 +15,7 @@ import rasterio
 import rasterio.shutil
 from tqdm import tqdm
 
-from torchgeo_s1s2.datasets.catalog import FOLDERS, GROUND_REFERENCE, LABELS
+from torchgeo_s1s2.datasets.catalog import FOLDERS, GROUND_REFERENCE, LABELS, list_rasters
 from torchgeo_s1s2.datasets.download import SeasonDownload
 from torchgeo_s1s2.datasets.labels import label_content, listed_images
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE
@@ -147,7 +147,8 @@ def copy_series(
     serves every date rule and class scheme over its dates, and several data sets may share it.
     Rasters keep their type, no-data value, scale and names of bands. A file is there whole or not
     at all; an interrupted copy goes on where it was, and a raster that has changed is copied again.
-    A raster that cannot be read is left out with a warning.
+    A raster that cannot be read is left out with a warning, and one warns of those that the data
+    set has no longer.
 
     Args:
         dataset: The data set.
@@ -175,6 +176,7 @@ def copy_series(
         warn(f'{len(failed)} rasters cannot be read and are not copied: {"; ".join(failed[:3])}')
     for index, copies in enumerate(rasters):
         _write_label_file(dataset, index, folder, copies)
+    _warn_of_stale(dataset, folder)
     return folder
 
 
@@ -223,6 +225,24 @@ def _copy(raster: _Raster) -> str:
     except UnreadableError as error:
         return str(error)
     return ''
+
+
+def _warn_of_stale(dataset: MultiSenGE, folder: Path) -> None:
+    """Say which rasters of its patches the copy holds though the data set has them no longer."""
+    names = {dataset.name_of(patch) for patch in dataset.index['patch']}
+    held = [
+        image.layout.path(name, image.time)
+        for kind in FOLDERS
+        for name, images in list_rasters(folder, kind)[0].items()
+        if name in names
+        for image in images
+    ]
+    if stale := [path for path in held if not (dataset.root / path).exists()]:
+        warn(
+            f'{folder} holds {len(stale)} rasters that {dataset.root} has no longer, and they are '
+            f'read still: {", ".join(stale[:3])}. Delete them, or give another folder',
+            stacklevel=3,
+        )
 
 
 def _check_room(folder: Path, rasters: Sequence[_Raster]) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from numbers import Integral
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -598,6 +599,6 @@ def _days_or_reason(
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
-    """Raise a ValueError that names a value below the least one."""
-    if value < least:
-        raise ValueError(f'{name} is {value}; it must be {least} or more')
+    """Raise a ValueError that names a value that is no whole number, or below the least one."""
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f'{name} is {value!r}; it must be {least} or more, a whole number')

@@ -127,6 +127,14 @@ def read_polygons(
     return polygons[values.notna() & shapes.notna()], notes
 
 
+def say(file: str | os.PathLike[str], notes: Mapping[str, int]) -> str:
+    """Warn of what is left out of a file; what was said."""
+    said = '; '.join(f'{n} {text}' for text, n in notes.items() if n)
+    if said:
+        warn(f'{file}: of its features {said}', stacklevel=4)
+    return said
+
+
 def _polygons(
     file: Path,
     layer: str | None,
@@ -141,9 +149,7 @@ def _polygons(
     unmapped = Counter(polygons['value'][ids.isna()])
     which = ', '.join(f'{value} ({n})' for value, n in unmapped.most_common(5))
     notes[f'have a value that classes do not name and are left out: {which}'] = unmapped.total()
-    said = '; '.join(f'{n} {text}' for text, n in notes.items() if n)
-    if said:
-        warn(f'{file}: of its features {said}', stacklevel=3)
+    said = say(file, notes)
     ranks = {_key(value): rank for rank, value in enumerate(order or ())}
     if unknown := sorted(ranks.keys() - {*polygons['value'], *known}):
         raise ValueError(f'order names {", ".join(unknown)}, which no polygon and no class has')
@@ -185,7 +191,10 @@ def _ids(where: str, values: 'pd.Series[Any]', classes: Classes | None) -> dict[
         where = 'classes'
     else:
         where = str(classes)
-        given = yaml.safe_load(Path(classes).read_text())
+        try:
+            given = yaml.safe_load(Path(classes).read_text())
+        except yaml.YAMLError as error:
+            raise DataError(f'{classes} is no YAML: {error}') from error
         if not isinstance(given, dict):
             raise DataError(f'{classes} holds no mapping; expected lines such as "Forest: 11"')
     ids = pd.to_numeric(pd.Series(given, dtype=object).map(str), errors='coerce')
