@@ -517,8 +517,23 @@ def test_options_change_a_name() -> None:
     for wrong, options in (('resnet18', {}), ('utae', {'layers': 3})):
         with pytest.raises(ValueError, match='expected a backbone that reads series'):
             change_name(wrong, **options)
-    with pytest.raises(ValueError, match='cannot be read back'):
-        change_name('resnet18_convlstm', late=True)
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'message'),
+    [
+        ('resnet18_convlstm', {'late': True}, 'options are of the front'),
+        ('resnet18_convlstm', {'norm': 'steps'}, "norm is 'shared', 'step' or 'none'"),
+        ('resnet18_convlstm', {'full_resolution': 'yes'}, 'full_resolution are True or False'),
+        ('resnet18_convlstm', {'hidden_channels': '64'}, 'sizes are whole numbers'),
+        ('utae', {'inception': True}, "'utae' has no choice of inception"),
+    ],
+)
+def test_options_that_a_name_cannot_say_are_refused(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        change_name(name, **options)
 
 
 @pytest.mark.parametrize('name', ['resnet19', 'tu-resnet19', 'vgg16_convlstm', 'timm-skresnet18'])
