@@ -302,6 +302,13 @@ def test_validity_that_does_not_fit_is_refused(valid: Tensor) -> None:
         build(NAMES['resnet18'])(make_series(), valid)
 
 
+@pytest.mark.parametrize('shape', [(2, 3, 1), (2, 4), (2, 4, 2)])
+def test_days_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    series, times = make_series(), torch.ones(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=r'acquisition times have shape .* = \(2, 3, 2\)'):
+        build('utae')(ImageSeries.from_batch({'image': series, 'acquisition_times': times}))
+
+
 @pytest.mark.parametrize('name', FRONTS)
 def test_samples_of_a_batch_do_not_mix(name: str) -> None:
     encoder = build(name).eval()
