@@ -216,6 +216,15 @@ def test_balanced_weights_come_from_the_training_patches(root: Path, tmp_path: P
     assert task.criterion.weight.tolist() == [500, 500, 0]  # type: ignore[operator]
 
 
+def test_a_fit_may_follow_a_test(root: Path, tmp_path: Path) -> None:
+    """With what the test made, in inference mode."""
+    task, data = small(), data_of(root)
+    quiet_trainer(tmp_path, limit_test_batches=1).test(task, data, verbose=False)
+    trainer = quiet_trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)
+    trainer.fit(task, data)
+    assert math.isfinite(trainer.callback_metrics['train_loss'])
+
+
 def test_balanced_weights_need_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'needs a data module that computes them.* give a list'):
         quiet_trainer(tmp_path).fit(passing(class_weights='balanced'), loader(batch_of(CONFUSION)))
