@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import quiet_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from torchgeo_s1s2.callbacks import GradualUnfreezing, Stage
+from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
 
 STAGES = [
@@ -152,19 +153,26 @@ def test_stages_that_make_no_sense_are_refused(stages: list[Stage], message: str
 
 
 @pytest.mark.parametrize(
-    ('stages', 'options', 'devices', 'message'),
+    ('stages', 'options', 'run', 'message'),
     [
-        ([*STAGES, Stage(1, ['head'])], {}, 1, 'name some of encoder, decoder, segmentation_head'),
-        (STAGES, {'freeze_backbone': True}, 1, 'leave freeze_backbone out'),
-        (STAGES, {}, 2, 'works with one device'),
+        ([*STAGES, Stage(1, ['head'])], {}, {}, 'name some of encoder, decoder, segmentation_head'),
+        (STAGES, {'freeze_backbone': True}, {}, 'leave freeze_backbone out'),
+        (STAGES, {}, {'world_size': 2}, 'works with one device'),
+        (STAGES, {}, {'callbacks': [StochasticWeightAveraging(0.1)]}, 'use one of the two'),
     ],
 )
 def test_what_a_run_cannot_do_is_refused_before_it(
-    stages: list[Stage], options: dict[str, Any], devices: int, message: str
+    stages: list[Stage], options: dict[str, Any], run: dict[str, Any], message: str
 ) -> None:
-    trainer: Any = SimpleNamespace(world_size=devices)
+    trainer: Any = SimpleNamespace(**({'world_size': 1, 'max_epochs': 9, 'callbacks': []} | run))
     with pytest.raises(ValueError, match=message):
         GradualUnfreezing(stages).setup(trainer, task_of(**options), 'fit')
+
+
+def test_a_stage_after_the_end_is_said(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    with pytest.warns(S1S2Warning, match='never begins: the run ends after 1 epochs'):
+        GradualUnfreezing(STAGES).setup(trainer, task_of(), 'fit')
 
 
 def test_evaluation_freezes_nothing() -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from torchgeo_s1s2.callbacks.published import comparison, pastis_comparison
+from torchgeo_s1s2.callbacks.published import PublishedResults, comparison, pastis_comparison
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,13 @@ def test_nothing_is_published_for_other_numbers_of_classes() -> None:
     assert comparison({'backbone': 'x', 'num_classes': 14}, {}) == (
         'nothing is published for 14 classes, only for 6 and 10'
     )
+
+
+def test_what_cannot_be_compared_is_said() -> None:
+    hparams = {'backbone': 'resnet18', 'num_classes': 10}
+    assert 'which the task S1S2SemanticSegmentation logs' in comparison(hparams, {'test_loss': 1})
+    with pytest.raises(ValueError, match="data is 'pastiss', expected one of multisenge, pastis"):
+        PublishedResults('pastiss')  # type: ignore[arg-type]
 
 
 def test_the_figures_of_pastis_are_marked_as_published() -> None:

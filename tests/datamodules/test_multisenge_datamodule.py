@@ -268,6 +268,7 @@ def test_what_is_known_of_the_data(root: Path) -> None:
         ({'batch_size': 5}, r"batch_size is 5, but split 'train' .* has only 4 patches.*make it 4"),
         ({'batch_size': 0}, 'batch_size is 0; it must be 1 or more'),
         ({'num_workers': -1}, 'num_workers is -1; it must be 0 or more'),
+        ({'dropout': 0.1}, r'dropout is 0.1, expected SeriesDropout\(date'),
         ({'patch_size': 0}, 'patch_size is 0; it must be 1 or more'),
         ({'patch_size': (8, 13)}, r'patch_size \(8, 13\) is larger than the patches, \(12, 12\)'),
         ({'splits': {'val': ['32ULU']}}, "no split 'train'; choose one of val, all"),

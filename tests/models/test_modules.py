@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from conftest import Waits
 from torch import Tensor, nn
@@ -149,7 +150,11 @@ def test_a_training_step_makes_no_gpu_wait() -> None:
     assert not waits.found
 
 
-def test_tracing_is_refused() -> None:
+def test_torchscript_is_refused() -> None:
     layer, x = make(training=False)
-    with pytest.raises(RuntimeError, match='export_onnx'):
-        torch.jit.trace(layer, (x, VALID), check_trace=False)
+    model = smp.Unet('utae', encoder_weights=None, in_channels=12)
+    for module, inputs in ((layer, (x, VALID)), (model, (torch.randn(1, 2, 12, 32, 32),))):
+        with pytest.raises(RuntimeError, match='export_onnx'):
+            torch.jit.trace(module, inputs, check_trace=False)
+        with pytest.raises(RuntimeError, match='export_onnx'):
+            torch.jit.script(module)

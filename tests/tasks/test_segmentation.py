@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Waits, quiet_trainer, write_patch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,6 +23,7 @@ from torchgeo_s1s2.datamodules import MultiSenGEDataModule
 from torchgeo_s1s2.datasets import ClassScheme, LandCoverClass
 from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
+from torchgeo_s1s2.tasks.segmentation import _given_of_model
 
 # Rows are the truth, columns the prediction; class 3 is in neither.
 CONFUSION = np.array([[50, 10, 4, 0], [6, 30, 0, 0], [5, 15, 80, 0], [0, 0, 0, 0]])
@@ -214,6 +216,15 @@ def test_balanced_weights_come_from_the_training_patches(root: Path, tmp_path: P
     assert task.criterion.weight.tolist() == [500, 500, 0]  # type: ignore[operator]
 
 
+def test_a_fit_may_follow_a_test(root: Path, tmp_path: Path) -> None:
+    """With what the test made, in inference mode."""
+    task, data = small(), data_of(root)
+    quiet_trainer(tmp_path, limit_test_batches=1).test(task, data, verbose=False)
+    trainer = quiet_trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)
+    trainer.fit(task, data)
+    assert math.isfinite(trainer.callback_metrics['train_loss'])
+
+
 def test_balanced_weights_need_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'needs a data module that computes them.* give a list'):
         quiet_trainer(tmp_path).fit(passing(class_weights='balanced'), loader(batch_of(CONFUSION)))
@@ -226,8 +237,15 @@ RECOMPUTE = r'recompute_gates=True with .*, expected a backbone that reads'
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'num_classes': None}, "task='multiclass' needs num_classes"),
+        ({'num_classes': None}, "task='multiclass' needs num_classes, at least 2, got None"),
+        ({'num_classes': 1}, 'at least 2, got 1; one class .* is task='),
         ({'labels': ['a', 'b']}, '2 labels for num_classes=3'),
+        ({'labels': ['a', 'b', 'a']}, 'name two classes alike'),
+        ({'loss': 'crossentropy'}, "loss is 'crossentropy', expected one of ce, bce, focal"),
+        ({'class_weights': [1.0, -1.0, 1.0]}, 'expected finite numbers from 0'),
+        ({'class_weights': [1.0, math.nan, 1.0]}, 'expected finite numbers from 0'),
+        ({'model': 'fcn', 'freeze_backbone': True, 'weights': True}, 'no freeze_backbone, weights'),
+        ({'weights': 'imagenot'}, "weights is 'imagenot', expected 'imagenet', the path"),
         ({'loss': 'bce'}, "loss='bce' with task='multiclass': 'ce' is for"),
         ({'model': 'no_such_model'}, 'no_such_model'),
         ({'class_weights': [1.0, 2.0]}, 'class_weights has 2 weights for num_classes=3'),
@@ -289,6 +307,38 @@ def test_binary_cross_entropy_weighs_positives() -> None:
     logits, mask = torch.randn(2, 6, 6), torch.randint(0, 2, (2, 6, 6))
     expected = F.binary_cross_entropy_with_logits(logits, mask.float(), pos_weight=weight)
     torch.testing.assert_close(task._loss(logits, mask), expected)
+
+
+@pytest.mark.parametrize('options', [{}, {'class_weights': [1.0, 2.0, 4.0]}])
+@pytest.mark.parametrize('precision', ['16-true', 'bf16-true', '64-true'])
+def test_the_loss_of_a_pure_precision_is_that_of_its_logits(
+    tmp_path: Path, options: dict[str, Any], precision: Any
+) -> None:
+    """In single precision at least: half precision cannot count as many pixels."""
+    kind = {'16': torch.float16, 'bf16': torch.bfloat16, '64': torch.float64}[precision[:-5]]
+    logits = torch.randn(1, 3, 300, 300).to(kind)
+    mask = torch.randint(0, 3, (1, 300, 300))
+    logged = quiet_trainer(tmp_path, precision=precision).validate(
+        passing(num_classes=3, **options), loader({'image': logits, 'mask': mask}), verbose=False
+    )[0]
+    weight = torch.tensor(options.get('class_weights', [1.0] * 3))
+    expected = F.cross_entropy(logits.float(), mask, weight)
+    assert logged['val_loss'] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('mask', 'found'),
+    [
+        (None, 'missing'),
+        (torch.zeros(2, 1, 32, 32).long(), r'torch.int64 of shape \(2, 1, 32, 32\)'),
+        (torch.zeros(2, 16, 16).long(), r'torch.int64 of shape \(2, 16, 16\)'),
+        (torch.zeros(2, 32, 32), 'torch.float32'),
+    ],
+)
+def test_a_mask_that_is_none_is_refused(mask: Tensor | None, found: str) -> None:
+    batch = {'image': torch.randn(2, 3, 32, 32)} | ({} if mask is None else {'mask': mask})
+    with pytest.raises(ValueError, match=f'mask of the batch is {found}.*whole numbers of shape'):
+        passing(num_classes=3)._step('val', batch)
 
 
 @pytest.mark.parametrize(
@@ -399,16 +449,33 @@ def test_sizes_of_the_decoder_are_arguments() -> None:
     assert task.model.segmentation_head[0].weight.shape == (3, 4, 3, 3)
 
 
-def test_true_on_the_command_line_is_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize('weights', ['true', 'imagenet'])
+def test_true_on_the_command_line_is_imagenet(
+    monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
     asked: dict[str, Any] = {}
     model = smp.Unet('resnet18', encoder_weights=None)
     monkeypatch.setattr(
         smp, 'create_model', lambda *_, **options: (asked.update(options), model)[1]
     )
-    small(weights='true', backbone='resnet18')
+    small(weights=weights, backbone='resnet18')
     assert asked['encoder_weights'] == 'imagenet'
     small(weights='false', backbone='resnet18')
     assert asked['encoder_weights'] is None
+
+
+@pytest.mark.parametrize(('path', 'given'), [(None, []), ('a.ckpt', ['--model.lr=1'])])
+def test_only_a_run_that_goes_on_with_a_checkpoint_overrides(path: Any, given: list[str]) -> None:
+    """And not one that loads what a search of learning rates or batch sizes saved."""
+    cli: Any = LightningCLI.__new__(LightningCLI)
+    cli.subcommand, cli.config = 'fit', {'fit': {'ckpt_path': path}}
+
+    def run(self: Any, args: list[str]) -> list[str]:
+        with nullcontext() if path else pytest.warns(S1S2Warning, match='without --ckpt_path'):
+            small().setup('test')
+        return _given_of_model()
+
+    assert run(cli, ['--model.lr=1', '--data.root=x']) == given
 
 
 @pytest.mark.parametrize('key', ['valid', 'length'])

@@ -45,6 +45,12 @@ def test_normalize_agrees_with_numpy_and_fills_with_the_mean() -> None:
     assert out['mask'] is batch['mask']
 
 
+@pytest.mark.parametrize('std', [[1.0], [1.0, 0.0], [1.0, np.nan]])
+def test_normalize_refuses_what_does_not_normalise(std: list[float]) -> None:
+    with pytest.raises(ValueError, match='expected as many, with std above 0'):
+        NormalizeSeries([0.0, 0.0], std)
+
+
 def test_normalize_tells_what_holds_nothing() -> None:
     """The first sensor has one pixel left in slot 1, and nothing in slot 2."""
     batch = observed(1, [[True, True], [True, False], [True, True]])

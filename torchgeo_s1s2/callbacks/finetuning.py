@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from torch import nn
 from torch.optim import Optimizer
 
+from torchgeo_s1s2.errors import warn
 from torchgeo_s1s2.models import freeze
 
 
@@ -83,6 +84,15 @@ class GradualUnfreezing(BaseFinetuning):
                 'GradualUnfreezing works with one device: distributed training averages the '
                 'gradients of those parameters only that learn from the start. Give devices: 1'
             )
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+            raise ValueError(
+                'GradualUnfreezing gives the optimizer parameters for which '
+                'StochasticWeightAveraging has no rate; use one of the two, or WeightAveraging'
+            )
+        if 0 < (trainer.max_epochs or 0) <= self.stages[-1].epoch:
+            end = f'the run ends after {trainer.max_epochs} epochs; give more, or leave it out'
+            warn(f'{self.stages[-1]} never begins: {end}')
         super().setup(trainer, pl_module, stage)
 
     def freeze_before_training(self, pl_module: LightningModule) -> None:

@@ -58,8 +58,14 @@ class PublishedResults(Callback):
 
         Args:
             data: Data set of the test.
+
+        Raises:
+            ValueError: If *data* is another one.
         """
-        self._table = pastis_comparison if data == 'pastis' else comparison
+        tables = {'multisenge': comparison, 'pastis': pastis_comparison}
+        if data not in tables:
+            raise ValueError(f'data is {data!r}, expected one of {", ".join(tables)}')
+        self._table = tables[data]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table on the first process."""
@@ -102,6 +108,8 @@ def comparison(hparams: Any, metrics: Any) -> str:
     published = PUBLISHED.get(hparams['num_classes'])
     if published is None:
         return f'nothing is published for {hparams["num_classes"]} classes, only for 6 and 10'
+    if 'test_WeightedF1Score' not in metrics:
+        return 'weighted F1 and kappa are published, which the task S1S2SemanticSegmentation logs'
     suffix = hparams['backbone'][hparams['backbone'].find('convlstm') :]
     ours = _BACKBONES.get(suffix, hparams['backbone'])
     result = float(metrics['test_WeightedF1Score']), float(metrics['test_Kappa'])

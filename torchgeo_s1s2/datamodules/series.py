@@ -106,8 +106,12 @@ class SeriesDataModule(NonGeoDataModule):
             **kwargs: Arguments of the data set.
 
         Raises:
-            ValueError: If a number is out of range.
+            ValueError: If a number is out of range, or *dropout* is one.
         """
+        if dropout is not None and not callable(dropout):
+            raise ValueError(
+                f'dropout is {dropout!r}, expected SeriesDropout(date=..., sensor=...)'
+            )
         check_at_least('batch_size', batch_size, 1)
         check_at_least('num_workers', num_workers, 0)
         self.patch_size = _pair(patch_size)

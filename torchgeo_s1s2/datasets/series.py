@@ -221,7 +221,8 @@ class SeriesDataset(GeoDataset):
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
+        with torch.inference_mode():  # in which Lightning may have opened the data set
+            self._epoch.fill_(epoch)
 
     def __getstate__(self) -> dict[str, Any]:
         """Look at the index of a copy again, for random_bbox_splitting changes that in place."""

@@ -1,6 +1,6 @@
 """Convolutional LSTM with batch norm on the hidden state."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,19 @@ STEPS = 64
 """Number of steps with running statistics of their own; later ones take those of the last."""
 
 
-class ConvLSTM(nn.Module):
+class Unscripted(nn.Module):
+    """A module that TorchScript cannot hold: of slots and gaps it keeps those of its example."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse, in the place where ``torch.jit.script`` asks."""
+        raise RuntimeError(
+            'torch.jit.trace would fix the number of slots and the gaps to those of its example, '
+            'and torch.jit.script reads no series; use torchgeo_s1s2.models.export_program or '
+            'export_onnx instead'
+        )
+
+
+class ConvLSTM(Unscripted):
     """Convolutional LSTM that returns the last, batch-normalised hidden state.
 
     One convolution of the input and the hidden state gives the input, forget, cell and output
@@ -96,10 +108,7 @@ class ConvLSTM(nn.Module):
             RuntimeError: If TorchScript traces the layer, which would fix T without a word.
         """
         if torch.jit.is_tracing():
-            raise RuntimeError(
-                'torch.jit.trace would fix the number of slots to that of its example; use '
-                'torchgeo_s1s2.models.export_program or export_onnx instead'
-            )
+            self.__prepare_scriptable__()
         if suits_strips(self, x):
             return read_in_strips(self, x, valid)
         by_step = has_steps(self.batchnorm)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchgeo_s1s2.transforms.series import day_of_year
 
-from .convlstm import ConvLSTM, Norm
+from .convlstm import ConvLSTM, Norm, Unscripted
 from .inception import Inception
 from .strips import arrange
 
@@ -34,8 +34,8 @@ class ImageSeries(NamedTuple):
         image: Series of shape (B, T, C, H, W) or (B, T * C, H, W).
         valid: Booleans of shape (B, T, S), whether each of the S sensors saw a slot, or (B, T) for
             all sensors alike. If None, a slot of a sensor that is 0 everywhere counts as empty.
-        days: Day of each slot (B, T, S), counted from the beginning of the year in which the series
-            begins, or None. Only attention reads it.
+        days: Day of each slot (B, T, S), or (B, T) for all sensors alike, counted from the
+            beginning of the year in which the series begins, or None. Only attention reads it.
     """
 
     image: Tensor
@@ -72,11 +72,12 @@ class ImageSeries(NamedTuple):
 
 def _days(times: Tensor) -> Tensor:
     """Days (B, T, S) from the beginning of the year in which a series begins, 1 for its first."""
-    first = torch.where(times < 0, times.amax(), times).flatten(1).amin(1)[:, None, None]
+    first = torch.where(times < 0, times.amax(), times).flatten(1).amin(1)
+    first = first.view(-1, *[1] * (times.ndim - 1))
     return (times - first).add(first % 86400).div(86400, rounding_mode='floor') + day_of_year(first)
 
 
-class SeriesEncoder(nn.Module):
+class SeriesEncoder(Unscripted):
     """What the encoders of series share: sensors, what was seen, and weights of single dates.
 
     A slot that a sensor did not see changes nothing. :class:`ImageSeries` says which slots were
@@ -179,10 +180,19 @@ class SeriesEncoder(nn.Module):
 
         Raises:
             ValueError: If a shape does not fit the sensors.
+            RuntimeError: If TorchScript traces the encoder.
         """
+        if torch.jit.is_tracing():
+            self.__prepare_scriptable__()
         if isinstance(x, ImageSeries):
             x, valid, days = x
         series = self._split(x)
+        shape = *next(iter(series.values())).shape[:2], len(series)
+        if days is not None and days.shape not in (shape, shape[:2]):
+            raise ValueError(
+                f'the days or acquisition times have shape {tuple(days.shape)}, expected (B, T, S) '
+                f'= {shape}, a column for each sensor ({", ".join(series)}), or (B, T)'
+            )
         return self._features(series, self._seen(series, valid), days)
 
     def load_state_dict(

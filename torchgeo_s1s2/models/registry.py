@@ -146,12 +146,16 @@ def backbone_name(
     'vgg16_convlstm_inception_s2x4_s1', 'resnet18_convlstm_inception_h64_t16',
     'vgg16_convlstm_inception_stepnorm_fullres', 'resnet18_attention_late_fullres' or 'utae_late'.
     """
-    backbone = Backbone(spatial_encoder, sensors, *args, **options)
+    return _combine(spatial_encoder, sensors, *args, **options).name
+
+
+def _combine(
+    spatial_encoder: str, sensors: Mapping[str, int], *args: Any, **options: Any
+) -> Backbone:
+    backbone = Backbone(spatial_encoder, dict(sensors), *args, **options)
     if spatial_encoder == UTAE:  # always at full resolution, which the name need not say
         backbone = replace(backbone, front='attention', full_resolution=False)
-    if backbone.front == 'attention':
-        backbone = replace(backbone, inception=False)
-    return backbone.name
+    return replace(backbone, inception=False) if backbone.front == 'attention' else backbone
 
 
 @cache
@@ -227,11 +231,14 @@ def register_encoder(
         )
     if not sensors or min(sensors.values()) < 1:
         raise ValueError(f'sensors is {dict(sensors)}, expected at least one with its band count')
-    name = backbone_name(spatial_encoder, sensors, *args, **options)
-    if parse_name(name) is None:
+    backbone = _combine(spatial_encoder, sensors, *args, **options)
+    name = backbone.name
+    if parse_name(name) != backbone:
         raise ValueError(
-            f"the name '{name}' cannot be read back: sensors {list(sensors)} must not hold '_' nor "
-            'be the name of another option, sizes are at least 1, and options are of the front'
+            f"the name '{name}' does not say {vars(backbone)}: sensors must not hold '_' nor be "
+            'the name of another option, sizes are whole numbers from 1, and options are of the '
+            "front: norm is 'shared', 'step' or 'none', late, inception, day_of_year and "
+            'full_resolution are True or False'
         )
     for table in _tables():
         table.setdefault(name, table[name])
@@ -258,7 +265,11 @@ def change_name(name: str, **options: Any) -> str:
             f'backbone {name!r} with the options {options}, expected a backbone that reads series, '
             f"such as 'vgg16_convlstm_inception', and some of {', '.join(known)}"
         )
-    return register_encoder(**(vars(backbone) | options))
+    new = register_encoder(**(vars(backbone) | options))
+    got = vars(parse_name(new))
+    if lost := [k for k in options if got[k] != options[k] and k != 'full_resolution']:
+        raise ValueError(f'{name!r} has no choice of {", ".join(lost)}; leave that out')
+    return new
 
 
 def register_encoders() -> None:

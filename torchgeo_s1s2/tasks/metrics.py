@@ -64,7 +64,8 @@ class SegmentationScores(Metric):
         # As torch.bincount, for which a GPU makes the host wait; what has no label comes last.
         counts = self.confusion.new_zeros(classes**2 + 1)
         counts.scatter_add_(0, pairs.flatten(), counts.new_ones(1).expand(pairs.numel()))
-        self.confusion += counts[:-1].view(classes, classes)
+        # Not in place: a test makes the metrics of a later fit, too, and in inference mode.
+        self.confusion = self.confusion + counts[:-1].view(classes, classes)
 
     def compute(self) -> dict[str, Tensor]:
         """All scores, float32 scalars in the memory of the host."""

@@ -83,8 +83,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             model: Architecture of smp (``'unet'``, ``'unetplusplus'``, ``'fpn'``, ...) or
                 TorchGeo's ``'fcn'``.
             backbone: Name of an smp encoder, such as ``'vgg16_convlstm_inception'``.
-            weights: As in TorchGeo: a weight enum or its name, True for ImageNet, None or False for
-                random weights, or the path of a checkpoint, see
+            weights: As in TorchGeo: a weight enum or its name, True or ``'imagenet'``, None or
+                False for random weights, or the path of a checkpoint, see
                 :func:`~torchgeo_s1s2.tasks.weights.load_weights`.
             in_channels: Time slots times channels of a slot, T*C; of a backbone that reads series,
                 T is free.
@@ -118,7 +118,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             ValueError: If an argument has no such value, or nothing in a checkpoint fits.
         """
         if isinstance(weights, str):  # the command line gives true and false as text
-            weights = {'true': True, 'false': False}.get(weights.lower(), weights)
+            known = {'true': True, 'false': False, 'imagenet': True}
+            weights = known.get(weights.lower(), weights)
         recompute_gates = bool(recompute_gates or checkpoint)
         self._classes: list[str] | None = None
         self._pretrained_classes: list[str] | None = None
@@ -135,8 +136,11 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         """Build the segmentation model, load its weights and freeze what is to be frozen."""
         if self.hparams['task'] != 'multiclass':
             self.hparams['num_classes'] = None  # TorchGeo gives the model that many outputs
-        elif self.hparams['num_classes'] is None:
-            raise ValueError("task='multiclass' needs num_classes")
+        elif (classes := self.hparams['num_classes']) is None or classes < 2:
+            raise ValueError(
+                f"task='multiclass' needs num_classes, at least 2, got {classes}; one class "
+                "against the rest is task='binary'"
+            )
         if self.hparams['ignore_index'] is None:
             # 255, or what no class has.
             self.hparams['ignore_index'] = max(NO_LABEL, self.hparams['num_classes'] or 0)
@@ -144,6 +148,11 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             options = self.hparams['backbone_kwargs']
             self.hparams['backbone'] = change_name(self.hparams['backbone'], **options)
         if self.hparams['model'] == 'fcn':
+            given = {
+                k: self.hparams[k] for k in ('freeze_backbone', 'freeze_decoder', 'model_kwargs')
+            }
+            if unused := [k for k, v in (given | {'weights': self.weights}).items() if v]:
+                raise ValueError(f"model='fcn' has no {', '.join(unused)}; leave that out")
             super().configure_models()
         else:
             self._configure_smp()
@@ -182,6 +191,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         labels = self.hparams['labels']
         if labels is not None and len(labels) != num_classes:
             raise ValueError(f'{len(labels)} labels for num_classes={num_classes}: {labels}')
+        if labels is not None and len(set(labels)) < num_classes:
+            raise ValueError(f'labels {labels} name two classes alike; give each a name of its own')
         metrics = MetricCollection([SegmentationScores(num_classes, ignore, labels)])
         for stage in _STAGES:
             setattr(self, f'{stage}_metrics', metrics.clone(prefix=f'{stage}_'))
@@ -212,6 +223,12 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             ValueError: If the numbers of classes, channels or time slots or the names of the
                 classes differ, or no training pixel has a label.
         """
+        command = _command()
+        if stage != 'fit' and command and command[1] is None and not self.weights:
+            _warn(
+                f'torchgeo {stage} without --ckpt_path uses initial weights, which have learned '
+                'nothing; give the checkpoint of a training'
+            )
         data = self._data
         if data is None:
             if self.hparams['class_weights'] == 'balanced':
@@ -306,6 +323,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             'dice': lambda: smp.losses.DiceLoss(task, ignore_index=ignored),
             'jaccard': lambda: smp.losses.JaccardLoss(task),
         }
+        if loss not in losses:
+            raise ValueError(f'loss is {loss!r}, expected one of {", ".join(losses)}')
         self.criterion = losses[loss]()
 
     def _class_weights(self) -> Tensor | None:
@@ -323,6 +342,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         weight = torch.ones(classes) if named else torch.as_tensor(weights, dtype=torch.float32)
         if len(weight) != classes:
             raise ValueError(f'class_weights has {len(weight)} weights for num_classes={classes}')
+        if not (weight.isfinite() & (weight >= 0)).all():
+            raise ValueError(f'class_weights is {weights}, expected finite numbers from 0')
         return weight
 
     def forward(self, x: Tensor | ImageSeries) -> Tensor:
@@ -398,10 +419,12 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
 
     def _step(self, stage: str, batch: Sample) -> tuple[Tensor, Tensor]:
         """Loss and logits of a batch, logged; nothing here makes the host wait for its device."""
-        mask, logits = self._known(batch['mask']), self(ImageSeries.from_batch(batch)).squeeze(1)
+        logits = self(ImageSeries.from_batch(batch)).squeeze(1)
+        given = _mask(batch, logits[:, 0].shape if self._is_multiclass else logits.shape)
+        mask = self._known(given)
         getattr(self, f'{stage}_metrics').update(logits, mask)
         loss, weight = self._loss(logits, mask), self._loss_weight(mask)
-        unknown = (mask != batch['mask']) & (batch['mask'] != NO_LABEL)
+        unknown = (mask != given) & (given != NO_LABEL)
         tally = torch.stack([weight, unknown.sum()])
         self._tally[stage] = self._tally[stage].to(tally.device) + tally
         # The scheduler of every process has to see the same validation loss.
@@ -452,17 +475,19 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         labelled = mask != self.hparams['ignore_index']
         weight = getattr(self.criterion, 'weight', None)
         weights = 1.0 if weight is None else weight[mask.where(labelled, 0)]
-        return labelled.mul(weights).sum()
+        return labelled.float().mul(weights).sum()
 
     def _loss(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Loss over the labelled pixels of a known mask, 0 where nothing counts."""
-        loss, logits, ignored = self.hparams['loss'], logits.float(), self.hparams['ignore_index']
+        loss, ignored = self.hparams['loss'], self.hparams['ignore_index']
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        self.criterion.to(logits.dtype)  # its weights are of the trainer's precision
         labelled, total = mask != ignored, self._loss_weight(mask)
         total = total.where(total > 0, 1)
         if loss == 'ce':
             value: Tensor = self.criterion(logits, mask) / total
         elif loss == 'bce':
-            value = self.criterion(logits, mask.where(labelled, 0).float())
+            value = self.criterion(logits, mask.where(labelled, 0).to(logits.dtype))
             value = value.where(labelled, 0).sum() / total
         elif loss == 'dice':
             value = self.criterion(logits, mask)
@@ -507,6 +532,17 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             )
 
 
+def _mask(batch: Sample, expected: torch.Size) -> Tensor:
+    """The mask of a batch, if it is one of whole numbers and of the expected shape."""
+    mask = batch.get('mask')
+    if mask is None or mask.shape != expected or mask.is_floating_point():
+        found = 'missing' if mask is None else f'{mask.dtype} of shape {tuple(mask.shape)}'
+        raise ValueError(
+            f'the mask of the batch is {found}, expected whole numbers of shape {tuple(expected)}'
+        )
+    return mask.long()
+
+
 def _differences(old: Sequence[str], new: Sequence[str]) -> str:
     """The first classes whose names differ; capitals do not matter."""
     pairs = enumerate(zip_longest(old, new, fillvalue='nothing'))
@@ -518,11 +554,21 @@ def _warn(message: str) -> None:
     rank_zero_warn(message, category=S1S2Warning)
 
 
-def _given_of_model() -> list[str]:
-    """Arguments of the model on the command line, if there is one."""
-    calls = [frame.f_locals for frame, _ in traceback.walk_stack(None)]
-    found = [c['args'] for c in calls if isinstance(c.get('self'), LightningCLI) and 'args' in c]
+def _command() -> tuple[list[Any], str | None] | None:
+    """Arguments and checkpoint of the command line, if there is one."""
+    calls = [frame.f_locals for frame, _ in traceback.walk_stack(sys._getframe())]
+    found = [c for c in calls if isinstance(c.get('self'), LightningCLI) and 'args' in c]
     if not found:
-        return []
-    arguments = sys.argv if found[0] is None else found[0]
-    return [a for a in arguments if isinstance(a, str) and a.startswith('--model')]
+        return None
+    cli, arguments = found[0]['self'], found[0]['args']
+    path = cli.config[cli.subcommand].get('ckpt_path')
+    return (sys.argv if arguments is None else arguments), path
+
+
+def _given_of_model() -> list[str]:
+    """Arguments of the model beside a checkpoint on the command line.
+
+    What searches learning rates or batch sizes loads checkpoints of its own.
+    """
+    arguments, path = _command() or ([], None)
+    return [a for a in arguments if path and isinstance(a, str) and a.startswith('--model')]

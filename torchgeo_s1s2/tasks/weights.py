@@ -40,7 +40,13 @@ def load_weights(model: Any, weights: WeightsEnum | str) -> list[str] | None:
         return trained_classes(checkpoint)
     if isinstance(weights, str) and weights.endswith(('.ckpt', '.pt', '.pth')):
         raise FileNotFoundError(f'there is no checkpoint {weights}; correct the path in weights')
-    enum = weights if isinstance(weights, WeightsEnum) else get_weight(weights)
+    try:
+        enum = weights if isinstance(weights, WeightsEnum) else get_weight(weights)
+    except ValueError as error:
+        raise ValueError(
+            f"weights is {weights!r}, expected 'imagenet', the path of a checkpoint that is there, "
+            'or the name of a weight enum, such as ResNet18_Weights.SENTINEL2_ALL_MOCO'
+        ) from error
     state = enum.get_state_dict(progress=True, check_hash=True, weights_only=True)
     model.encoder.load_state_dict(state)
     return None

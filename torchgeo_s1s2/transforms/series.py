@@ -26,11 +26,16 @@ class NormalizeSeries(nn.Module):
         Args:
             mean: Mean of each of the C channels, in the units of the samples.
             std: Standard deviation of each channel, above 0.
+
+        Raises:
+            ValueError: If they differ in number, or a standard deviation is not above 0.
         """
         super().__init__()
         for name, value in (('mean', mean), ('std', std)):
             channels = torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(name, channels, persistent=False)
+        if len(self.mean) != len(self.std) or not (self.std > 0).all():
+            raise ValueError(f'mean is {mean}, std {std}: expected as many, with std above 0')
 
     def forward(self, batch: dict[str, Any], channels: Sequence[int]) -> dict[str, Any]:
         """Normalise the image of a batch.
