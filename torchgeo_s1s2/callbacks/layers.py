@@ -156,7 +156,8 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except (OSError, RasterioError, CPLE_BaseError) as error:
         raise MapError(
-            f'the map {path} cannot be written whole: {error.__cause__ or error}. See whether the disk is full'
+            f'the map {path} cannot be written whole: {error.__cause__ or error}. See whether the '
+            'disk is full'
         ) from error
 
 
