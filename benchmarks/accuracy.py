@@ -383,8 +383,9 @@ def _costs(results: Sequence[Row]) -> Figure:
     titles = {'gflop': 'GFLOP to map a patch', 'seconds': 'training (s)'}
     for ax, (key, label) in zip(axes, titles.items(), strict=True):
         for title, group in pd.DataFrame(results).groupby('title', sort=False):
-            if (x := group[key].mean()) > 0:
-                ax.plot(x, group['f1'].mean(), 'o', label=str(title))
+            # Trees have no operations; a point that is none keeps the colours of the others.
+            x = group[key].mean() or float('nan')
+            ax.plot(x, group['f1'].mean(), 'o', label=str(title))
         ax.set(xscale='log', xlabel=label)
     axes[0].set_ylabel('weighted F1 of the test')
     figure.legend(*axes[1].get_legend_handles_labels(), loc='outside right upper', fontsize=7)
