@@ -64,12 +64,9 @@ IMPROVED = 'resnet18_convlstm_inception_stepnorm_fullres'
 SMALL: Any = {'encoder_depth': 3, 'decoder_channels': (32, 16, 8)}  # of a stride of 8 pixels
 
 
-@pytest.fixture(
-    scope='module', params=[('vgg11_convlstm_inception', {}), ('utae_late', SMALL)], ids=str
-)
+@pytest.fixture(scope='module', params=['vgg11_convlstm_inception', 'utae_late'])
 def model(request: pytest.FixtureRequest) -> nn.Module:
-    name, options = request.param
-    return build(name, **options).eval()
+    return build(request.param, **SMALL).eval()
 
 
 @pytest.fixture(
