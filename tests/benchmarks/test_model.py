@@ -1,3 +1,4 @@
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,18 +24,23 @@ def test_memory_by_hand() -> None:
             assert model.peak(call, 'cpu') == number
 
 
+@cache
+def job(name: str, slots: int, size: int) -> model.Job:
+    return model.Job(model.MODES[name], slots, size, 'cpu')
+
+
 @pytest.mark.parametrize(
     ('mode', 'error'),
     [('ours', 1e-4), ('recomputed', 1e-4), ('bf16', 0.2), ('bf16-recomputed', 0.2)],
 )
 def test_modes_compute_what_the_plain_model_does(mode: str, error: float) -> None:
     """In single precision to its rounding, in bfloat16 with its 8 bits of mantissa."""
-    jobs = [model.Job(model.MODES[name], 2, 32, 'cpu') for name in (model.PLAIN, mode)]
+    jobs = [job(name, 2, 32) for name in (model.PLAIN, mode)]
     with torch.no_grad():
-        for job in jobs:
-            job.model.eval()
-            job.image = jobs[0].image
-        plain, found = (job.logits() for job in jobs)
+        for each in jobs:
+            each.model.eval()
+            each.image = jobs[0].image
+        plain, found = (each.logits() for each in jobs)
     assert found.dtype == torch.float32
     assert float((found - plain).abs().max() / plain.std()) < error
 

@@ -128,12 +128,13 @@ def test_torchgeo_s_data_module_still_fails_by_itself(root: Path) -> None:
         theirs.aug(batch)
 
 
+BACKBONE = 'resnet18_convlstm_inception_s2_s1ax3_s1dx3_h4_t4'
 SCRIPT = f"""
 from torchgeo.main import main
 
 if __name__ == '__main__':
     common = ['--config={SHIPPED / 'pastis.yaml'}', '--config={SHIPPED / 'pastis_s1s2.yaml'}',
-              '--model.init_args.backbone=resnet18_convlstm_inception_s2_s1ax3_s1dx3',
+              '--model.init_args.backbone={BACKBONE}',
               '--data.init_args.series.init_args.max_length=4', '--data.init_args.batch_size=2',
               '--data.init_args.num_workers=0', '--trainer.accelerator=cpu',
               '--trainer.devices=2', '--trainer.strategy=ddp', '--trainer.logger=false',
@@ -154,7 +155,7 @@ def test_two_processes_train_resume_test_and_map(tmp_path: Path) -> None:
     epochs = last['loops']['fit_loop']['epoch_progress']['total']['processed']
     assert (epochs, last['global_step']) == (2, 2)
     assert printed.count('U-TAE, S2+S1 late (published)') == 1
-    assert printed.count('this test: unet, resnet18_convlstm_inception_s2_s1ax3_s1dx3') == 1
+    assert printed.count(f'this test: unet, {BACKBONE}') == 1
     maps = sorted((tmp_path / 'outputs/pastis/maps').glob('1000?.tif'))
     assert [path.stem for path in maps] == ['10004', '10009']  # fold 5
     for path, number in zip(maps, (4, 9), strict=True):
