@@ -273,6 +273,11 @@ def test_sensors_may_have_different_gaps(name: str) -> None:
         torch.testing.assert_close(mine, other)
 
 
+def emptied(x: Tensor, valid: Tensor) -> Tensor:
+    """A series with zeros where a sensor saw nothing."""
+    return x.where(valid.repeat_interleave(torch.tensor([10, 2]), 2)[..., None, None], 0)
+
+
 @pytest.mark.parametrize('name', FRONTS)
 @torch.no_grad()
 def test_what_is_said_of_slots_counts_before_zeros(name: str) -> None:
@@ -284,7 +289,7 @@ def test_what_is_said_of_slots_counts_before_zeros(name: str) -> None:
 
     x, valid = make_series(t=4), torch.ones(2, 4, 2, dtype=torch.bool)
     valid[0, 1, 0] = valid[1, 0] = valid[:, 3] = False
-    empty = x.where(valid.repeat_interleave(torch.tensor([10, 2]), 2)[..., None, None], 0)
+    empty = emptied(x, valid)
     told = valid.index_fill(1, torch.tensor([3]), True)  # without the padding
     batch = {'image': x, 'valid': told, 'length': torch.tensor([3, 3])}
     assert features(ImageSeries.from_batch(batch)).equal(features(empty))
@@ -301,7 +306,7 @@ def test_what_is_said_of_slots_counts_compiled(name: str) -> None:
     x, valid = make_series(t=3), torch.ones(2, 3, 2, dtype=torch.bool)
     valid[0, 1, 0] = valid[1, 0] = False
     compiled = torch.compile(encoder, backend='eager', fullgraph=True)
-    empty = x.where(valid.repeat_interleave(torch.tensor([10, 2]), 2)[..., None, None], 0)
+    empty = emptied(x, valid)
     for mine, other in zip(compiled(ImageSeries(x, valid)), encoder(empty), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
 

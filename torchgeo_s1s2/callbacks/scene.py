@@ -636,9 +636,10 @@ def _content(dataset: Any) -> Iterator[Any]:
     if isinstance(dataset, SeriesDataset):  # whose root holds more than the images
         rows = map(dataset.files_of, range(len(dataset)))
         files = [file for row in rows for sensor in dataset.sensors for file in row[sensor]]
-    for file in filter(Path.exists, map(Path, files)):
-        stat = file.stat()
-        yield str(file), stat.st_size, stat.st_mtime_ns
+    for file in files:
+        with suppress(FileNotFoundError):  # a link to nothing, which reading leaves out
+            stat = Path(file).stat()
+            yield str(file), stat.st_size, stat.st_mtime_ns
 
 
 def _bounds_of_data(trainer: Trainer, epsg: int) -> list[tuple[float, float, float, float]]:

@@ -5,6 +5,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -273,11 +274,10 @@ def _digest(paths: Iterable[Path]) -> str:
     """Of the names, sizes and times of modification and change of files."""
     digest = hashlib.sha256()
     for path in paths:
-        if not path.exists():  # a link to nothing, which reading leaves out
-            continue
-        status = path.stat()
-        stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        digest.update(f'{path.name} {stamp}\n'.encode())
+        with suppress(FileNotFoundError):  # a link to nothing, which reading leaves out
+            status = path.stat()
+            stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+            digest.update(f'{path.name} {stamp}\n'.encode())
     return digest.hexdigest()
 
 

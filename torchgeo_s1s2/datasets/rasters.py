@@ -316,7 +316,7 @@ def _values(
     if 'u' in kinds and nodata < 0:
         nodata = 0  # as in ESA's products, whose type has no other
     for tag in {tags[i - 1] for i in indexes} - ({None} if masked else set()):
-        missing = _equal(value, _as(value.dtype, nodata if tag is None else tag))
+        missing = _equal(value, nodata if tag is None else tag)
         if missing.any():
             missing[[tags[i - 1] != tag for i in indexes]] = False
             value[missing] = np.nan
@@ -327,16 +327,11 @@ def _values(
     return value
 
 
-@lru_cache(maxsize=64)
-def _as(dtype: np.dtype[Any], value: float) -> Any:
-    """A no-data value, perhaps of a file's wider type, as one of another type."""
-    with np.errstate(over='ignore'):
-        return dtype.type(value)
-
-
-def _equal(value: NDArray[Any], tag: np.floating[Any]) -> NDArray[np.bool_]:
+def _equal(value: NDArray[Any], tag: float) -> NDArray[np.bool_]:
     """Where values are a tag, which may be written with six digits if it is large."""
-    return np.isclose(value, tag, rtol=1e-4) if abs(tag) > 2**24 else value == tag
+    with np.errstate(over='ignore'):  # a tag of a wider type
+        own = value.dtype.type(tag)
+    return np.isclose(value, own, rtol=1e-4) if abs(own) > 2**24 else value == own
 
 
 def _rescale(value: Array, src: rasterio.DatasetReader, indexes: Sequence[int]) -> None:

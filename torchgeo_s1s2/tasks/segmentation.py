@@ -148,10 +148,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             options = self.hparams['backbone_kwargs']
             self.hparams['backbone'] = change_name(self.hparams['backbone'], **options)
         if self.hparams['model'] == 'fcn':
-            given = {
-                k: self.hparams[k] for k in ('freeze_backbone', 'freeze_decoder', 'model_kwargs')
-            }
-            if unused := [k for k, v in (given | {'weights': self.weights}).items() if v]:
+            options = {**self.hparams, 'weights': self.weights}
+            names = 'freeze_backbone', 'freeze_decoder', 'model_kwargs', 'weights'
+            if unused := [name for name in names if options[name]]:
                 raise ValueError(f"model='fcn' has no {', '.join(unused)}; leave that out")
             super().configure_models()
         else:
@@ -571,4 +570,6 @@ def _given_of_model() -> list[str]:
     What searches learning rates or batch sizes loads checkpoints of its own.
     """
     arguments, path = _command() or ([], None)
-    return [a for a in arguments if path and isinstance(a, str) and a.startswith('--model')]
+    if path is None:
+        return []
+    return [a for a in arguments if isinstance(a, str) and a.startswith('--model')]
