@@ -1,5 +1,6 @@
 """What works on nn.Conv2d and nn.BatchNorm2d works on the modules of the recurrent layer."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -8,6 +9,7 @@ import segmentation_models_pytorch as smp
 import torch
 from conftest import Waits
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.ao import quantization
 from torch.nn.utils import parametrizations, prune
 
@@ -141,6 +143,24 @@ def test_statistics_of_many_values_in_half_precision() -> None:
     assert (z.float() - y).abs().max() < 0.02
     for mine, other in zip(half.batchnorm.buffers(), exact.batchnorm.buffers(), strict=True):
         torch.testing.assert_close(mine.to(other.dtype), other, rtol=0.01, atol=1e-3)
+
+
+def test_what_every_sample_saw_is_read_without_masks() -> None:
+    """A mode that may stand for another device keeps the masks; the numbers are the same."""
+    found = []
+    for mode in (contextlib.nullcontext(), Waits()):
+        layer, x = make()
+        x.requires_grad_()
+        with mode:
+            y = layer(x, VALID | True)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+    x = x.detach()[:, :2, :, :3, :3].requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: layer(x, VALID[:, :2] | True), (x,))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(x, VALID[:, :2]).shape == (2, 3, 3, 3)
 
 
 def test_a_training_step_makes_no_gpu_wait() -> None:

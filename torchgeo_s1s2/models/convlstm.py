@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .norm import MaskedBatchNorm2d, Moments, has_steps, normalize, share_with_steps, track
-from .strips import arrange, is_plain, read_in_strips, suits_strips
+from .strips import arrange, is_eager_on_cpu, is_plain, read_in_strips, suits_strips
 
 Norm = Literal['shared', 'step', 'none']
 STEPS = 64
@@ -121,7 +121,10 @@ class ConvLSTM(Unscripted):
             return self._scan(x, valid, steps, zero)
         h, c = zero, zero
         for t in range(x.shape[1]):
-            mask = None if valid is None else valid[:, t, None, None, None]
+            mask = None
+            # Elsewhere than on a CPU, to look at the values would mean to wait for them.
+            if valid is not None and not (is_eager_on_cpu(x) and valid[:, t].all()):
+                mask = valid[:, t, None, None, None]
             # The hidden state is still zero: of a plain convolution that part can be left out. In
             # evaluation it is not, so that empty slots before the first image change no bit.
             first = t == 0 and self.training and is_plain(self.conv)
@@ -170,8 +173,10 @@ class ConvLSTM(Unscripted):
         else:
             gates = self.conv(torch.cat([x, h], dim=1))
         i, f, g, o = gates.chunk(4, dim=1)
-        c_new = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        c_new = f.sigmoid() * c + i.sigmoid() * arrange(g).tanh()
         h_new, moments = normalize(self.batchnorm, o.sigmoid() * c_new.tanh(), mask, step)
+        if h_new.requires_grad and is_eager_on_cpu(h_new):
+            h_new.register_hook(arrange)
         if mask is not None:
             h_new, c_new = torch.where(mask, h_new, h), torch.where(mask, c_new, c)
         return h_new, c_new, moments

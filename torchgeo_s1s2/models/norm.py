@@ -116,6 +116,12 @@ def normalize(
 
 def batch_norm(norm: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Moments]:
     """Normalise features with the moments of the samples that count."""
+    if mask is None and _suits_native(norm, x):
+        y, mean, scale = torch.native_batch_norm(
+            x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps
+        )
+        var = (scale.detach() ** -2 - norm.eps).clamp(min=0)
+        return y, Moments(mean.detach(), var, mean.new_tensor(x.numel() / x.shape[1]))
     weight = x.new_ones(len(x), 1) if mask is None else mask.flatten(1)
     weight = weight.to(torch.promote_types(x.dtype, torch.float32))
     means = x.mean((2, 3), dtype=weight.dtype)
@@ -130,6 +136,16 @@ def batch_norm(norm: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Momen
     y = torch.addcmul(shift[:, None, None], centred, scale[:, None, None]).to(x.dtype)
     count = sums[-1] * (x.shape[2] * x.shape[3])
     return y, Moments(mean.detach(), var.detach(), count.detach())
+
+
+def _suits_native(norm: Any, x: Tensor) -> bool:
+    """Whether PyTorch's own batch norm has statistics as precise, and of the same values."""
+    return (
+        x.dtype in (torch.float32, torch.float64)
+        and (not norm.affine or norm.weight.dtype == x.dtype)
+        and not isinstance(norm, nn.SyncBatchNorm)
+        and x.numel() > 0
+    )
 
 
 def _total(norm: Any, x: Tensor) -> Tensor:

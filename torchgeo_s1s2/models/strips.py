@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .norm import MaskedBatchNorm2d, has_steps, statistics
 
@@ -32,7 +33,7 @@ def suits_strips(layer: Any, x: Tensor) -> bool:
 
     That is in evaluation mode, for an ordinary image on a CPU of which no derivative can be asked.
     """
-    if torch.is_grad_enabled() or layer.training or not _is_eager_on_cpu(x):
+    if torch.is_grad_enabled() or layer.training or not is_eager_on_cpu(x):
         return False
     norm = layer.batchnorm
     return (
@@ -51,14 +52,15 @@ def _normalises(norm: Any) -> bool:
     return not norm.training and norm.affine and norm.track_running_stats
 
 
-def _is_eager_on_cpu(x: Tensor) -> bool:
+def is_eager_on_cpu(x: Tensor) -> bool:
     """Whether an operation is carried out at once, on values in the memory of the processor."""
     return (
         type(x) is Tensor
         and x.device.type == 'cpu'
         and not torch.compiler.is_compiling()
-        # torch.func transforms what is computed; PyTorch has no public question for it.
+        # torch.func and dispatch modes transform what is computed; PyTorch has no public question.
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_in_torch_dispatch_mode()
     )
 
 
@@ -71,7 +73,7 @@ def arrange(x: Tensor) -> Tensor:
     Returns:
         The image, copied if need be.
     """
-    return x.contiguous(memory_format=torch.channels_last) if _is_eager_on_cpu(x) else x
+    return x.contiguous(memory_format=torch.channels_last) if is_eager_on_cpu(x) else x
 
 
 def read_in_strips(layer: Any, x: Tensor, valid: Tensor | None) -> Tensor:
