@@ -125,7 +125,7 @@ class ClassScheme:
         table = np.full(high - low + 1, NO_LABEL)
         for label, index in claimed.items():
             table[label - low] = index
-        return table[np.asarray(labels, np.int64).clip(low, high) - low]
+        return table.take(np.asarray(labels, np.int64) - low, mode='clip')
 
 
 def _check_unique(what: str, values: Sequence[int], above: int, below: int) -> None:

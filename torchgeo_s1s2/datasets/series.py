@@ -487,7 +487,10 @@ class SeriesDataset(GeoDataset):
             tolerance = 1.5  # pixels, for footprints are snapped to those of the index
             there = _transformer(self.crs.srs, grid.crs.to_wkt())
             geometry = transform(geometry, there.transform, interleaved=False)
-        reach = geometry.buffer(tolerance * max(grid.res), join_style='mitre')
+        tolerance *= max(grid.res)
+        if geometry.equals_exact(whole, tolerance):
+            return None
+        reach = geometry.buffer(tolerance, join_style='mitre')
         return None if reach.covers(whole) else geometry
 
     def _part(self, index: int) -> tuple[Grid, BaseGeometry | None]:
