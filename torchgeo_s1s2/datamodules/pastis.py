@@ -57,7 +57,8 @@ class PASTISSeriesDataModule(SeriesDataModule):
         """
         if fold not in FOLDS:
             raise ValueError(f'fold is {fold}; expected one of {FOLDS}')
-        turned = FOLDS[fold - 1 :] + FOLDS[: fold - 1]
+        first = FOLDS.index(fold)
+        turned = FOLDS[first:] + FOLDS[:first]
         self.folds: Mapping[str, Sequence[int]] = {
             'train': turned[:3],
             'val': turned[3:4],

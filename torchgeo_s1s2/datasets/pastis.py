@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import geopandas as gpd
 import numpy as np
+import pandas as pd
 import shapely
 from numpy.typing import NDArray
+from pyogrio.errors import DataSourceError
 from pyproj import CRS
 from rasterio.enums import Resampling
 from rasterio.windows import Window
@@ -21,12 +23,13 @@ from torchgeo_s1s2.datasets.rasters import Grid, crs_of, onto
 from torchgeo_s1s2.datasets.sensors import PASTIS_SENSORS, Array, in_order, readings
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
 from torchgeo_s1s2.datasets.time_series import AllDates, DateRule
-from torchgeo_s1s2.errors import DataError, NoPatchesError, warn
+from torchgeo_s1s2.errors import DataError, NoPatchesError, UnreadableError, warn
 
 FOLDS = (1, 2, 3, 4, 5)
 METADATA = 'metadata.geojson'
 VOID = 19
 _LAMBERT_93 = 2154
+_LAUNCH = np.datetime64('2014-04-03')
 _SEASON = np.array(['2018-09-01', '2019-11-01'], 'datetime64[s]')
 _COLORS = np.rint(255 * np.asarray(PASTIS.cmap.colors)).astype(int).tolist()
 PASTIS_CLASSES = ClassScheme(
@@ -192,10 +195,10 @@ class PASTISSeries(SeriesDataset):
     def _read_patches(self, sensors: Sequence[str]) -> list[_Patch]:
         """Patches of the folds, in the order of their numbers."""
         table = _read_metadata(self.root / METADATA)
-        table = table[table['Fold'].astype(int).isin(self.folds)]
+        table = table[table['Fold'].isin(self.folds)]
         if table.empty:
             raise NoPatchesError(f'{self.title}: {METADATA} has no patch of these folds')
-        table = table.assign(ID_PATCH=table['ID_PATCH'].astype(int)).sort_values('ID_PATCH')
+        table = table.sort_values('ID_PATCH')
         absent = [s for s in sensors if _dates_of(s) not in table]
         if absent:
             days = ' to '.join(str(day.astype('datetime64[D]')) for day in _SEASON)
@@ -224,8 +227,11 @@ class PASTISSeries(SeriesDataset):
             dates = json.loads(row[key]) if isinstance(row[key], str) else row[key]
             digits = [str(dates[number]) for number in sorted(dates, key=int)]
             days = [f'{day[:4]}-{day[4:6]}-{day[6:]}' for day in digits]
-            return np.array(days, 'datetime64[s]')
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            times = np.array(days, 'datetime64[s]')
+            if (times < _LAUNCH).any():
+                raise ValueError('no Sentinel flew yet')
+            return times
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise DataError(
                 f'{self.root / METADATA}: {key} of patch {row["ID_PATCH"]} is {row[key]!r:.80}; '
                 'expected dates by number, such as {"0": 20180924, "1": 20181004}'
@@ -280,10 +286,28 @@ def _read_metadata(path: Path) -> gpd.GeoDataFrame:
             f'there is no {path}; give the folder of PASTIS-R as root. '
             f'torchgeo.datasets.PASTIS({str(path.parent)!r}, download=True) brings it'
         )
-    table = gpd.read_file(path)
+    try:
+        table = gpd.read_file(path)
+    except DataSourceError as error:
+        raise UnreadableError(f'{path} cannot be read: {error}. Unpack the archive again') from None
     lacking = {'ID_PATCH', 'Fold'} - {*table}
     if lacking:
         raise DataError(f'{path} lacks {", ".join(sorted(lacking))}; it has {", ".join(table)}')
+    numbers = {key: pd.to_numeric(table[key], errors='coerce') for key in ('ID_PATCH', 'Fold')}
+    wrong = {
+        'an ID_PATCH that is no whole number': numbers['ID_PATCH'] % 1 != 0,
+        'the ID_PATCH of another': numbers['ID_PATCH'].duplicated(),
+        f'a Fold other than {FOLDS}': ~numbers['Fold'].isin(FOLDS),
+        'no footprint': table.geometry.isna() | table.geometry.is_empty,
+    }
+    for what, rows in wrong.items():
+        if rows.any():
+            first = table.loc[rows, ['ID_PATCH', 'Fold']].iloc[0].to_dict()
+            raise DataError(
+                f'{rows.sum()} of {len(table)} patches of {path} have {what}, the first is {first}. '
+                'Unpack the archive again'
+            )
+    table = table.assign(**{key: number.astype(int) for key, number in numbers.items()})
     if np.abs(table.total_bounds).max() > 360 and table.crs.is_geographic:
         # GeoJSON without a CRS is in degrees, which these are not.
         table = table.set_crs(_LAMBERT_93, allow_override=True)
@@ -312,7 +336,7 @@ def _grids(table: gpd.GeoDataFrame, shapes: Sequence[tuple[int, int]], title: st
 def _zone(tile: object) -> int | None:
     """EPSG code of the UTM zone of a tile such as t30uxv, all of which are north."""
     digits = str(tile).upper().removeprefix('T')[:2]
-    return 32600 + int(digits) if digits.isdecimal() else None
+    return 32600 + int(digits) if digits.isdecimal() and 1 <= int(digits) <= 60 else None
 
 
 def _place(code: int, footprint: Any, height: int, width: int) -> tuple[Grid, float]:
