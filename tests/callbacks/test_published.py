@@ -30,6 +30,11 @@ def test_nothing_is_published_for_other_numbers_of_classes() -> None:
 def test_what_cannot_be_compared_is_said() -> None:
     hparams = {'backbone': 'resnet18', 'num_classes': 10}
     assert 'which the task S1S2SemanticSegmentation logs' in comparison(hparams, {'test_loss': 1})
+    assert "does not log ['test_AverageJaccardIndex']" in pastis_comparison(
+        hparams, {'test_OverallAccuracy': 0.5}
+    )
+    metrics = {'test_OverallAccuracy': 0.5, 'test_AverageJaccardIndex': 0.5}
+    assert 'for 10 classes of PASTIS, only for all 19' in pastis_comparison(hparams, metrics)
     with pytest.raises(ValueError, match="data is 'pastiss', expected one of multisenge, pastis"):
         PublishedResults('pastiss')  # type: ignore[arg-type]
 

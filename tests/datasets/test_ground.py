@@ -131,10 +131,11 @@ def test_polygons_name_the_split_of_their_ground(tmp_path: Path) -> None:
     splits = polygons(tmp_path / 'more.gpkg', *west, east.boundary, split=['all', None, 'test'])
     left_out = '1 are no polygons, .*; 1 have no part and are left out'
     with (
-        pytest.warns(S1S2Warning, match=f'more.gpkg: of its features {left_out}'),
+        pytest.warns(S1S2Warning, match=f'more.gpkg: of its features {left_out}') as said,
         pytest.raises(ValueError, match="'all' stands for every patch"),
     ):
         part(root, splits, 'all')
+    assert len(said) == 1
     over = polygons(tmp_path / 'over.gpkg', west[0], west[1], split=['train', 'test'])
     with pytest.raises(DataError, match=r'overlap that are of the splits test and train'):
         part(root, over, 'train')

@@ -13,7 +13,7 @@ from torchgeo.datasets import PASTIS
 from torchgeo.samplers import GriddedPatchSampler
 
 from torchgeo_s1s2.datasets import AllDates, EvenlySpaced, PASTISSeries, pastis
-from torchgeo_s1s2.errors import DataError, NoPatchesError, S1S2Warning
+from torchgeo_s1s2.errors import DataError, NoPatchesError, S1S2Warning, UnreadableError
 
 
 @pytest.fixture(scope='module')
@@ -188,7 +188,18 @@ def test_dates_that_are_not_there_are_assumed_and_said(tmp_path: Path) -> None:
         ),
         (lambda r: save(r / 'DATA_S2/S2_10000.npy', np.array(['a'])), r'holds <U1, expected num'),
         (lambda r: change(r, 'dates-S1A', {'0': 'May', '1': 3}), r'dates-S1A of patch 10000 is {'),
+        (
+            lambda r: change(r, 'dates-S2', [20181001, 20181011]),
+            r'dates-S2 .*; expected dates by n',
+        ),
+        (
+            lambda r: change(r, 'dates-S2', {'0': 17891001, '1': 20181011}),
+            r'dates-S2 of patch 10000',
+        ),
         (lambda r: change(r, 'Fold', None), r'metadata.geojson lacks Fold; it has ID_PATCH'),
+        (lambda r: change(r, 'Fold', 1.5), r'1 of 1 patches of .* have a Fold other than \(1, 2'),
+        (lambda r: change(r, 'ID_PATCH', 'x'), r'1 of 1 patches of .* ID_PATCH that is no whole'),
+        (lambda r: reshape(r, []), r'1 of 1 patches of .* have no footprint'),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -197,6 +208,16 @@ def test_what_is_wrong_is_named(
     root = write_pastis(tmp_path, {0: (2, 2, 2)})
     spoil(root)
     with pytest.raises(DataError, match=message):
+        PASTISSeries(root)
+
+
+def test_metadata_that_name_a_patch_twice_or_are_cut_off(tmp_path: Path) -> None:
+    root = write_pastis(tmp_path, {0: (2, 2, 2), 1: (2, 2, 2)})
+    change(root, 'ID_PATCH', 10000)
+    with pytest.raises(DataError, match=r'1 of 2 patches of .* the ID_PATCH of another'):
+        PASTISSeries(root)
+    truncate(root / 'metadata.geojson')
+    with pytest.raises(UnreadableError, match=r'metadata.geojson cannot be read: .*archive again'):
         PASTISSeries(root)
 
 

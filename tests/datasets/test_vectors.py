@@ -83,6 +83,8 @@ def test_overlaps_follow_the_order_and_borders_the_rule(root: Path) -> None:
     assert labels(root)[0].tolist() == [311] * 5 + [0] * 3
     with pytest.raises(ValueError, match='order names 13, which no polygon and no class has'):
         rasterize_labels(root, path, 'code', order=[13])
+    with pytest.raises(ValueError, match=r'order is .*; name each value once, from the lowest on'):
+        rasterize_labels(root, path, 'code', order=[12, 311, '12'])
 
 
 def test_what_is_left_out_is_counted(root: Path) -> None:

@@ -77,13 +77,17 @@ def pastis_comparison(hparams: Any, metrics: Any) -> str:
     """Table of the published figures of PASTIS and of a test.
 
     Args:
-        hparams: ``model`` and ``backbone`` of the task.
+        hparams: ``model``, ``backbone`` and ``num_classes`` of the task.
         metrics: ``test_OverallAccuracy`` and ``test_AverageJaccardIndex``.
 
     Returns:
         Lines of text; the result stands in the last row.
     """
     names = 'test_OverallAccuracy', 'test_AverageJaccardIndex'
+    if lacking := [name for name in names if name not in metrics]:
+        return f'accuracy and mean IoU are published, and the task does not log {lacking}'
+    if (classes := hparams.get('num_classes', 19)) != 19:
+        return f'nothing is published for {classes} classes of PASTIS, only for all 19'
     accuracy, iou = (100 * float(metrics[name]) for name in names)
     rows = {f'{model} (published)': values for model, values in PUBLISHED_PASTIS.items()}
     rows[f'this test: {hparams["model"]}, {hparams["backbone"]}'] = accuracy, iou

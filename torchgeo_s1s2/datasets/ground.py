@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import geopandas as gpd
 import numpy as np
@@ -118,7 +119,7 @@ class PolygonSplits(GroundSplits):
 
     def __iter__(self) -> Iterator[str]:
         """Names of the splits."""
-        return iter(sorted({*self._read()['value']}))
+        return iter(sorted({*self._polygons['value']}))
 
     def areas(self, patches: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
         """The polygons, those of a split that touch as one.
@@ -127,7 +128,7 @@ class PolygonSplits(GroundSplits):
             DataError: If polygons of two splits overlap.
         """
         crs = int(patches['epsg'].mode()[0])
-        table = self._read().to_crs(crs).dissolve('value')
+        table = self._polygons.to_crs(crs).dissolve('value')
         for name, shape in table.geometry.items():
             others = table.geometry.drop(name)
             overlap = others[others.intersection(shape).area > 1]
@@ -139,7 +140,8 @@ class PolygonSplits(GroundSplits):
         parts = table.explode().reset_index(names='split')
         return parts[['split', 'geometry']]
 
-    def _read(self) -> gpd.GeoDataFrame:
+    @cached_property
+    def _polygons(self) -> gpd.GeoDataFrame:
         polygons, notes = read_polygons(self.file, self.attribute, self.layer)
         say(self.file, notes)
         return polygons

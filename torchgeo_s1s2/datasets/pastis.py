@@ -304,8 +304,8 @@ def _read_metadata(path: Path) -> gpd.GeoDataFrame:
         if rows.any():
             first = table.loc[rows, ['ID_PATCH', 'Fold']].iloc[0].to_dict()
             raise DataError(
-                f'{rows.sum()} of {len(table)} patches of {path} have {what}, the first is {first}. '
-                'Unpack the archive again'
+                f'{rows.sum()} of {len(table)} patches of {path} have {what}, the first is '
+                f'{first}. Unpack the archive again'
             )
     table = table.assign(**{key: number.astype(int) for key, number in numbers.items()})
     if np.abs(table.total_bounds).max() > 360 and table.crs.is_geographic:

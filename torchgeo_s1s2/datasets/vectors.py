@@ -153,6 +153,8 @@ def _polygons(
     ranks = {_key(value): rank for rank, value in enumerate(order or ())}
     if unknown := sorted(ranks.keys() - {*polygons['value'], *known}):
         raise ValueError(f'order names {", ".join(unknown)}, which no polygon and no class has')
+    if order and len(ranks) < len(order):
+        raise ValueError(f'order is {[*order]}; name each value once, from the lowest on')
     polygons = polygons.assign(id=ids)[ids.notna()].astype({'id': int})
     if polygons.empty:
         raise DataError(
