@@ -361,7 +361,10 @@ def test_data_are_others_if_an_image_is_and_not_for_what_lies_beside(two_zones: 
     (two_zones / 'statistics_of_another_training.json').write_text('{}')
     os.utime(two_zones / 'ground_reference' / '31UEQ_GR_0_0.tif', (0, 0))
     assert content() == before
-    os.utime(two_zones / 's1' / '31UEQ_20200807_S1_0_0.tif', (0, 0))
+    path = two_zones / 's1' / '31UEQ_20200807_S1_0_0.tif'
+    stat = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert content() != before
 
 

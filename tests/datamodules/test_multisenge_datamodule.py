@@ -564,6 +564,17 @@ def test_a_second_fit_follows_the_epochs_once(root: Path) -> None:
     assert [type(c).__name__ for c in runner.callbacks].count('_FollowEpochs') == 1  # type: ignore[attr-defined]
 
 
+def test_a_fit_after_a_test_finds_statistics_of_its_own_data(root: Path) -> None:
+    data = datamodule(root)
+    data.setup('fit')
+    own = data.statistics
+    assert own is not None
+    data.load_state_dict(vars(own) | {'mean': own.std, 'pixels': (1,) * len(own.pixels)})
+    assert data.class_weights.unique().numel() == 1
+    data.setup('fit')
+    assert data.statistics == own
+
+
 def images(batches: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
     """Image of each patch by its number."""
     pairs = (zip(b['index'].tolist(), b['image'], strict=True) for b in batches)

@@ -105,6 +105,8 @@ def test_a_file_beside_the_data_is_written_once_and_used(noise: Path) -> None:
     assert Statistics.load(path).std == first.std
     path.write_text(json.dumps(content | {'mean': [1.0, 2.0]}))
     assert Statistics.beside(dataset).mean == (1.0, 2.0)
+    path.write_text(json.dumps({key: content[key] for key in content if key != 'labels'}))
+    assert Statistics.beside(dataset) == first
     assert [p.name for p in noise.glob('statistics_*')] == [path.name]
 
 
@@ -140,10 +142,17 @@ def add_a_nearer_date(root: Path) -> None:
     write_raster(path, np.full((2, 8, 8), 1, np.float32), *ORIGINS['31UEQ'])
 
 
+def tag_labels_beside(root: Path) -> None:
+    path = root / 'ground_reference' / '31UEQ_GR_0_0.tif.aux.xml'
+    band = '<PAMRasterBand band="1"><NoDataValue>6</NoDataValue></PAMRasterBand>'
+    path.write_text(f'<PAMDataset>{band}</PAMDataset>')
+
+
 @pytest.mark.filterwarnings('ignore:.*no label file names')
 @pytest.mark.parametrize(
     ('change', 'bands'),
     [
+        (tag_labels_beside, {1}),
         (replace_images, {10, 2, 1}),
         (add_a_nearer_date, {10, 2, 1}),
         (correct_labels, {1}),

@@ -606,7 +606,7 @@ def _origin(trainer: Trainer, module: LightningModule, scheme: ClassScheme) -> d
     statistics = [getattr(datamodule, name, None) for name in ('mean', 'std')]
     settings = {
         name: re.sub(' at 0x[0-9a-f]+', '', repr(getattr(datasets[0], name, None)))
-        for name in ('root', 'split', 'bands', 'series')
+        for name in ('root', 'split', 'bands', 'readings', 'series')
     }
     return settings | {
         'data': _digest(part for dataset in datasets for part in _content(dataset)),
@@ -639,7 +639,7 @@ def _content(dataset: Any) -> Iterator[Any]:
     for file in files:
         with suppress(FileNotFoundError):  # a link to nothing, which reading leaves out
             stat = Path(file).stat()
-            yield str(file), stat.st_size, stat.st_mtime_ns
+            yield str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _bounds_of_data(trainer: Trainer, epsg: int) -> list[tuple[float, float, float, float]]:

@@ -204,6 +204,8 @@ class SeriesDataModule(NonGeoDataModule):
             self.test_dataset = self._dataset('test')
         if stage == 'predict':
             self._setup_predict()
+        if stage == 'fit':
+            self.statistics = None  # of another run; a checkpoint brings its own after this
         if stage == 'fit' or self.trainer is None:
             self._share_statistics()
         if stage == 'fit':

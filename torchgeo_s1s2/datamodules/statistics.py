@@ -99,7 +99,7 @@ class Statistics:
             content |= {key: kept[key] for key in ('bands', 'mean', 'std')}
         else:
             content |= _image_statistics(dataset, num_workers)
-        if kept.get('labelled_by') == labelled_by:
+        if kept.get('labelled_by') == labelled_by and 'labels' in kept:
             content['labels'] = kept['labels']
         else:
             content['labels'] = count_labels(dataset, num_workers)

@@ -34,8 +34,9 @@ CACHE, VERSION = 'catalog.parquet', 2
 KEYS = {'s2': 'corresponding_s2', 's1': 'corresponding_s1'}
 _PATCH = re.compile(r'(?P<tile>\w+)_(?P<x>\d+)_(?P<y>\d+)')
 _EPSG = re.compile(r'AUTHORITY\["EPSG","(\d+)"\]\]\s*$')
+_BESIDE = 'aux.xml', 'msk', 'tfw', 'tifw', 'tiffw', 'wld', 'hdr'
 _SIDECAR = re.compile(
-    r'(?P<stem>.+?)(\.tiff?)?\.(aux\.xml|msk|tfw|tifw|tiffw|wld|hdr)', re.IGNORECASE
+    rf'(?P<stem>.+?)(\.tiff?)?\.({"|".join(map(re.escape, _BESIDE))})', re.IGNORECASE
 )
 # TILE_20200706_S2_X_Y.tif. What follows S2 or S1 may tell two images of one day apart, and so may
 # the time of day.
@@ -220,6 +221,13 @@ class Catalog:
         layout = self._layouts[self._layout[at]]
         path = layout.path(self._records[patch].name, int(self._time[at].astype(np.int64)))
         return self.root / path, layout.sidecars
+
+    def files(self, patch: int, folder: str, position: int) -> list[Path]:
+        """A raster, and the files beside it that belong to it."""
+        path, sidecars = self.raster(patch, folder, position)
+        endings = [*_BESIDE, *map(str.upper, _BESIDE)] if sidecars else []
+        beside = (path.with_name(f'{n}.{e}') for n in (path.name, path.stem) for e in endings)
+        return [path, *filter(Path.exists, beside)]
 
     def patch(self, patch: int) -> Patch:
         """What reading needs to know of a patch, faster than a row of the table.

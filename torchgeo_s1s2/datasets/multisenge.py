@@ -175,15 +175,14 @@ class MultiSenGE(SeriesDataset):
         return read_labels(path, grid, self.grid_of(patch), sidecars)
 
     def files_of(self, index: int) -> dict[str, list[Path]]:
-        """Rasters that row ``index`` is read from, by sensor, and its label raster."""
-        patch = self._patch(index)
-        slots = self.slots(index)
-        files = {
-            sensor: [self.catalog.path(patch, sensor, p) for slot in slots[sensor] for p in slot]
-            for sensor in self.sensors
+        """Files that row ``index`` is read from, by sensor, and those of its labels."""
+        patch, slots = self._patch(index), self.slots(index)
+        chosen = {sensor: [p for slot in slots[sensor] for p in slot] for sensor in self.sensors}
+        chosen[GROUND_REFERENCE] = [0] if self.catalog.patch(patch).ground_reference else []
+        return {
+            folder: [file for p in positions for file in self.catalog.files(patch, folder, p)]
+            for folder, positions in chosen.items()
         }
-        reference = self.catalog.ground_reference(patch)
-        return files | {GROUND_REFERENCE: [reference] if reference else []}
 
     def _obtain(self, season: SeasonDownload, checksum: bool) -> None:
         """Download and verify as far as that is wanted."""

@@ -275,7 +275,9 @@ def _write_patch(
     names: dict[str, list[str]] = {sensor: [] for sensor in SENSORS}
     for sensor in SENSORS:
         for day in rng.permutation(days[sensor]).tolist():
-            date = str(np.datetime64(f'{settings["year"]}-01-01') + day).replace('-', '')
+            date = str(
+                np.datetime64(f'{settings["year"]}-01-01') + np.timedelta64(day, 'D')
+            ).replace('-', '')
             names[sensor].append(image_name(name, date, sensor))
             if sensor == 's2':
                 image: NDArray[Any] = _reflectance(rng, scene, day, settings['haze'])
