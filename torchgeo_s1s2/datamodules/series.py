@@ -130,6 +130,7 @@ class SeriesDataModule(NonGeoDataModule):
         self.predict_sampler: list[Any] | None = None
         self.statistics_path = statistics
         self.statistics: Statistics | None = None
+        self._prepared: Statistics | None = None
         self.mean, self.std = torch.tensor(0.0), torch.tensor(1.0)
         super().__init__(dataset_class, batch_size, num_workers, **kwargs)  # type: ignore[arg-type]
         self.collate_fn = pad_samples
@@ -177,7 +178,7 @@ class SeriesDataModule(NonGeoDataModule):
         Lightning calls this in the first process only, before the ``setup`` of all.
         """
         if self._trains and self.statistics_path is None:
-            self._find_statistics()
+            self._prepared = self._find_statistics()
 
     def setup(self, stage: str) -> None:
         """Choose the patches of a stage, and read one to see that it can be read.
@@ -415,7 +416,8 @@ class SeriesDataModule(NonGeoDataModule):
         if self.statistics is not None:
             return
         first = self.trainer is None or self.trainer.is_global_zero
-        found = self._find_statistics() if first else None
+        found = self._prepared or self._find_statistics() if first else None
+        self._prepared = None
         if self.trainer is not None:
             found = self.trainer.strategy.broadcast(found)
         if found is not None:
