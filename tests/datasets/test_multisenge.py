@@ -67,6 +67,7 @@ def test_patches_that_the_date_rule_leaves_out_are_counted(two_zones: Path) -> N
         ({'offset': 'much'}, 'offset is .much.; expected a number'),
         ({'nodata': {'s3': 0}}, r"no such sensor in nodata: \['s3'\]"),
         ({'file_bands': {'S2': ['B02']}}, 'no such sensor in file_bands'),
+        ({'nodata': 0}, 'nodata is 0; expected it by sensor'),
         (
             {'series': MonthlySeries(months=(1, 7))},
             '2 patches have no S2 date for January. Choose another series',

@@ -123,9 +123,9 @@ def test_what_has_no_power_is_missing(
 
 
 @pytest.mark.parametrize('how', ['internal', 'sidecar', 'alpha'])
-@pytest.mark.parametrize('dtype', ['uint16', 'float32'])
-def test_masks_are_obeyed(tmp_path: Path, how: str, dtype: str) -> None:
-    """Zero is a value where a mask says which pixels are."""
+@pytest.mark.parametrize(('dtype', 'tag'), [('uint16', None), ('float32', None), ('uint16', 5)])
+def test_masks_are_obeyed(tmp_path: Path, how: str, dtype: str, tag: float | None) -> None:
+    """Zero is a value where a mask says which pixels are, or a tag says another one."""
     image = half(7, dtype)
     image[:, 0] = 0
     seen = np.broadcast_to(np.arange(8) >= 4, (8, 8))
@@ -133,7 +133,7 @@ def test_masks_are_obeyed(tmp_path: Path, how: str, dtype: str) -> None:
     if how == 'alpha':
         image = np.concatenate([image, seen[None] * np.iinfo('uint8').max]).astype(dtype)
         options = {'colorinterp': ALPHA}
-    read(tmp_path, image, options={'s2_options': options})
+    read(tmp_path, image, options={'s2_options': options | {'nodata': tag}})
     (path,) = (tmp_path / 's2').iterdir()
     if how == 'sidecar':
         with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, 'r+') as dst:
@@ -223,6 +223,13 @@ def test_labels_under_a_mask_are_none(tmp_path: Path, how: str) -> None:
         write_raster(path, bands, *ORIGINS['31UEQ'], colorinterp=[ColorInterp.gray, *ALPHA[-1:]])
     mask = MultiSenGE(tmp_path, 'all', classes=CORINE)[0]['mask']
     assert mask.tolist() == [[3] * 4 + [255] * 4] * 8
+
+
+def test_labels_have_a_scale_and_an_offset_too(tmp_path: Path) -> None:
+    options = {'nodata': 6, 'scales': [100], 'offsets': [11]}
+    labels = half(6, 'uint8', 1, 1)[0]
+    mask = read(tmp_path, labels=labels, options={'labels_options': options}, classes=CORINE)
+    assert mask['mask'].tolist() == [[255] * 4 + [0] * 4] * 8
 
 
 def test_colours_are_no_labels(tmp_path: Path) -> None:

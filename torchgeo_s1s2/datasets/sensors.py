@@ -200,6 +200,8 @@ def readings(
     by_sensor = _bands_of(bands, {name: table[name].bands for name in chosen})
     units = _units(unit, table)
     for name, what in (('nodata', nodata), ('file_bands', file_bands)):
+        if not isinstance({} if what is None else what, Mapping):
+            raise ValueError(f'{name} is {what!r}; expected it by sensor, as in {{s2: ...}}')
         if what:
             in_order(list(what), [*table], f'sensor in {name}')
     return {
