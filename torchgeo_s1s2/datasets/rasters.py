@@ -265,8 +265,6 @@ def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> 
 
         own = _own_grid(path, src, patch)
         labels: NDArray[np.float64] = onto(own, grid, read, Resampling.nearest, 1)[0]
-        if np.dtype(src.dtypes[data[0] - 1]) in (np.uint8, np.int8, np.uint16, np.int16, np.int32):
-            return labels
     odd = labels[((labels != np.round(labels)) | (np.abs(labels) > 2**31)) & ~np.isnan(labels)]
     if odd.size:
         raise DataError(f'{path} holds the label {odd[0]}; labels are whole numbers up to 2**31')
