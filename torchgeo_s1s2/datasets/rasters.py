@@ -188,8 +188,7 @@ def _grid_of(path: Path, src: rasterio.DatasetReader) -> Grid:
         if src.gcps[0]:
             mend = 'it has control points only: correct its terrain, or warp it with gdalwarp'
         raise DataError(
-            f'{path} does not say where it lies (CRS {src.crs}, transform {transform[:6]}); '
-            f'{mend}'
+            f'{path} does not say where it lies (CRS {src.crs}, transform {transform[:6]}); {mend}'
         )
     return Grid(src.crs, transform, src.width, src.height)
 
