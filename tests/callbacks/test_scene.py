@@ -379,6 +379,19 @@ def test_parts_are_dropped_without_resume_and_nothing_else(tmp_path: Path) -> No
     assert (tmp_path / 'maps' / 'parts' / 'mine.npz').read_text() == 'of the user'
 
 
+@pytest.mark.parametrize('name', ['32631.tif', '32631_confidence.tif', '32631_observations.tif/a'])
+def test_what_is_no_map_of_this_package_is_not_replaced(tmp_path: Path, name: str) -> None:
+    path = tmp_path / 'maps' / name
+    path.parent.mkdir(parents=True)
+    path.write_text('of the user')
+    with pytest.raises(MapError, match=r'32631.*\.tif is not a map that this package wrote'):
+        predict(tmp_path, SceneWriter())
+    assert path.read_text() == 'of the user'
+    (tmp_path / 'maps' / name.split('/')[0]).rename(tmp_path / 'away')
+    predict(tmp_path, SceneWriter(resume=True))
+    assert (tmp_path / 'maps' / '32631.tif').is_file()
+
+
 @pytest.mark.parametrize('resume', [False, True])
 def test_runs_that_share_a_folder_do_not_touch_each_other(tmp_path: Path, resume: bool) -> None:
     """Another run, of other windows, begins and ends while the first one is at work."""

@@ -216,6 +216,13 @@ def test_balanced_weights_come_from_the_training_patches(root: Path, tmp_path: P
     assert task.criterion.weight.tolist() == [500, 500, 0]  # type: ignore[operator]
 
 
+def test_weights_with_which_no_training_pixel_counts_are_refused(
+    root: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match='all classes that have a training pixel have the weight'):
+        quiet_trainer(tmp_path).fit(small(class_weights=[0.0, 0.0, 1.0]), data_of(root))
+
+
 def test_a_fit_may_follow_a_test(root: Path, tmp_path: Path) -> None:
     """With what the test made, in inference mode."""
     task, data = small(), data_of(root)
@@ -244,6 +251,7 @@ RECOMPUTE = r'recompute_gates=True with .*, expected a backbone that reads'
         ({'loss': 'crossentropy'}, "loss is 'crossentropy', expected one of ce, bce, focal"),
         ({'class_weights': [1.0, -1.0, 1.0]}, 'expected finite numbers from 0'),
         ({'class_weights': [1.0, math.nan, 1.0]}, 'expected finite numbers from 0'),
+        ({'class_weights': [0.0, 0.0, 0.0]}, 'with which no pixel counts'),
         ({'model': 'fcn', 'freeze_backbone': True, 'weights': True}, 'no freeze_backbone, weights'),
         ({'weights': 'imagenot'}, "weights is 'imagenot', expected 'imagenet', the path"),
         ({'loss': 'bce'}, "loss='bce' with task='multiclass': 'ce' is for"),

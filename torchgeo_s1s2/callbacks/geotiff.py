@@ -14,7 +14,13 @@ from rasterio.windows import Window
 from torch import Tensor
 from torch.utils.data import Subset
 
-from torchgeo_s1s2.callbacks.layers import CONFIDENCE, class_layer, classify, write_layers
+from torchgeo_s1s2.callbacks.layers import (
+    CONFIDENCE,
+    check_replaceable,
+    class_layer,
+    classify,
+    write_layers,
+)
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.errors import MapError, warn
@@ -350,6 +356,7 @@ class GeoTIFFWriter(MapWriter):
         layers = class_layer(scheme), CONFIDENCE
         values = classify(window.probabilities, window.observations, scheme.ids)
         count, grid = 2 if self.confidence else 1, window.grid
+        check_replaceable(layer.path(self._folder, name) for layer in layers[:count])
         pixels = [(Window(0, 0, grid.width, grid.height), values[:count])]
         write_layers(self._folder, name, layers[:count], grid, pixels, self._unfinished)
         self._written.add(name)

@@ -3,7 +3,7 @@
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,14 @@ class Layer:
         ElementTree.ElementTree(root).write(path.with_name(f'{path.name}.aux.xml'), 'utf-8')
 
 
+_LAND_COVER = 'land cover'
 CONFIDENCE = Layer('_confidence', 'uint8', NO_CONFIDENCE, 'confidence', 'average', units='%')
 OBSERVATIONS = Layer('_observations', 'uint16', None, 'number of valid observations', 'nearest')
 
 
 def class_layer(scheme: ClassScheme) -> Layer:
     """Layer of class numbers with the colours and names of a scheme."""
-    return Layer('', 'uint8', NO_CLASS, 'land cover', 'mode', scheme=scheme)
+    return Layer('', 'uint8', NO_CLASS, _LAND_COVER, 'mode', scheme=scheme)
 
 
 def write_layers(
@@ -135,7 +136,7 @@ def write_layers(
         MapError: If a file cannot be written, or reads otherwise.
     """
     with (
-        _named(folder / name),
+        named(folder / name),
         rasterio.Env(**_GDAL_OPTIONS),
         whole(layers[0].path(folder, name), within) as first,
         tempfile.TemporaryDirectory(prefix='.plain.', dir=first.parent) as plain,
@@ -150,8 +151,34 @@ def write_layers(
             _check(target, sums)
 
 
+def is_map(path: Path) -> bool:
+    """Whether a file is a layer of a map that this package wrote."""
+    with suppress(RasterioError), rasterio.open(path) as src:
+        return src.descriptions[0] in (
+            _LAND_COVER,
+            CONFIDENCE.description,
+            OBSERVATIONS.description,
+        )
+    return False
+
+
+def check_replaceable(paths: Iterable[Path]) -> None:
+    """Refuse to replace what this package did not write.
+
+    Raises:
+        MapError: If one of the files is no layer of a map.
+    """
+    for path in paths:
+        if path.exists() and not is_map(path):
+            raise MapError(
+                f'{path} is not a map that this package wrote, and would be replaced; move it away '
+                'or give another output_dir'
+            )
+
+
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
+    """Say which map cannot be written."""
     try:
         yield
     except (OSError, RasterioError, CPLE_BaseError) as error:

@@ -19,7 +19,6 @@ from affine import Affine
 from lightning.pytorch import LightningModule, Trainer
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.errors import RasterioError
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import calculate_default_transform, transform_bounds
 from rasterio.windows import Window
@@ -34,8 +33,11 @@ from torchgeo_s1s2.callbacks.layers import (
     CONFIDENCE,
     OBSERVATIONS,
     Pixels,
+    check_replaceable,
     class_layer,
     classify,
+    is_map,
+    named,
     write_layers,
 )
 from torchgeo_s1s2.datasets.classes import ClassScheme
@@ -533,7 +535,11 @@ class SceneWriter(MapWriter):
         if not parts.places:
             raise MapError('no window was predicted, so there is no map')
         zones: dict[int, Grid] = {}
-        with whole(folder / f'{min(parts.lattices)}.tif', self._unfinished) as temporary:
+        names = [*map(str, parts.lattices), *(['mosaic'] if self.mosaic else [])]
+        layers = class_layer(scheme), CONFIDENCE, OBSERVATIONS
+        check_replaceable(layer.path(folder, name) for name in names for layer in layers)
+        first = folder / f'{min(parts.lattices)}.tif'
+        with named(first), whole(first, self._unfinished) as temporary:
             for epsg, lattice in parts.lattices.items():
                 extent = parts.extent(epsg)
                 for bounds in _bounds_of_data(trainer, epsg):  # one, that of the zone
@@ -545,7 +551,6 @@ class SceneWriter(MapWriter):
                 write_mosaic(temporary.parent, self.mosaic, zones, scheme)
         for file in files:
             file.unlink()
-        names = [*map(str, zones), *(['mosaic'] if self.mosaic else [])]
         for name in names:
             print(f'map {name} written to {folder / f"{name}.tif"}')
         older = (path for path in folder.glob('*.tif') if path.stem.split('_')[0] not in names)
@@ -592,11 +597,8 @@ class SceneWriter(MapWriter):
 
 def _is_of_a_scene(path: Path) -> bool:
     """Whether a scene's writer wrote a file, and not the user."""
-    kinds = 'land cover', CONFIDENCE.description, OBSERVATIONS.description
-    if re.fullmatch(r'(\d{4,6}|mosaic)(_confidence|_observations)?', path.stem):
-        with suppress(RasterioError), rasterio.open(path) as src:
-            return src.descriptions[0] in kinds
-    return False
+    name = re.fullmatch(r'(\d{4,6}|mosaic)(_confidence|_observations)?', path.stem)
+    return bool(name) and is_map(path)
 
 
 def _origin(trainer: Trainer, module: LightningModule, scheme: ClassScheme) -> dict[str, str]:
@@ -606,8 +608,11 @@ def _origin(trainer: Trainer, module: LightningModule, scheme: ClassScheme) -> d
     statistics = [getattr(datamodule, name, None) for name in ('mean', 'std')]
     settings = {
         name: re.sub(' at 0x[0-9a-f]+', '', repr(getattr(datasets[0], name, None)))
-        for name in ('root', 'split', 'bands', 'readings', 'series')
+        for name in ('root', 'split', 'bands', 'series')
     }
+    for sensor, reading in getattr(datasets[0], 'readings', {}).items():
+        said = {k: v for k, v in vars(reading).items() if k not in ('sensor', 'bands')}
+        settings[f'what files of {sensor} hold'] = repr(said)
     return settings | {
         'data': _digest(part for dataset in datasets for part in _content(dataset)),
         'statistics': _digest(statistics),

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from zlib import crc32
@@ -622,7 +622,8 @@ class SeriesDataset(GeoDataset):
         except NoSeriesError:
             self._unreadable -= {bad for bad in self._unreadable if bad[0] == series.patch}
             raise error from None
-        warn(f'{error} Another date takes its place')
+        before, after = (sum(map(bool, chain(*s.values()))) for s in (series.slots, slots))
+        warn(f'{error} {"Another" if after >= before else "No other"} date takes its place')
         return series._replace(slots=slots)
 
 

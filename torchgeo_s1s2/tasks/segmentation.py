@@ -243,6 +243,11 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             weights = data.class_weights  # an error without a labelled training pixel
             if self.hparams['class_weights'] == 'balanced':
                 self.criterion.weight = weights.to(self.device)
+            elif (given := self._class_weights()) is not None and not given[weights > 0].any():
+                raise ValueError(
+                    f'class_weights is {given.tolist()}: all classes that have a training pixel '
+                    'have the weight 0, so nothing would be learned'
+                )
 
     @property
     def _data(self) -> SeriesDataModule | None:
@@ -343,6 +348,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             raise ValueError(f'class_weights has {len(weight)} weights for num_classes={classes}')
         if not (weight.isfinite() & (weight >= 0)).all():
             raise ValueError(f'class_weights is {weights}, expected finite numbers from 0')
+        if not weight.any():
+            raise ValueError(f'class_weights is {weights}, with which no pixel counts')
         return weight
 
     def forward(self, x: Tensor | ImageSeries) -> Tensor:
