@@ -14,7 +14,7 @@ from torch.ao import quantization
 from torch.nn.utils import parametrizations, prune
 
 from torchgeo_s1s2.models import ConvLSTM
-from torchgeo_s1s2.models.norm import track
+from torchgeo_s1s2.models.norm import MaskedBatchNorm2d, track
 
 VALID = torch.tensor([[True, False, True], [True, True, False]])
 
@@ -111,10 +111,51 @@ def test_derivatives_of_every_kind() -> None:
         torch.testing.assert_close(each, layer(value, VALID[:1].expand(2, -1)))
 
 
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('name', ['resnet18_convlstm_inception_h4_t4', 'resnet18_attention_late'])
+def test_gradients_that_functions_of_the_weights_have(name: str, recompute: bool) -> None:
+    model = smp.encoders.get_encoder(name, in_channels=24, depth=1, weights=None).double().eval()
+    x, seen = torch.randn(2, 2, 12, 8, 8).double(), VALID[:, :2, None].expand(-1, -1, 2)
+
+    def outputs(weights: dict[str, Tensor], x: Tensor, seen: Tensor) -> Tensor:
+        features = torch.func.functional_call(model, weights, (x, seen))[-1]
+        return features.square().mean((1, 2, 3))
+
+    def total(weights: dict[str, Tensor], x: Tensor, seen: Tensor) -> Tensor:
+        return outputs(weights, x[None], seen[None]).sum()
+
+    outputs({}, x, seen).sum().backward()
+    used = {n: p for n, p in model.named_parameters() if p.grad is not None}
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in used.items()}
+    with torch.no_grad():
+        for parameter in used.values():
+            parameter.zero_()
+    model.set_recompute_gates(recompute)
+    y, tensors = outputs(leaves, x, seen), [*leaves.values()]
+    unit = torch.eye(2).double()
+    several = torch.autograd.grad(y, tensors, unit, retain_graph=True, is_grads_batched=True)
+    again = torch.autograd.grad(y.sum(), tensors)
+    weights = {n: p.detach() for n, p in leaves.items()}
+    each = torch.func.vmap(torch.func.grad(total), (None, 0, 0))(weights, x, seen)
+    for name, two, one in zip(leaves, several, again, strict=True):
+        for mine in (two.sum(0), one, each[name].sum(0)):
+            torch.testing.assert_close(mine, used[name].grad)
+
+
 def test_meta_tensors() -> None:
     layer, x = make()
     with torch.no_grad():
         assert layer.to('meta')(x.to('meta'), VALID.to('meta')).shape == (2, 3, 6, 6)
+
+
+def test_a_batch_norm_without_weights() -> None:
+    norm = MaskedBatchNorm2d(3, steps=2).eval()
+    x, steps = torch.randn(2, 3, 4, 4), torch.tensor([0, 1])
+    y = norm(x, None, steps)[0]
+    norm.affine = False
+    norm.register_parameter('weight', None)
+    norm.register_parameter('bias', None)
+    torch.testing.assert_close(norm(x, None, steps)[0], y)
 
 
 @pytest.mark.parametrize('momentum', [0.1, None])

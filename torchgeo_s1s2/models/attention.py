@@ -1,8 +1,8 @@
 """Temporal attention over the features of each date, in front of any decoder of smp."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.utils.checkpoint import checkpoint
 
-from .convlstm import seen_first
+from .convlstm import recomputed, seen_first
 from .encoder import SENSORS, SeriesEncoder
-from .strips import arrange
+from .strips import arrange, is_transformed
 
 UTAE = 'utae'
 WIDTHS = (64, 64, 64, 128)
@@ -71,7 +70,8 @@ class TemporalAttention(nn.Module):
         keys = self.key(values).unflatten(-1, self.query.shape)
         scores = (keys * self.query).sum(-1) * self.query.shape[1] ** -0.5
         counts = seen[:, :, None, None, None]
-        scores = scores.float().masked_fill(~counts, torch.finfo(torch.float32).min)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores.masked_fill(~counts, torch.finfo(torch.float32).min)
         weights = scores.softmax(1).to(values.dtype) * counts
         heads = values.unflatten(-1, (self.heads, self.width // self.heads))
         attended = (heads * weights[..., None]).sum(1).flatten(-2)
@@ -318,7 +318,7 @@ class AttentionEncoder(SeriesEncoder):
         # In no statistics, but in the graph, which is that of other batches. Batch norms that wait
         # for other processes take no images, forwards and backwards.
         if len(index) == 0 and not _has_batch_statistics(self.spatial[group], nn.SyncBatchNorm):
-            with torch.no_grad(), _buffers_kept(self.spatial[group]):
+            with torch.no_grad(), _BuffersKept(self.spatial[group]):
                 levels = self._encode_parts(group, images)
             parts = [*self.spatial[group].parameters(), *self.stem.parameters()]
             return [0 * level + 0 * sum(p.sum() for p in parts) for level in levels]
@@ -336,8 +336,7 @@ class AttentionEncoder(SeriesEncoder):
             at_once = max(1, PIXELS // (images.shape[-2] * images.shape[-1]))
         call: Any = self._levels
         if recompute:
-            contexts = partial(_contexts, spatial)
-            call = partial(checkpoint, call, use_reentrant=False, context_fn=contexts)
+            call = partial(recomputed, self, call, context_fn=partial(_contexts, spatial))
         parts = [call(group, part) for part in images.split(at_once)]
         return [torch.cat(level) for level in zip(*parts, strict=True)]
 
@@ -345,7 +344,8 @@ class AttentionEncoder(SeriesEncoder):
         """Whether every slot is encoded, so that no shape depends on data."""
         if images.is_meta or isinstance(images, FakeTensor):
             return True
-        return torch.compiler.is_compiling() and not _has_batch_statistics(self.spatial[group])
+        fixed = torch.compiler.is_compiling() or is_transformed()
+        return fixed and not _has_batch_statistics(self.spatial[group])
 
     def _levels(self, group: str, images: Tensor) -> list[Tensor]:
         images = arrange(images)
@@ -360,16 +360,19 @@ def _has_batch_statistics(
 
 
 def _contexts(module: nn.Module) -> tuple[Any, Any]:
-    return nullcontext(), _buffers_kept(module)
+    return nullcontext(), _BuffersKept(module)
 
 
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Undo what a second forward pass does to running statistics."""
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:  # a second pass ends with an error where it has what it needs
+class _BuffersKept:
+    """Undoes what a second forward pass does to running statistics, as often as there is one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.kept = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+
+    def __exit__(self, *_: object) -> None:  # with an error where the pass has what it needs
         with torch.no_grad():
-            for buffer, value in kept:
+            for buffer, value in self.kept:
                 buffer.copy_(value)

@@ -1,14 +1,24 @@
 """Convolutional LSTM with batch norm on the hidden state."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
 
 from .norm import MaskedBatchNorm2d, Moments, has_steps, normalize, share_with_steps, track
-from .strips import arrange, is_eager_on_cpu, is_plain, read_in_strips, suits_strips
+from .strips import (
+    arrange,
+    is_eager_on_cpu,
+    is_plain,
+    is_transformed,
+    read_in_strips,
+    suits_strips,
+)
 
 Norm = Literal['shared', 'step', 'none']
 STEPS = 64
@@ -130,7 +140,7 @@ class ConvLSTM(Unscripted):
             first = t == 0 and self.training and is_plain(self.conv)
             slot = arrange(x[:, t]), mask, None if steps is None else steps[:, t], h, c, first
             if self.recompute_gates and torch.is_grad_enabled():
-                h, c, moments = checkpoint(self._next, *slot, use_reentrant=False)
+                h, c, moments = recomputed(self, self._next, *slot)
             else:
                 h, c, moments = self._next(*slot)
             if moments is not None:
@@ -180,6 +190,34 @@ class ConvLSTM(Unscripted):
         if mask is not None:
             h_new, c_new = torch.where(mask, h_new, h), torch.where(mask, c_new, c)
         return h_new, c_new, moments
+
+
+def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a part of a module so that the backward pass calls it again, with the same weights.
+
+    Args:
+        module: The module.
+        function: What to call.
+        *args: Its arguments.
+        **options: Those of :func:`torch.utils.checkpoint.checkpoint`.
+
+    Returns:
+        What it returns. Under torch.func, which has no checkpoints, it is called once.
+    """
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *args, use_reentrant=False, **options)
+    if is_transformed():
+        return function(*args)
+    # By then, torch.func.functional_call has given the module its own weights back.
+    call = partial(_call_with, module, dict(module.named_parameters()), function)
+    return checkpoint(call, *args, use_reentrant=False, **options)
+
+
+def _call_with(
+    module: nn.Module, weights: dict[str, Tensor], function: Callable[..., Any], *args: Any
+) -> Any:
+    with _reparametrize_module(module, weights):
+        return function(*args)
 
 
 def _steps(x: Tensor, valid: Tensor | None) -> Tensor:

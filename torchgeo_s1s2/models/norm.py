@@ -74,8 +74,9 @@ def statistics(norm: Any, step: Tensor) -> tuple[Tensor, Tensor]:
 
 def _normalize_by_step(norm: Any, x: Tensor, step: Tensor) -> Tensor:
     mean, var = statistics(norm, step)
-    scale = norm.weight * (var + norm.eps).rsqrt()
-    shift = norm.bias - mean * scale
+    scale = (var + norm.eps).rsqrt()
+    scale = scale * norm.weight if norm.affine else scale
+    shift = (norm.bias if norm.affine else 0) - mean * scale
     return torch.addcmul(shift[..., None, None], x, scale[..., None, None]).to(x.dtype)
 
 

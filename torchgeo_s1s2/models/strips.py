@@ -58,10 +58,16 @@ def is_eager_on_cpu(x: Tensor) -> bool:
         type(x) is Tensor
         and x.device.type == 'cpu'
         and not torch.compiler.is_compiling()
-        # torch.func and dispatch modes transform what is computed; PyTorch has no public question.
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transformed()
+        # As is_grads_batched=True does; neither have dispatch modes a public question.
+        and not torch._C._functorch.is_legacy_batchedtensor(x)
         and not is_in_torch_dispatch_mode()
     )
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms what is computed; PyTorch has no public question."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def arrange(x: Tensor) -> Tensor:
