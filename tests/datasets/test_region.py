@@ -1,5 +1,7 @@
 """write_series: what the usual sources of xarray give comes back pixel by pixel."""
 
+import resource
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +82,9 @@ def sentle() -> Any:
 SHAPES: dict[str, Callable[[], Any]] = {
     'odc-stac': odc,
     'common names': lambda: odc(names=COMMON),
+    'numbered common names': lambda: odc().rename(
+        B05='rededge071', B06='rededge075', B07='rededge078'
+    ),
     'xee': xee,
     'openEO': openeo,
     'cubo': cubo,
@@ -158,7 +163,7 @@ def test_merge(merge: Any, names: list[str], tmp_path: Path) -> None:
         np.testing.assert_array_equal(read(paths[0]), np.where(left, POWER[0], 2 * POWER[0]))
 
 
-@pytest.mark.parametrize('state', ['', 'ascending'])
+@pytest.mark.parametrize('state', ['', 'ASCENDING'])
 def test_passes_are_told_by_time(state: str, tmp_path: Path) -> None:
     write_series(tmp_path, s1=orbits([state] * 3), progress=False)
     assert len([*(tmp_path / 's1').iterdir()]) == 2
@@ -273,6 +278,10 @@ def test_on_the_workers_of_a_cluster(tmp_path: Path) -> None:
         (lambda d: d.expand_dims(platform=['a']), 'B02 has the dimension platform too'),
         (lambda d: d.assign_coords(time=[TIMES[0], pd.NaT]), 'not all of which are times'),
         (lambda d: d.assign_coords(time=[2020, 2021]), 'not all of which are times'),
+        (lambda d: d.drop_vars(['x', 'y']), 'no coordinates of the pixels along x; give them'),
+        (lambda d: d.isel(x=[]), 'no coordinates of the pixels along x; give them'),
+        (lambda d: d.drop_vars('spatial_ref').assign_attrs(crs='EPSG:zz'), 'not say its CRS'),
+        (lambda d: d.to_array().values, 'ndarray is no Dataset or DataArray of xarray'),
     ],
 )
 def test_refuses(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
@@ -280,3 +289,50 @@ def test_refuses(change: Callable[[Any], Any], message: str, tmp_path: Path) -> 
         write_series(tmp_path, change(odc()), progress=False)
     with pytest.raises(DataError, match='nothing to write'):
         write_series(tmp_path)
+    with pytest.raises(ValueError, match="merge is 'week'; expected 'pass', 'day' or None"):
+        write_series(tmp_path, odc(), merge='week')  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ('labels', 'message'),
+    [
+        (VALUES[0, 0], 'labels are a ndarray; expected a DataArray'),
+        (odc()[['B02']], 'labels are a Dataset; expected a DataArray'),
+        (odc()['B02'], 'labels has the dimension time too; choose with data.isel'),
+    ],
+)
+def test_labels_are_one_array_without_time(labels: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        write_series(tmp_path, odc(), labels=labels, progress=False)
+
+
+def test_a_band_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.warns(S1S2Warning, match='S2 has no B02, B12 along time, .* others of blau, B03'):
+        write_series(tmp_path, odc().rename(B02='blau').drop_vars('B12'), progress=False)
+
+
+def test_offsets_belong_to_their_times(tmp_path: Path) -> None:
+    offset = xr.DataArray([-1000, 0], {'time': TIMES[::-1]}, ('time',))
+    write_series(tmp_path, odc(), offset=offset, progress=False)
+    for path, expected, add in zip(
+        sorted((tmp_path / 's2').iterdir()), VALUES, (0, -1000), strict=True
+    ):
+        assert read(path).data[0, 0, 0] == expected[0, 0, 0] + add
+    for odd in (offset[:1], xr.DataArray([0, 1, 2], dims='time'), offset.where(offset < 0)):
+        with pytest.raises(DataError, match='along time; expected a number at each time of s2'):
+            write_series(tmp_path / 'odd', odc(), offset=odd, progress=False)
+
+
+@pytest.mark.parametrize('chunk', [None, 20])
+def test_a_full_disk_leaves_no_image(chunk: int | None, tmp_path: Path) -> None:
+    data = odc().chunk({'y': chunk}) if chunk else odc()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r'S2_0_0.tif cannot be written.* the disk is full'):
+            write_series(tmp_path, data, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not [*(tmp_path / 's2').iterdir()]

@@ -56,6 +56,11 @@ class Grid:
         xres, yres = (xmax - xmin) / width, (ymax - ymin) / height
         return cls(crs_of(epsg), Affine(xres, 0, xmin, 0, -yres, ymax), width, height)
 
+    def __str__(self) -> str:
+        """Size, CRS and GDAL's geotransform."""
+        size = f'{self.width} x {self.height} pixels'
+        return f'{size} of {self.crs.to_string():.40} from {self.transform.to_gdal()}'
+
     @property
     def epsg(self) -> int | None:
         """EPSG code, None if the CRS has none."""
@@ -151,6 +156,33 @@ def open_raster(path: Path, sidecars: bool = False) -> Iterator[rasterio.Dataset
             f'{path} cannot be read: {error.__cause__ or error}. Fetch the file again, or delete '
             'it and the catalogue leaves it out'
         ) from error
+
+
+def check_written(path: Path, target: Path) -> None:
+    """Look up the blocks of a GeoTIFF: GDAL does not tell of every disk that fills up.
+
+    Args:
+        path: What was written.
+        target: Where it shall be.
+
+    Raises:
+        OSError: If some are not there.
+    """
+    size = path.stat().st_size
+    try:
+        with rasterio.open(path) as src:
+            ends = [_block_end(src, b, *p) for b in src.indexes for p, _ in src.block_windows(b)]
+    except RasterioError:
+        ends = [None]
+    if any(end is None or end > size for end in ends):
+        raise OSError(f'{target} cannot be written whole. See whether the disk is full')
+
+
+def _block_end(src: rasterio.DatasetReader, band: int, row: int, col: int) -> int | None:
+    """Byte of the file where a block ends, None if it was never written."""
+    names = (f'BLOCK_{what}_{col}_{row}' for what in ('OFFSET', 'SIZE'))
+    told = [src.get_tag_item(name, 'TIFF', bidx=band) for name in names]
+    return None if None in told else sum(map(int, told))
 
 
 def _open(path: Path, sidecars: bool) -> rasterio.DatasetReader:

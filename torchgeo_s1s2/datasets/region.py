@@ -20,7 +20,7 @@ import rasterio
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.errors import CRSError
+from rasterio.errors import CRSError, RasterioError
 from rasterio.windows import Window
 from tqdm import tqdm
 
@@ -32,7 +32,7 @@ from torchgeo_s1s2.datasets.catalog import (
     reference_name,
 )
 from torchgeo_s1s2.datasets.labels import write_label_files
-from torchgeo_s1s2.datasets.rasters import Grid, check_power, read_grid
+from torchgeo_s1s2.datasets.rasters import Grid, check_power, check_written, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings
 from torchgeo_s1s2.errors import DataError, warn
 from torchgeo_s1s2.files import whole
@@ -128,6 +128,8 @@ def write_series(
             name is there.
         ImportError: If the extra ``stac`` is not installed.
     """
+    if merge not in ('pass', 'day', None):
+        raise ValueError(f"merge is {merge!r}; expected 'pass', 'day' or None")
     units = {name: reading.unit for name, reading in readings([*SENSORS], unit=unit).items()}
     cubes = {
         name: _Cube(data, SENSORS[name], units[name], (nodata or {}).get(name), corners, add)
@@ -139,14 +141,17 @@ def write_series(
     grid, *others = (cube.grid for cube in cubes.values())
     image = None
     if labels is not None:
+        if not hasattr(labels, 'to_dataset'):
+            raise DataError(f'labels are a {type(labels).__name__}; expected a DataArray (y, x)')
         dataset = _dataset(labels.to_dataset(name='labels'), {'y', 'x'})
         others.append(_grid(dataset, corners))
-        labels = dataset['labels'].transpose('y', 'x')
+        labels = _only(dataset['labels'], 'y', 'x')
         tag = _tag_of(labels)
         missing = np.nan if tag is None else tag
         image = lazily(_labels, dask_of(labels), dtype='uint8', missing=missing)
     if any(other != grid for other in others):
-        raise DataError(f's2, s1 and labels lie on different pixels, {[grid, *others]}; warp them')
+        found = '; '.join(map(str, [grid, *others]))
+        raise DataError(f's2, s1 and labels lie on different pixels, {found}; warp them')
     jobs = {name: cube.jobs(merge) for name, cube in cubes.items()}
     names = [(sensor, file_name(f'{tile}_0_0', *key)) for sensor in jobs for key in jobs[sensor]]
     if there := sum(Path(root, *name).exists() for name in names):
@@ -225,7 +230,14 @@ def file_name(patch: str, time: pd.Timestamp, kind: str) -> str:
 
 def kind_of(name: str, orbit: str | None) -> str:
     """What names a sensor, such as ``S1_ASC``, if Sentinel-1's orbit is known."""
-    return f'S1_{ORBITS[orbit]}' if name.upper() == 'S1' and orbit in ORBITS else name.upper()
+    known = ORBITS.get(str(orbit).lower()) if name.upper() == 'S1' else None
+    return f'S1_{known}' if known else name.upper()
+
+
+def baseline_of(text: Any) -> float:
+    """Processing baseline that is told as 04.00, 4.0 or N0400; 0 if none is."""
+    found = re.fullmatch(r'N?0?(\d)\.?(\d*)', str(text).strip())
+    return float(f'{found[1]}.{found[2]}') if found else 0
 
 
 def utc(times: Iterable[Any]) -> list[pd.Timestamp]:
@@ -293,7 +305,7 @@ class _Cube:
 
     def _offsets(self, offset: Any) -> list[float]:
         """What is to be added at each time."""
-        late = sum(float(baseline or 0) >= 4 for baseline in self.baselines)
+        late = sum(baseline_of(baseline) >= 4 for baseline in self.baselines)
         if offset is None and late:
             warn(
                 f's2 has {late} acquisitions of processing baseline 04.00 and later, whose values '
@@ -302,9 +314,24 @@ class _Cube:
                 stacklevel=4,
             )
         if hasattr(offset, 'dims'):
-            return [*map(float, np.broadcast_to(offset.values, len(self.times)))]
+            return self._offsets_along_time(offset)
         reading = readings(['s2'], offset=offset)['s2']
         return [reading.offset(np.datetime64(time)) for time in self.times]
+
+    def _offsets_along_time(self, offset: Any) -> list[float]:
+        """Offsets of an array at each time, in whatever order it has them."""
+        values = offset.values
+        if offset.dims and 'time' in offset.coords:
+            own = utc(_times(offset['time']))
+            if own != self.times:
+                known = dict(zip(own, values, strict=True))
+                values = np.array([known.get(time, np.nan) for time in self.times])
+        if values.size not in (1, len(self.times)) or not np.isfinite(values.astype(float)).all():
+            raise DataError(
+                f'offset holds {offset.values} along {", ".join(offset.dims)}; expected a number '
+                'at each time of s2'
+            )
+        return [*map(float, np.broadcast_to(values, len(self.times)))]
 
     def jobs(self, merge: Merge) -> dict[Key, Job]:
         """What writes each image."""
@@ -457,11 +484,14 @@ def write_bands(path: Path, grid: Grid, bands: Mapping[str, Any], nodata: float)
     dtype = next(iter(bands.values())).dtype
     profile = _PROFILE | vars(grid) | {'nodata': nodata, 'dtype': dtype, 'count': len(bands)}
     profile['predictor'] = 3 if dtype.kind == 'f' else 2
-    with whole(path) as temporary, rasterio.open(temporary, 'w', **profile) as dst:
-        dst.descriptions = tuple(bands)
-        targets = [_Band(dst, number, nodata) for number in range(1, len(bands) + 1)]
-        with threads() as how:  # only threads share an open file
-            optional('dask.array').store([*bands.values()], targets, lock=threading.Lock(), **how)
+    with whole(path) as temporary:
+        with rasterio.open(temporary, 'w', **profile) as dst:
+            dst.descriptions = tuple(bands)
+            targets = [_Band(path, dst, number, nodata) for number in range(1, len(bands) + 1)]
+            with threads() as how:  # only threads share an open file
+                lock = threading.Lock()
+                optional('dask.array').store([*bands.values()], targets, lock=lock, **how)
+        check_written(temporary, path)
     seen = any(target.seen for target in targets)
     if not seen:
         path.unlink()
@@ -471,17 +501,26 @@ def write_bands(path: Path, grid: Grid, bands: Mapping[str, Any], nodata: float)
 class _Band:
     """A band of an open file, to which dask assigns blocks."""
 
-    def __init__(self, dst: Any, number: int, nodata: float) -> None:
-        self.dst, self.number, self.nodata, self.seen = dst, number, nodata, False
+    def __init__(self, path: Path, dst: Any, number: int, nodata: float) -> None:
+        self.path, self.dst, self.number, self.nodata, self.seen = path, dst, number, nodata, False
 
     def __setitem__(self, where: tuple[slice, slice], value: NDArray[Any]) -> None:
         (top, bottom), (left, right) = ((part.start, part.stop) for part in where)
         self.seen = self.seen or not _is(value, self.nodata).all()
-        self.dst.write(value, self.number, window=Window(left, top, right - left, bottom - top))
+        window = Window(left, top, right - left, bottom - top)
+        try:
+            self.dst.write(value, self.number, window=window)
+        except RasterioError as error:  # unlike one of reading, it is no reason to try again
+            raise OSError(
+                f'{self.path} cannot be written: {error.__cause__ or error}. See whether the disk '
+                'is full'
+            ) from error
 
 
 def _dataset(data: Any, dimensions: set[str]) -> Any:
     """A Dataset with a variable a band, whose columns go east and rows south."""
+    if not hasattr(data, 'rename') or not hasattr(data, 'dims'):
+        raise DataError(f'{type(data).__name__} is no Dataset or DataArray of xarray; give one')
     data = data.rename({old: new for old, new in _DIMENSIONS.items() if old in data.dims})
     if degrees := {'lat', 'lon', 'latitude', 'longitude'} & {*map(str, data.dims)}:
         raise DataError(f'the pixels lie along {", ".join(sorted(degrees))}, {_WARP}')
@@ -498,6 +537,11 @@ def _dataset(data: Any, dimensions: set[str]) -> Any:
             f'{", ".join(sorted(lacking))}; rename them with data.rename'
         )
     for name, step in (('x', 1), ('y', -1)):
+        if name not in data.coords or not data.sizes[name]:
+            raise DataError(
+                f'the array has no coordinates of the pixels along {name}; give them in metres, '
+                f'as in data.assign_coords({name}=...)'
+            )
         if (data[name].values[-1] - data[name].values[0]) * step < 0:
             data = data.isel({name: slice(None, None, -1)})
     return data
@@ -511,18 +555,31 @@ def _bands(dataset: Any, sensor: Sensor) -> dict[str, dict[str, Any]]:
         orbit = next((word for word in words if word in ORBITS), '')
         band = sensor.band('_'.join(word for word in words if word not in ORBITS))
         if band and {'time', 'y', 'x'} <= {*variable.dims}:
-            if more := ', '.join(map(str, {*variable.dims} - {'time', 'y', 'x'})):
-                raise DataError(f'{name} has the dimension {more} too; choose with data.isel')
             own = bands.setdefault(kind_of(sensor.name, orbit), {})
             if band in own:
                 raise DataError(f'{band} is there twice, as {own[band].name} and {name}; drop one')
-            own[band] = variable.transpose('time', 'y', 'x')
+            own[band] = _only(variable, 'time', 'y', 'x')
     if not bands:
         raise DataError(
             f'no band of {sensor.name} is among {", ".join(map(str, dataset.data_vars))}; rename '
             f'them to {", ".join(sensor.bands)}'
         )
+    for kind, own in bands.items():
+        if lacking := [band for band in sensor.bands if band not in own]:
+            warn(
+                f'{kind} has no {", ".join(lacking)} along time, y and x; its files hold '
+                f'{", ".join(own)}. If others of {", ".join(map(str, dataset.data_vars))} are '
+                'among them, rename these',
+                stacklevel=5,
+            )
     return {kind: {b: own[b] for b in sensor.bands if b in own} for kind, own in bands.items()}
+
+
+def _only(variable: Any, *dimensions: str) -> Any:
+    """A variable along these dimensions, in this order."""
+    if more := ', '.join(map(str, {*variable.dims} - {*dimensions})):
+        raise DataError(f'{variable.name} has the dimension {more} too; choose with data.isel')
+    return variable.transpose(*dimensions)
 
 
 def _times(coordinate: Any) -> pd.DatetimeIndex:
@@ -589,7 +646,7 @@ def _crs(dataset: Any) -> CRS:
     places.append({n: v.item() for n, v in dataset.coords.items() if n in names and not v.dims})
     for name in names:
         for value in (place[name] for place in places if place.get(name)):
-            with suppress(CRSError):
+            with suppress(CRSError, ValueError):
                 return CRS.from_user_input(value)
     raise DataError('the array does not say its CRS; give it, as in data.rio.write_crs(32632)')
 

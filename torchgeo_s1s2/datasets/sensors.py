@@ -89,7 +89,8 @@ SENSORS = {
         nodata=-10000,
         positive=False,
         finish=_unchanged,
-        aliases={'blue': 'B02', 'green': 'B03', 'red': 'B04', 'rededge': 'B05', 'rededge1': 'B05'}
+        aliases={'rededge071': 'B05', 'rededge075': 'B06', 'rededge078': 'B07'}
+        | {'blue': 'B02', 'green': 'B03', 'red': 'B04', 'rededge': 'B05', 'rededge1': 'B05'}
         | {'rededge2': 'B06', 'rededge3': 'B07', 'nir': 'B08', 'nir08': 'B8A'}
         | {'swir16': 'B11', 'swir22': 'B12'},
     ),

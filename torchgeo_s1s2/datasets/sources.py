@@ -19,7 +19,7 @@ from torchgeo_s1s2.datasets.catalog import FOLDERS, GROUND_REFERENCE, LABELS, li
 from torchgeo_s1s2.datasets.download import SeasonDownload
 from torchgeo_s1s2.datasets.labels import label_content, listed_images
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE
-from torchgeo_s1s2.datasets.rasters import crs_of, open_raster
+from torchgeo_s1s2.datasets.rasters import check_written, crs_of, open_raster
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule
@@ -221,6 +221,7 @@ def _copy(raster: _Raster) -> str:
                 rasterio.shutil.copy(
                     src, temporary, driver='GTiff', compress='none', bigtiff='if_safer', **options
                 )
+            check_written(temporary, target)
             shutil.copystat(source, temporary)
     except UnreadableError as error:
         return str(error)

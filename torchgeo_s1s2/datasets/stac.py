@@ -27,6 +27,7 @@ from torchgeo_s1s2.datasets.region import (
     CHUNK,
     Key,
     Outcome,
+    baseline_of,
     clean,
     file_name,
     fuse,
@@ -583,12 +584,8 @@ def _common(asset: Mapping[str, Any]) -> str:
 
 def _baseline(item: Any) -> float:
     """Processing baseline of an item, 0 if it does not say."""
-    for name in ('s2:processing_baseline', 'processing:version'):
-        try:
-            return float(item.properties[name])
-        except (KeyError, ValueError):
-            continue
-    return 0
+    names = ('s2:processing_baseline', 'processing:version')
+    return next(filter(None, (baseline_of(item.properties.get(name)) for name in names)), 0)
 
 
 def _offset(item: Any, asset: str, collection: StacCollection) -> float:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog, reference_name
 from torchgeo_s1s2.datasets.labels import write_label_files
-from torchgeo_s1s2.datasets.rasters import Grid, open_raster, read_grid
+from torchgeo_s1s2.datasets.rasters import Grid, check_written, open_raster, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError, warn
 from torchgeo_s1s2.files import whole, write_json
@@ -302,9 +302,11 @@ def _write(catalog: Catalog, number: int, labels: NDArray[Any], grid: Grid, made
     path = catalog.ground_reference(number) or usual
     profile = {'driver': 'GTiff', 'count': 1, 'dtype': labels.dtype, 'nodata': 0}
     profile |= {'compress': 'deflate', 'tiled': max(labels.shape) > 512, **vars(grid)}
-    with whole(path) as temporary, rasterio.open(temporary, 'w', **profile) as dst:
-        dst.write(labels, 1)
-        dst.update_tags(**{TAG: made_of})
+    with whole(path) as temporary:
+        with rasterio.open(temporary, 'w', **profile) as dst:
+            dst.write(labels, 1)
+            dst.update_tags(**{TAG: made_of})
+        check_written(temporary, path)
     listing = catalog.root / LABELS / f'{name}.json'
     content = json.loads(listing.read_text())
     content['labels'] = ';'.join(map(str, np.unique(labels[labels > 0])))
