@@ -79,6 +79,11 @@ def cut_bboxes(d: MultiSenGE) -> Parts:
     return splits.random_bbox_splitting(d, [0.5, 0.3, 0.2], torch.Generator().manual_seed(1))
 
 
+def strips(d: MultiSenGE) -> Parts:
+    """Of about a pixel."""
+    return splits.random_bbox_splitting(d, [0.94, 0.06], torch.Generator().manual_seed(1))
+
+
 def cells(d: MultiSenGE) -> Parts:
     generator = torch.Generator().manual_seed(1)
     return splits.random_grid_cell_assignment(d, [0.5, 0.5], grid_size=3, generator=generator)
@@ -137,7 +142,7 @@ def test_parts_hold_each_pixel_once(ground: Path, split: Callable[[MultiSenGE], 
 
 
 @pytest.mark.parametrize('crs', ['EPSG:32632', 'EPSG:4326'])
-@pytest.mark.parametrize('split', [bboxes, cut_bboxes])
+@pytest.mark.parametrize('split', [bboxes, cut_bboxes, strips])
 def test_parts_in_another_crs_hold_each_pixel_once(
     ground: Path, split: Callable[[MultiSenGE], Parts], crs: str
 ) -> None:

@@ -345,18 +345,13 @@ class SeriesDataset(GeoDataset):
             NoPatchesError: If no patch lies in them.
         """
         areas, index = areas.to_crs(self.crs), self._rows
-        foreign = [self.grid_of(patch).epsg != self.crs.to_epsg() for patch in index['patch']]
-        wider = index.geometry.buffer(1.5 * max(self.res), join_style='mitre')
-        grounds = np.where(foreign, wider, index.geometry)  # footprints are snapped to pixels
+        grounds = index.geometry.to_numpy()
         rows, of_areas = areas.sindex.query(grounds, 'intersects')
         shapes = shapely.intersection(grounds[rows], areas.geometry.to_numpy()[of_areas])
         pieces = index.iloc[rows].set_geometry(gpd.GeoSeries(shapes, index.index[rows], index.crs))
         pieces = pieces.assign(split=areas['split'].to_numpy()[of_areas]).explode()
         self._index = pieces[pieces.geom_type == 'Polygon']
-        # Of a patch that is whole but for less than a pixel the rest is nothing.
-        whole = np.array([self._cut(i) is None for i in range(len(self))], bool)
-        kept = whole | ~self._index['patch'].isin(self._index['patch'][whole]).to_numpy()
-        self._index = self._index[kept & (self._index['split'] == split).to_numpy()]
+        self._index = self._index[(self._index['split'] == split).to_numpy()]
         self._index = self._index[[self._holds(i) for i in range(len(self))]]
         if self._index.empty:
             raise NoPatchesError(f'{self.title} has no patch: none lies in its areas')
@@ -430,13 +425,17 @@ class SeriesDataset(GeoDataset):
         return gpd.GeoDataFrame(columns, index=times, geometry=geometry, crs=crs)
 
     def _footprints(self, bounds: NDArray[np.float64], own: CRS, crs: CRS) -> NDArray[np.object_]:
-        """Footprints in a CRS, on whole pixels so that samplers stay on the grid of the others."""
+        """Footprints in a CRS, of whole pixels so that samplers stay on the grid of the others."""
         native = gpd.GeoSeries(box(*bounds.T), crs=own)
         if own == crs:
             return native.to_numpy()
-        res, warped = np.array(self.res), native.to_crs(crs).to_numpy()
-        snapped: NDArray[np.object_] = transform(warped, lambda xy: np.round(xy / res) * res)
-        return snapped
+        corners = (
+            shapely.get_coordinates(native.to_crs(crs).to_numpy()).reshape(-1, 5, 2) / self.res
+        )
+        low = corners < corners[:, :4].mean(1, keepdims=True)
+        snapped = np.where(low, np.floor(corners + 0.01), np.ceil(corners - 0.01))
+        footprints: NDArray[np.object_] = shapely.polygons(snapped * self.res)
+        return footprints
 
     def _res_in(self, crs: CRS, patch: int) -> tuple[float, float]:
         """Size of a patch's pixels in a CRS: the same where its unit is."""
@@ -482,16 +481,13 @@ class SeriesDataset(GeoDataset):
     def _cut(self, index: int) -> BaseGeometry | None:
         """Geometry of a row in the CRS of its patch, None if it is the whole patch."""
         grid, geometry = self._grid(index), self._rows.geometry.iat[index]
-        whole, tolerance = box(*grid.bounds), 0.01
+        inset = 0.01
         if not same_crs(grid.crs, _crs(self.crs.srs)):
-            tolerance = 1.5  # pixels, for footprints are snapped to those of the index
+            inset = 0.5  # footprints are of other pixels, so centres count
             there = _transformer(self.crs.srs, grid.crs.to_wkt())
             geometry = transform(geometry, there.transform, interleaved=False)
-        tolerance *= max(grid.res)
-        if geometry.equals_exact(whole, tolerance):
-            return None
-        reach = geometry.buffer(tolerance, join_style='mitre')
-        return None if reach.covers(whole) else geometry
+        inner = np.add(grid.bounds, np.multiply(inset, [*grid.res, *np.negative(grid.res)]))
+        return None if geometry.covers(box(*inner)) else geometry
 
     def _part(self, index: int) -> tuple[Grid, BaseGeometry | None]:
         """Pixels of a row, and what of them to leave out if that is no rectangle."""
