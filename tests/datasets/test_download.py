@@ -243,6 +243,11 @@ def test_damaged_journal(server: Files, tmp_path: Path, content: str) -> None:
         season(server, tmp_path).run()
 
 
+def test_a_misspelt_tile_is_said(server: Files, tmp_path: Path) -> None:
+    with pytest.warns(S1S2Warning, match=r"no tiles \['31UXX'\] \(tiles there: 31UEQ, "):
+        assert season(server, tmp_path, tiles=['31UXX']).plan().patches == 0
+
+
 def test_url_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r'data/labels\.tgz: .*No scheme supplied'):
         SeasonDownload(tmp_path, 'data', progress=False).run()

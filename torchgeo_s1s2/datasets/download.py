@@ -330,7 +330,11 @@ class SeasonDownload:
         needed: dict[str, set[str]] = {folder: set() for folder in held}
         references, known = {*map(reference_name, patches['name'])}, held.pop(GROUND_REFERENCE)
         needed[GROUND_REFERENCE] = references if known is None else references & known
-        tiles = set(patches['tile']) if self.tiles is None else self.tiles
+        there = set(patches['tile'])
+        tiles = there if self.tiles is None else self.tiles
+        if unknown := sorted(set(tiles) - there):
+            have = ', '.join(sorted(there))
+            warn(f'{self.url} has no tiles {unknown} (tiles there: {have})', stacklevel=4)
         chosen = 0
         for row in np.flatnonzero(patches['tile'].isin(tiles)):
             images = self._images(catalog, int(row), held)
