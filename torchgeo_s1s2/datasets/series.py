@@ -3,8 +3,9 @@
 import copy
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache, partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -678,7 +679,7 @@ class _Canvas:
         for s, sensor in enumerate(self.channels):
             for t in range(shape[0]):
                 if seen := self.pixels.get((sensor, t)):
-                    times[t, s] = min(seen, key=lambda time: (-seen[time], time))
+                    times[t, s] = _most(seen)
                 else:
                     self.image[t, self.channels[sensor]] = np.nan
         return {
@@ -689,10 +690,16 @@ class _Canvas:
         }
 
 
+def _most(seen: Counter[int]) -> int:
+    """Time of most pixels, the earlier of two."""
+    return min(seen, key=lambda time: (-seen[time], time))
+
+
 class SeriesUnion(UnionDataset):
     """Data sets of series side by side: a window gets the values that any of them has.
 
-    Where several have a value, that of the first counts.
+    Where several have a value, that of the first counts. ``acquisition_times`` tell of each slot
+    the time that most pixels have, as in a :class:`SeriesDataset`.
     """
 
     def __init__(
@@ -718,7 +725,8 @@ class SeriesUnion(UnionDataset):
                 f'samples of the two data sets differ: {described[0]} and {described[1]}; give '
                 'both the same bands, classes and number of slots'
             )
-        super().__init__(dataset1, dataset2, merge_series, transforms)
+        sizes = [len(bands) for bands in described[0][0].values()]
+        super().__init__(dataset1, dataset2, partial(merge_series, sizes=sizes), transforms)
         self._member = '_'.join(['member', *(c for c in self.index if c.startswith('member'))])
         own = [d.index.assign(**{self._member: i}) for i, d in enumerate(self.datasets)]
         self._index, self._handed_on = pd.concat(own), True
@@ -747,12 +755,23 @@ class SeriesUnion(UnionDataset):
         """
         if not isinstance(index, slice | tuple):
             raise TypeError('a union has no numbers; read its windows, or number its data sets')
+        if not (samples := [*self._samples(index)]):
+            raise IndexError(f'index: {index} not found in dataset with bounds: {self.bounds}')
+        sample: Sample = self.collate_fn(samples)
+        return self.transforms(sample) if self.transforms else sample
+
+    def _samples(self, index: Any) -> Iterator[Sample]:
+        """What each data set has, those of a union in a union included."""
         if not self._handed_on:
             self._handed_on, self.datasets = True, [copy.copy(d) for d in self.datasets]
             for i, dataset in enumerate(self.datasets):
                 dataset.index = self._index[self._index[self._member] == i]
-        sample: Sample = super().__getitem__(index)
-        return sample
+        for dataset in self.datasets:
+            with suppress(IndexError):
+                if isinstance(dataset, SeriesUnion) and dataset.transforms is None:
+                    yield from dataset._samples(index)
+                else:
+                    yield dataset[index]
 
     def __or__(self, other: GeoDataset) -> 'SeriesUnion':
         """Join with another data set of series."""
@@ -786,21 +805,28 @@ def _description(dataset: GeoDataset) -> tuple[Any, ...]:
     return dataset.bands, dataset.classes.names, dataset.series.length
 
 
-def merge_series(samples: Iterable[Sample]) -> Sample:
-    """Merge samples of one window: each pixel, label and slot from the first that has it."""
-    merged: Sample = {}
+def merge_series(samples: Sequence[Sample], sizes: Sequence[int]) -> Sample:
+    """Merge samples of one window: each pixel and label from the first that has it.
+
+    Args:
+        samples: Samples; of each slot the time of most pixels is told.
+        sizes: Number of bands of each sensor.
+    """
+    merged = dict(samples[0]) | {'image': torch.full_like(samples[0]['image'], torch.nan)}
+    pixels: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
     for sample in samples:
-        if not merged:
-            merged = dict(sample)
-            continue
-        free = {
-            'image': merged['image'].isnan(),
-            'mask': merged['mask'] == NO_LABEL,
-            'acquisition_times': merged['acquisition_times'] < 0,
-        }
-        for key, where in free.items():
+        image, times = sample['image'], sample['acquisition_times']
+        new = merged['image'].isnan() & ~image.isnan()
+        merged['image'] = torch.where(new, image, merged['image'])
+        for key, where in (('mask', merged['mask'] == NO_LABEL), ('valid', ~merged['valid'])):
             merged[key] = torch.where(where, sample[key], merged[key])
-        merged['valid'] = merged['valid'] | sample['valid']
+        for s, bands in enumerate(new.split(list(sizes), 1)):
+            for t, count in enumerate(bands.any(1).sum((1, 2)).tolist()):
+                pixels[t, s][int(times[t, s])] += count
+    merged['acquisition_times'] = torch.full_like(merged['acquisition_times'], -1)
+    for slot, seen in pixels.items():
+        known = Counter({time: n for time, n in seen.items() if time >= 0})
+        merged['acquisition_times'][slot] = _most(known) if known else -1
     return merged
 
 
