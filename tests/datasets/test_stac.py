@@ -15,7 +15,13 @@ from rasterio.warp import transform_bounds
 from benchmarks.server import Files, item, serve_files, serve_items, write_cog
 from torchgeo_s1s2.datasets import SENSOR_BANDS, SentinelRegion, StacCollection, stac
 from torchgeo_s1s2.datasets.time_series import EvenlySpaced, MonthlySeries
-from torchgeo_s1s2.errors import DataError, DownloadError, NoSeriesError, S1S2Warning
+from torchgeo_s1s2.errors import (
+    DataError,
+    DownloadError,
+    NoSeriesError,
+    S1S2Warning,
+    UnreadableError,
+)
 
 for module in ('odc.stac', 'pystac_client', 'rustac'):
     pytest.importorskip(module, reason='the extra stac is not installed')
@@ -311,3 +317,59 @@ def test_a_file_of_geometries_and_a_zone(tmp_path: Path) -> None:
     # The outline comes back from degrees with a rounding error, and is never cut short.
     assert grid.bounds[0] in (INNER[0], INNER[0] - 20)
     assert SentinelRegion(str(tmp_path / 'field.gpkg'), season, epsg=32631).grid().epsg == 32631
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'season': ['2021-02-01', '2021-01-01']}, 'season is .* give its first and last day'),
+        ({'season': ['July', 'August']}, 'season is .* give its first and last day'),
+        ({'season': []}, 'season is .* give its first and last day'),
+        ({'max_clouds': 50}, 'max_clouds is 50; give a share, 0 to 1'),
+        ({'orbits': 'asc'}, "orbits is 'asc'; choose from apart, merged, ascending"),
+        ({'resampling': 'cubicc'}, "resampling is 'cubicc'; choose from nearest, bilinear"),
+        ({'chunk': 0}, 'chunk is 0; give a number of pixels'),
+        ({'region': [7, 48, 8]}, 'expected west, south, east, north in degrees'),
+        ({'region': [179.9, -17, -179.9, -16]}, 'two regions where one crosses 180'),
+        ({'region': [-180, -80, 180, 80]}, 'pixels of EPSG:32630, too wide for one zone'),
+        ({'epsg': 4326}, 'epsg is 4326, in degrees; give that of a UTM zone'),
+        ({'region': 'none.gpkg'}, 'none.gpkg cannot be read'),
+    ],
+)
+def test_what_makes_no_region_is_named(options: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {'region': [7, 48, 7.1, 48.1], 'season': ['2021-01-01', '2021-02-01']}
+    given |= options
+    with pytest.raises((ValueError, UnreadableError), match=message):
+        SentinelRegion(**given).grid()
+
+
+@pytest.mark.parametrize(
+    ('told', 'says', 'message'),
+    [
+        ({'scale': 0.00005}, {}, 'B02 of a has the scale 5e-05; expected 0.0001'),
+        ({'scale': 0, 'offset': -0.1}, {}, 'B02 of a has the scale 0; expected 0.0001'),
+        ({'data_type': 'float32'}, {}, 'B02 of a holds floats; expected reflectance x 10,000'),
+        ({'nodata': 'nan'}, {}, 'B02 of a holds floats; expected reflectance x 10,000'),
+        ({}, {'datetime': None}, 'a says no time'),
+        ({'offset': -0.1}, {}, ''),
+        ({'scale': None, 'offset': None}, {'s2:processing_baseline': 'N0500'}, ''),
+    ],
+)
+def test_items_that_say_something_else(
+    told: dict[str, Any], says: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    pystac = pytest.importorskip('pystac')
+    write_cog(tmp_path / 'a.tif', np.ones((4, 4), 'uint16'), LEFT, TOP)
+    assets = {band: {'href': f'{band}.tif', 'raster:bands': [told]} for band in BANDS}
+    day = says.pop('datetime', '2022-07-01T10:30:21Z')
+    properties: dict[str, Any] = {'s2:processing_baseline': '05.00'} | says
+    own = pystac.Item.from_dict(
+        item('a', 'c', '2022-07-01', assets, tmp_path / 'a.tif', **properties)
+    )
+    own.datetime = own.datetime if day else None
+    if message:
+        with pytest.raises(DataError, match=message):
+            stac._assets(own, 's2', StacCollection('c'))
+    else:
+        assert stac._assets(own, 's2', StacCollection('c'))['B12'] == 'B12'
+        assert stac._offset(own, 'B02', StacCollection('c')) == -1000

@@ -4,17 +4,20 @@ import json
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil, floor
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import geopandas as gpd
 import numpy as np
+import pandas as pd
 import rasterio
 import requests
 from affine import Affine
+from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
 from shapely import box
 from shapely.geometry import mapping
@@ -43,6 +46,7 @@ from torchgeo_s1s2.datasets.region import (
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.datasets.time_series import DateRule
+from torchgeo_s1s2.datasets.vectors import read_vectors
 from torchgeo_s1s2.errors import DataError, DownloadError, warn
 from torchgeo_s1s2.files import write_json
 
@@ -58,6 +62,8 @@ HTTP = {
 }
 FRESH = {'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'}  # forgets what GDAL had of a file
 Offset = float | Literal['item', 'harmonised']
+Orbits = Literal['apart', 'merged', 'ascending', 'descending']
+_WIDEST = 100_000  # pixels: 1,000 km, more than a zone with its margins
 _EDGE = 20  # metres: where Sentinel-2's pixels of both 10 and 20 m begin
 
 
@@ -158,6 +164,8 @@ class SentinelRegion(Source):
         DataError: If a collection is refused, or says too little.
         DownloadError: If the API or its files cannot be reached.
         NoSeriesError: If the dates there make no series.
+        UnreadableError: If the file of geometries cannot be read.
+        ValueError: If an argument is out of range.
     """
 
     region: list[float] | str
@@ -169,10 +177,30 @@ class SentinelRegion(Source):
     offset: Offset | None = None
     clouds: list[int] | None = None
     max_clouds: float = 0.5
-    orbits: Literal['apart', 'merged', 'ascending', 'descending'] = 'apart'
+    orbits: Orbits = 'apart'
     resampling: str = 'nearest'
     chunk: int = CHUNK
     num_workers: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        days = pd.to_datetime([*map(str, self.season)], errors='coerce', format='ISO8601', utc=True)
+        wrong = {
+            f'season is {self.season}; give its first and last day, such as 2021-06-01': (
+                len(days) not in (1, 2) or days.hasnans or days[0] > days[-1]
+            ),
+            f'max_clouds is {self.max_clouds}; give a share, 0 to 1': not 0 <= self.max_clouds <= 1,
+            f'orbits is {self.orbits!r}; choose from {", ".join(get_args(Orbits))}': (
+                self.orbits not in get_args(Orbits)
+            ),
+            f'resampling is {self.resampling!r}; choose from {", ".join(Resampling.__members__)}': (
+                self.resampling not in Resampling.__members__
+            ),
+            f'chunk is {self.chunk}; give a number of pixels, 1 or more': self.chunk < 1,
+        }
+        for message, is_wrong in wrong.items():
+            if is_wrong:
+                raise ValueError(message)
 
     def fill(self, root: Path, wanted: Wanted) -> None:
         """Download what the date rule may choose."""
@@ -214,6 +242,10 @@ class SentinelRegion(Source):
             self._leave_clouds_out(images.get('s2', {}), state, progress)
             while True:
                 chosen = {s: self._choose(s, images, state.left_out, series) for s in images}
+                if not any(chosen.values()):
+                    why = Counter(state.left_out.values())
+                    told = '; '.join(f'{n} {reason}' for reason, n in why.items())
+                    raise DataError(f'no date of {self.tile} is left: {told}. Choose others')
                 self._tell(root, grid, chosen, images, progress)
                 failed = write_patch(root, self.tile, grid, chosen, progress)
                 state.left_out |= failed
@@ -242,11 +274,15 @@ class SentinelRegion(Source):
     def geometry(self) -> BaseGeometry:
         """The region in degrees."""
         if isinstance(self.region, str):
-            return gpd.read_file(self.region).to_crs(4326).union_all()
-        west, south, east, north = self.region
+            table = read_vectors(Path(self.region))
+            if table.crs is None or table.union_all().is_empty:
+                raise DataError(f'{self.region} says no CRS, or has no geometry')
+            return table.to_crs(4326).union_all()
+        west, south, east, north = self.region if len(self.region) == 4 else [np.nan] * 4
         if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
             raise DataError(
-                f'region is {self.region}; expected west, south, east, north in degrees'
+                f'region is {self.region}; expected west, south, east, north in degrees, and two '
+                'regions where one crosses 180'
             )
         return box(west, south, east, north)
 
@@ -257,10 +293,17 @@ class SentinelRegion(Source):
     def _grid_around(self, geometry: BaseGeometry) -> Grid:
         place = gpd.GeoSeries([geometry.segmentize(0.01)], crs=4326)
         epsg = self.epsg or place.estimate_utm_crs().to_epsg()
+        if not crs_of(epsg).is_projected:
+            raise DataError(f'epsg is {epsg}, in degrees; give that of a UTM zone')
         west, south, east, north = place.to_crs(epsg).total_bounds / _EDGE
         left, bottom = _EDGE * floor(west), _EDGE * floor(south)
         right, top = _EDGE * ceil(east), _EDGE * ceil(north)
         width, height = (right - left) // 10, (top - bottom) // 10
+        if max(width, height) > _WIDEST:
+            raise DataError(
+                f'the region is {width} x {height} pixels of EPSG:{epsg}, too wide for one zone; '
+                'give parts of it, and two where it crosses 180 degrees'
+            )
         return Grid(crs_of(epsg), Affine(10, 0, left, 0, -10, top), width, height)
 
     def _settings(self, sensors: Sequence[str], series: DateRule | None) -> dict[str, Any]:
@@ -279,13 +322,15 @@ class SentinelRegion(Source):
         """Images of the region, each of the items of a pass, newest processing first."""
         items, notes = {}, []
         for item in self._search(collection, geometry):
-            orbit = item.properties.get('sat:orbit_state')
+            orbit = str(item.properties.get('sat:orbit_state')).lower()
             if sensor == 's1' and self.orbits not in ('apart', 'merged', orbit):
                 continue
             try:
                 items[item.id] = item, _assets(item, sensor, collection)
             except DataError as error:
                 notes.append(str(error))
+        if not items and not notes:
+            raise DataError(f'no item of {collection.collection} is of an {self.orbits} orbit')
         told = f'{len(notes)} items are left out: {"; ".join(notes[:5])}'
         if not items:
             raise DataError(f'no item of {collection.collection} can be used. {told}')
@@ -294,7 +339,7 @@ class SentinelRegion(Source):
         if sensor == 's2' and collection.offset == 'harmonised':
             _warn_of_offsets([item for item, _ in items.values()])
         found = sorted(items.values(), key=lambda own: (-_baseline(own[0]), own[0].id))
-        times = utc(item.datetime for item, _ in found)
+        times = utc(_time(item) for item, _ in found)
         kinds = [kind_of(sensor, item.properties.get('sat:orbit_state')) for item, _ in found]
         merge: Any = 'day' if sensor == 's1' and self.orbits == 'merged' else 'pass'
         how = (sensor, collection, grid, self.resampling, self.chunk)
@@ -496,6 +541,8 @@ class StacImage:
         """Assets of an item on the grid, and their values without an observation."""
         box_of = optional('odc.geo.geobox').GeoBox
         dtype, nodata = 'uint16' if self.sensor == 's2' else 'float32', self.collection.nodata
+        if self.sensor == 's2' and not 0 <= nodata < 2**16:
+            nodata = 0  # what GDAL makes of what is below
         kinds = {
             '*': {'data_type': dtype, 'nodata': nodata},
             self.collection.mask: {'data_type': 'uint8', 'nodata': 0},
@@ -570,9 +617,29 @@ def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str
     lacking = [f'{b} ({a or "no such name"})' for b, a in wanted.items() if a not in item.assets]
     if lacking:
         raise DataError(f'{item.id} lacks {", ".join(lacking)}')
+    if _time(item) is None:
+        raise DataError(f'{item.id} says no time')
     for asset in assets.values() if sensor == 's2' else ():
         _offset(item, asset, collection)
+        told = _told(item, asset)
+        scale, kind = told.get('scale'), str(told.get('data_type', ''))
+        if kind.startswith('float') or str(told.get('nodata')).lower() == 'nan':
+            raise DataError(f'{asset} of {item.id} holds floats; expected reflectance x 10,000')
+        if scale is not None and not any(np.isclose(scale, known) for known in (1, 1e-4)):
+            raise DataError(f'{asset} of {item.id} has the scale {scale}; expected 0.0001')
     return assets
+
+
+def _time(item: Any) -> Any:
+    """When an item was acquired, or began to be."""
+    return item.datetime or item.common_metadata.start_datetime
+
+
+def _told(item: Any, asset: str) -> dict[str, Any]:
+    """What an item says of the values of an asset, after STAC 1.0 or 1.1."""
+    own = item.assets[asset].to_dict()
+    told = (own.get('raster:bands') or own.get('bands') or [{}])[0]
+    return {name.removeprefix('raster:'): value for name, value in told.items()}
 
 
 def _common(asset: Mapping[str, Any]) -> str:
@@ -599,10 +666,9 @@ def _offset(item: Any, asset: str, collection: StacCollection) -> float:
     baseline, applied = _baseline(item), item.properties.get('earthsearch:boa_offset_applied')
     if applied or 0 < baseline < 4:
         return 0
-    own = item.assets[asset].to_dict()
-    told = {**(own.get('raster:bands') or own.get('bands') or [{}])[0]}
-    if (offset := told.get('offset', told.get('raster:offset'))) is not None:
-        return float(round(offset / told.get('scale', told.get('raster:scale', 1))))
+    told = _told(item, asset)
+    if (offset := told.get('offset')) is not None:
+        return float(round(offset / (told.get('scale') or (1e-4 if abs(offset) < 1 else 1))))
     if not baseline:
         raise DataError(f'{item.id} says no processing baseline; give offset, 0 or -1000')
     return -1000

@@ -114,7 +114,7 @@ def read_polygons(
         DataError: If the file has no such attribute or no CRS.
         UnreadableError: If it cannot be read.
     """
-    table = _read(Path(file), layer)
+    table = read_vectors(Path(file), layer)
     if attribute not in table or attribute == table.geometry.name:
         columns = ', '.join(map(str, table.columns.drop(table.geometry.name)))
         raise DataError(f'{file} has no attribute {attribute!r}; it has {columns or "none"}')
@@ -163,7 +163,13 @@ def _polygons(
     return polygons.iloc[np.argsort(polygons['value'].map(ranks).fillna(-1), kind='stable')]
 
 
-def _read(file: Path, layer: str | None) -> gpd.GeoDataFrame:
+def read_vectors(file: Path, layer: str | None = None) -> gpd.GeoDataFrame:
+    """Features of a vector file.
+
+    Raises:
+        DataError: If they have no geometries.
+        UnreadableError: If it cannot be read.
+    """
     try:
         if file.suffix.lower() in ('.parquet', '.geoparquet'):
             return gpd.read_parquet(file)
