@@ -784,11 +784,11 @@ def _restored(index: gpd.GeoDataFrame, columns: Sequence[str], crs: CRS) -> gpd.
     """With what random_grid_cell_assignment drops: names of columns, and the CRS in 0.10.0."""
     numbers = {i: name for i, name in enumerate(columns) if name != 'geometry'}
     whole = isinstance(index, gpd.GeoDataFrame) and isinstance(index.index, pd.IntervalIndex)
-    if not whole or not {'patch', *numbers} & {*index}:
+    if not whole or not ({'patch', 'name'} <= {*index} or {*numbers} & {*index}):
         raise ValueError(
-            'rows of an index must keep their column "patch" and their intervals of time; select '
-            'rows of dataset.index or change their geometry, without reset_index, dissolve or '
-            'overlay'
+            'rows of an index must keep their columns "patch" and "name" and their intervals of '
+            'time; select rows of dataset.index or change their geometry, without reset_index, '
+            'dissolve, overlay or other columns of these names'
         )
     if index.crs is None:
         index = index.set_crs(crs)
