@@ -17,6 +17,7 @@ from torchgeo.tasks import SemanticSegmentation
 import torchgeo_s1s2
 from torchgeo_s1s2.datamodules import PASTISSeriesDataModule
 from torchgeo_s1s2.datasets import AllDates
+from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
 from torchgeo_s1s2.transforms import NormalizeSeries
 
@@ -66,6 +67,11 @@ def test_statistics_are_those_of_the_training_folds(root: Path) -> None:
     batch = datamodule.on_after_batch_transfer(next(iter(datamodule.train_dataloader())), 0)
     channel = (batch['image'][0, 0, 0] * found.std[0] + found.mean[0]) * 1e4
     torch.testing.assert_close(channel[0], 1000 + torch.arange(32.0), atol=0.01, rtol=0)
+    other = PASTISSeriesDataModule(root, 2, batch_size=1, series=series)
+    other.setup('test')
+    with pytest.warns(S1S2Warning, match='was trained with fold 1, the data module has fold 2'):
+        other.load_state_dict(datamodule.state_dict())
+    assert other.statistics == found
 
 
 def task(backbone: str = 'resnet18_convlstm_inception_s2') -> S1S2SemanticSegmentation:
