@@ -348,8 +348,6 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             raise ValueError(f'class_weights has {len(weight)} weights for num_classes={classes}')
         if not (weight.isfinite() & (weight >= 0)).all():
             raise ValueError(f'class_weights is {weights}, expected finite numbers from 0')
-        if not weight.any():
-            raise ValueError(f'class_weights is {weights}, with which no pixel counts')
         return weight
 
     def forward(self, x: Tensor | ImageSeries) -> Tensor:
