@@ -27,12 +27,6 @@ import benchmarks.run
 from torchgeo_s1s2.datasets import ClassScheme, LandCoverClass, rasters
 from torchgeo_s1s2.datasets.rasters import Grid
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long tests of the command line: no process waits for them at the end."""
-    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
-
-
 mpl.use('agg')
 # Workers of pytest-xdist share the cores, and so do the commands that they start.
 WORKERS = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))
@@ -55,6 +49,11 @@ SCHEME = ClassScheme(
     ),
     ids=(1, 4, 7),
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long tests of the command line: no process waits for them at the end."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
 
 
 def write_raster(

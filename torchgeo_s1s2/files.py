@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedIOBase
 from pathlib import Path
@@ -44,6 +44,21 @@ def whole(path: str | os.PathLike[str], within: Path | None = None) -> Iterator[
                 os.fsync(written.fileno())
         for file in files:
             file.replace(path.parent / file.name)
+
+
+def stamps(files: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[Path, tuple[int, int, int]]]:
+    """Size and times of modification and change of files, which tell whether one is as it was.
+
+    Args:
+        files: Files; a link to nothing is left out.
+
+    Yields:
+        A file, and its size in bytes and two times in nanoseconds.
+    """
+    for path in map(Path, files):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            yield path, (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = None) -> None:

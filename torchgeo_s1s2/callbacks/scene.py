@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.datasets.series import SeriesDataset
 from torchgeo_s1s2.errors import MapError, warn
-from torchgeo_s1s2.files import Workplace, whole
+from torchgeo_s1s2.files import Workplace, stamps, whole
 
 BLOCK = 512
 """Height and width in pixels of the blocks that a scene is summed in."""
@@ -641,10 +641,8 @@ def _content(dataset: Any) -> Iterator[Any]:
     if isinstance(dataset, SeriesDataset):  # whose root holds more than the images
         rows = map(dataset.files_of, range(len(dataset)))
         files = [file for row in rows for sensor in dataset.sensors for file in row[sensor]]
-    for file in files:
-        with suppress(FileNotFoundError):  # a link to nothing, which reading leaves out
-            stat = Path(file).stat()
-            yield str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    for file, stamp in stamps(files):
+        yield str(file), *stamp
 
 
 def _bounds_of_data(trainer: Trainer, epsg: int) -> list[tuple[float, float, float, float]]:

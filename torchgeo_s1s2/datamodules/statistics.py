@@ -5,7 +5,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +20,7 @@ from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
 from torchgeo_s1s2.errors import DataError, warn
-from torchgeo_s1s2.files import write_json
+from torchgeo_s1s2.files import stamps, write_json
 
 WINDOW = 512
 """Height and width of the windows that patches are read in."""
@@ -273,11 +272,8 @@ def _keep(path: Path, content: Mapping[str, Any]) -> None:
 def _digest(paths: Iterable[Path]) -> str:
     """Of the names, sizes and times of modification and change of files."""
     digest = hashlib.sha256()
-    for path in paths:
-        with suppress(FileNotFoundError):  # a link to nothing, which reading leaves out
-            status = path.stat()
-            stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
-            digest.update(f'{path.name} {stamp}\n'.encode())
+    for path, stamp in stamps(paths):
+        digest.update(f'{path.name} {stamp}\n'.encode())
     return digest.hexdigest()
 
 
