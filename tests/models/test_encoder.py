@@ -183,13 +183,30 @@ def test_contract_of_encoders(spatial: str, depth: int, front: str) -> None:
         assert scales[-1] == encoder.output_stride == 2**depth
 
 
-@pytest.mark.parametrize('name', ['resnet18_convlstm_inception_h4_t4', IMPROVED, 'utae'])
-def test_hub_round_trip(tmp_path: Path, name: str) -> None:
-    model = smp.Unet(name, encoder_weights=None, in_channels=12).eval()
+@pytest.mark.parametrize(
+    ('spatial', 'front'),
+    [
+        ('mobilenet_v2', 'convlstm'),
+        ('tu-resnet18', 'attention'),
+        ('efficientnet-b0', 'convlstm'),
+        ('mit_b0', 'attention'),
+        ('densenet121', 'convlstm'),
+    ],
+)
+@torch.no_grad()
+def test_round_trips(tmp_path: Path, spatial: str, front: Any) -> None:
+    """Through the hub's files, the compiler and the strict export, as smp's own tests do."""
+    name = register_encoder(spatial, front=front)
+    model = smp.Unet(name, 3, None, decoder_channels=(16, 8, 4), in_channels=12).eval()
+    x = make_series()
+    expected = model(x)
     model.save_pretrained(tmp_path)
-    again = smp.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        assert again(make_series()).equal(model(make_series()))
+    assert smp.from_pretrained(tmp_path).eval()(x).equal(expected)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend='eager')
+    exported = torch.export.export(model, (x,), strict=True).module()
+    for again in (compiled, exported):
+        torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-5)
 
 
 class Plain(nn.Module):

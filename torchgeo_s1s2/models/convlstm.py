@@ -127,8 +127,10 @@ class ConvLSTM(Unscripted):
         steps = _steps(x, valid) if by_step else None
         size = x.shape[0], self.hidden_channels, *x.shape[-2:]
         zero = x.new_zeros(()).expand(size)
-        if torch.compiler.is_compiling() and not self.training:
-            return self._scan(x, valid, steps, zero)
+        # The gradients of PyTorch's loop are wrong.
+        underivable = torch.compiler.is_exporting() or not torch.is_grad_enabled()
+        if torch.compiler.is_compiling() and underivable and not self.training:
+            return self._loop(x, valid, steps, zero)
         h, c = zero, zero
         for t in range(x.shape[1]):
             mask = None
@@ -147,21 +149,18 @@ class ConvLSTM(Unscripted):
                 track(self.batchnorm, moments, t)
         return h
 
-    def _scan(self, x: Tensor, valid: Tensor | None, steps: Tensor | None, zero: Tensor) -> Tensor:
+    def _loop(self, x: Tensor, valid: Tensor | None, steps: Tensor | None, zero: Tensor) -> Tensor:
+        """The last hidden state, by a loop that a graph holds, so that T stays free."""
         # A prototype in PyTorch, imported from where it lives, and only by who needs it.
-        from torch._higher_order_ops.scan import scan
+        from torch._higher_order_ops.while_loop import while_loop
 
-        if valid is None:
-            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        def body(t: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+            h, c, _ = self._next(_slot(x, t), _slot(mask, t), _slot(steps, t), h, c)
+            return t + 1, h, c
 
-        def combine(states, slot):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-            x, mask, *step = slot
-            return self._next(x, mask, step[0] if step else None, *states)[:2], []
-
-        slots = [x.transpose(0, 1), valid.T[..., None, None, None]]
-        if steps is not None:
-            slots.append(steps.T)
-        (h, _), _ = scan(combine, (zero.clone(), zero.clone()), slots)
+        mask = None if valid is None else valid[..., None, None, None]
+        start = torch.zeros((), dtype=torch.long, device=x.device), zero.clone(), zero.clone()
+        h: Tensor = while_loop(lambda t, h, c: t < x.shape[1], body, start)[1]
         return h
 
     def _next(
@@ -218,6 +217,11 @@ def _call_with(
 ) -> Any:
     with _reparametrize_module(module, weights):
         return function(*args)
+
+
+def _slot(series: Tensor | None, t: Tensor) -> Any:
+    """Slot t of a series (B, T, ...), if there is one, in a way that graphs can hold."""
+    return None if series is None else series.index_select(1, t[None])[:, 0]
 
 
 def _steps(x: Tensor, valid: Tensor | None) -> Tensor:
