@@ -152,6 +152,8 @@ def test_pieces_have_names_of_their_own_and_bad_numbers_are_refused(tmp_path: Pa
             BlockSplits(80, shares)
     with pytest.raises(ValueError, match='size is 0; give the side of a block in metres'):
         BlockSplits(0, SHARES)
+    with pytest.raises(ValueError, match='seed is -1; give a whole number from 0'):
+        BlockSplits(80, SHARES, seed=-1)
     with pytest.raises(ValueError, match='buffer is 80; give 0 or more, and less than 80'):
         BlockSplits(80, SHARES, buffer=80)
     with pytest.raises(DataError, match='1 blocks of 10000 m are too few for the shares'):

@@ -1,3 +1,4 @@
+import math
 import warnings
 from collections.abc import Callable
 from itertools import cycle
@@ -205,6 +206,15 @@ def test_time_of_a_window_limits_the_dates(two_zones: Path) -> None:
     strict = MultiSenGE(two_zones, split='test')
     with pytest.raises(IndexError, match='no S2 date for July'):
         strict[:, :, pd.Timestamp(2020, 8, 1) :]
+
+
+@pytest.mark.parametrize(
+    'x', [slice(300000, 300080, 0), slice(300080, 300000, -10), slice(300000, math.inf, 10)]
+)
+def test_windows_that_are_none_are_refused(two_zones: Path, x: slice) -> None:
+    dataset = MultiSenGE(two_zones, split='test')
+    with pytest.raises(IndexError, match='expected finite bounds and resolutions above 0'):
+        dataset[x]
 
 
 def test_window_outside(two_zones: Path) -> None:

@@ -203,6 +203,15 @@ def test_255_never_counts_and_other_strangers_are_said(tmp_path: Path, ignore: i
     assert logged['val_loss'] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_losses_that_are_not_finite_are_said(tmp_path: Path) -> None:
+    mask = torch.zeros(1, 2, 2).long()
+    batches = [
+        {'image': x.expand(1, 3, 2, 2), 'mask': mask} for x in torch.tensor([1, math.nan, 0])
+    ]
+    with pytest.warns(S1S2Warning, match=r"1 steps of split 'val' had a loss that is not finite"):
+        quiet_trainer(tmp_path).validate(passing(num_classes=3), loader(*batches), verbose=False)
+
+
 def test_signature_accepts_what_torchgeo_accepts() -> None:
     theirs = inspect.signature(SemanticSegmentation.__init__).parameters
     ours = inspect.signature(S1S2SemanticSegmentation.__init__).parameters
@@ -502,6 +511,12 @@ def test_what_a_sensor_did_not_see_is_not_read(key: str) -> None:
     noisy = {**batch, 'image': batch['image'].where(seen, torch.randn_like(image))}
     expected = task(batch['image'].where(seen, 0)).softmax(1)
     torch.testing.assert_close(task.predict_step(noisy, 0)['probabilities'], expected)
+
+
+def test_the_length_of_a_folded_series_is_refused() -> None:
+    batch = {'image': torch.randn(2, 48, 32, 32), 'length': torch.tensor([3, 2])}
+    with pytest.raises(ValueError, match=r'shape \(2, 48, 32, 32\), which does not tell slots'):
+        small().predict_step(batch, 0)
 
 
 @pytest.fixture(scope='module')

@@ -64,6 +64,8 @@ class BlockSplits(GroundSplits):
             raise ValueError(f'size is {self.size}; give the side of a block in metres, above 0')
         if not 0 <= self.buffer < self.size:
             raise ValueError(f'buffer is {self.buffer}; give 0 or more, and less than {self.size}')
+        if self.seed < 0:
+            raise ValueError(f'seed is {self.seed}; give a whole number from 0')
         shares = [*(self.shares or {}).values()]
         if not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1):
             raise ValueError(

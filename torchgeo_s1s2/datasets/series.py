@@ -532,6 +532,10 @@ class SeriesDataset(GeoDataset):
     def _window(self, index: Any) -> Sample:
         x, y, t = self._disambiguate_slice(index)
         period = slice(_utc(t.start), _utc(t.stop), t.step)
+        if not (
+            x.step > 0 and y.step > 0 and np.isfinite([x.start, x.stop, y.start, y.stop]).all()
+        ):
+            raise IndexError(f'index: {index}, expected finite bounds and resolutions above 0')
         width, height = round((x.stop - x.start) / x.step), round((y.stop - y.start) / y.step)
         if width < 1 or height < 1:
             raise IndexError(f'index: {index} holds no pixel of {x.step} x {y.step}')

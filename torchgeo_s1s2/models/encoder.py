@@ -58,9 +58,18 @@ class ImageSeries(NamedTuple):
 
         Returns:
             The series.
+
+        Raises:
+            ValueError: If there is a ``length``, and the image does not tell its slots.
         """
         image, valid, length = batch['image'], batch.get('valid'), batch.get('length')
-        if length is not None and image.ndim == 5:
+        if length is not None:
+            if image.ndim != 5:
+                raise ValueError(
+                    f'the batch has the length of its series and an image of shape '
+                    f'{tuple(image.shape)}, which does not tell slots from channels; give it as '
+                    '(B, T, C, H, W)'
+                )
             inside = torch.arange(image.shape[1], device=image.device) < length[:, None]
             if valid is None:
                 valid = inside

@@ -123,7 +123,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         recompute_gates = bool(recompute_gates or checkpoint)
         self._classes: list[str] | None = None
         self._pretrained_classes: list[str] | None = None
-        self._tally = {stage: torch.zeros(2) for stage in _STAGES}
+        self._tally = {stage: torch.zeros(3) for stage in _STAGES}
         super().__init__(weights=weights)  # TorchGeo takes all arguments from this call's frame
         for name, value, remedy in (
             ('figures', figures, 'give it to the callback torchgeo_s1s2.callbacks.Report instead'),
@@ -429,7 +429,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         getattr(self, f'{stage}_metrics').update(logits, mask)
         loss, weight = self._loss(logits, mask), self._loss_weight(mask)
         unknown = (mask != given) & (given != NO_LABEL)
-        tally = torch.stack([weight, unknown.sum()])
+        tally = torch.stack([weight, unknown.sum(), ~loss.isfinite()])
         self._tally[stage] = self._tally[stage].to(tally.device) + tally
         # The scheduler of every process has to see the same validation loss.
         self.log(
@@ -442,10 +442,16 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         return loss, logits
 
     def _say_what_counted(self, stage: str) -> None:
-        """Warn of an epoch in which no pixel counted, and of values that are no class."""
+        """Warn of losses that are no number, of values that are no class, and if none counted."""
         tally: Any = self.trainer.strategy.reduce(self._tally[stage], reduce_op='sum')
         self._tally[stage] = torch.zeros_like(tally)
-        weight, unknown = tally.tolist()
+        weight, unknown, broken = tally.tolist()
+        if broken:
+            _warn(
+                f'{broken:.0f} steps of split {stage!r} had a loss that is not finite, so the '
+                'weights or the images are not: try a lower lr, and instead of precision 16-true, '
+                'whose numbers end at 65,504 and at 6e-8, 16-mixed or bf16-mixed'
+            )
         if unknown:
             _warn(
                 f'{unknown:.0f} pixels of the {stage} masks hold values that are neither a class, '
