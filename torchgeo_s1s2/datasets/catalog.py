@@ -74,6 +74,10 @@ class Layout(NamedTuple):
         return f'{self.folder}{tile}_{middle}{self.kind}_{place}{self.ending}'
 
 
+_layout = lru_cache(maxsize=1000)(Layout)
+"""A million images share a few of them."""
+
+
 class Image(NamedTuple):
     """An acquisition on disk: when (seconds since 1970), and how its path is made."""
 
@@ -363,7 +367,7 @@ def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[
         folder: One of ``FOLDERS``.
     """
     found: dict[str, list[Image]] = defaultdict(list)
-    odd, doubles, layouts = list[str](), 0, dict[Layout, Layout]()
+    odd, doubles = list[str](), 0
     pattern = _REFERENCE if folder == GROUND_REFERENCE else _IMAGE
     kind = 'gr' if folder == GROUND_REFERENCE else folder
     for where, every in walk(root, folder):
@@ -384,8 +388,7 @@ def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[
             doubles += stem in stems
             if stem not in stems:
                 stems.add(stem)
-                layout = layouts.setdefault(image.layout, image.layout)
-                found[f'{match["tile"]}_{match["place"]}'].append(Image(image.time, layout))
+                found[f'{match["tile"]}_{match["place"]}'].append(image)
     return found, _notes(folder, odd, doubles, found.values())
 
 
@@ -410,7 +413,7 @@ def _image(match: re.Match[str], folder: str, sidecars: bool) -> Image:
         text = match['time']
         seconds = _seconds(text)
         style = '%Y%m%d_' if len(text) == 8 else f'%Y%m%d{text[8]}%H%M%S_'
-    return Image(seconds, Layout(folder, style, match['kind'], match['ending'], sidecars))
+    return Image(seconds, _layout(folder, style, match['kind'], match['ending'], sidecars))
 
 
 @lru_cache(maxsize=100_000)
@@ -473,7 +476,7 @@ def _listed(path: Path, sensor: str, names: Iterable[str]) -> Iterator[Image]:
     """Images that a label file names; each must be of its patch."""
     tile, place = split_name(path.stem)
     head, tail, end = f'{tile}_', f'_{sensor.upper()}_{place}.tif', len(tile) + 9
-    usual = Layout(f'{sensor}/', '%Y%m%d_', sensor.upper(), '.tif')
+    usual = _layout(f'{sensor}/', '%Y%m%d_', sensor.upper(), '.tif', False)
     for name in filter(None, names):
         try:
             if name.startswith(head) and name[end:] == tail:
