@@ -129,10 +129,11 @@ def test_shapes_without_values(small: nn.Module, training: bool) -> None:
         assert {n: x.shape for n, x in mine.items()} == {n: x.shape for n, x in other.items()}
 
 
-def test_compiled_to_kernels() -> None:
+@pytest.mark.parametrize(('norm', 'dynamic'), [('shared', None), ('step', True)])
+def test_compiled_to_kernels(norm: Any, dynamic: bool | None) -> None:
     """By inductor, what torch.compile does unless told otherwise; T is free."""
-    layer = ConvLSTM(2, 4).eval()
-    compiled = torch.compile(layer)
+    layer = ConvLSTM(2, 4, norm=norm).eval()
+    compiled = torch.compile(layer, dynamic=dynamic)
     with torch.no_grad():
         for t in (2, 3, 5):
             x, valid = torch.randn(2, t, 2, 16, 16), torch.rand(2, t) > 0.4

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
 
-from .norm import MaskedBatchNorm2d, Moments, has_steps, normalize, share_with_steps, track
+from .norm import (
+    MaskedBatchNorm2d,
+    Moments,
+    has_steps,
+    is_affine,
+    normalize,
+    scale_and_shift,
+    share_with_steps,
+    track,
+)
 from .strips import (
     arrange,
     is_eager_on_cpu,
@@ -129,7 +138,7 @@ class ConvLSTM(Unscripted):
         zero = x.new_zeros(()).expand(size)
         # The gradients of PyTorch's loop are wrong.
         underivable = torch.compiler.is_exporting() or not torch.is_grad_enabled()
-        if torch.compiler.is_compiling() and underivable and not self.training:
+        if torch.compiler.is_compiling() and underivable and not self.training and x.shape[1]:
             return self._loop(x, valid, steps, zero)
         h, c = zero, zero
         for t in range(x.shape[1]):
@@ -155,9 +164,13 @@ class ConvLSTM(Unscripted):
         from torch._higher_order_ops.while_loop import while_loop
 
         def body(t: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-            h, c, _ = self._next(_slot(x, t), _slot(mask, t), _slot(steps, t), h, c)
+            now = affine and [a if steps is None else _slot(a, t) for a in affine]
+            h, c, _ = self._next(_slot(x, t), _slot(mask, t), _slot(steps, t), h, c, affine=now)
             return t + 1, h, c
 
+        # Before the loop, whose graph cannot hold a norm's eps where numbers are dynamic.
+        norm = self.batchnorm
+        affine = [*scale_and_shift(norm, steps)] if is_affine(norm) else None
         mask = None if valid is None else valid[..., None, None, None]
         start = torch.zeros((), dtype=torch.long, device=x.device), zero.clone(), zero.clone()
         h: Tensor = while_loop(lambda t, h, c: t < x.shape[1], body, start)[1]
@@ -171,8 +184,12 @@ class ConvLSTM(Unscripted):
         h: Tensor,
         c: Tensor,
         first: bool = False,
+        affine: list[Any] | None = None,
     ) -> tuple[Tensor, Tensor, Moments | None]:
-        """States after one slot of the samples in *mask* (all if None); the others keep theirs."""
+        """States after one slot of the samples in *mask* (all if None); the others keep theirs.
+
+        Where the batch norm is known as *affine*, scale and shift, it is not called.
+        """
         if mask is not None:
             # What an unread slot holds, NaN for instance, must not reach the weight's gradient.
             x = x.where(mask, 0)
@@ -183,7 +200,11 @@ class ConvLSTM(Unscripted):
             gates = self.conv(torch.cat([x, h], dim=1))
         i, f, g, o = gates.chunk(4, dim=1)
         c_new = f.sigmoid() * c + i.sigmoid() * arrange(g).tanh()
-        h_new, moments = normalize(self.batchnorm, o.sigmoid() * c_new.tanh(), mask, step)
+        h_new = o.sigmoid() * c_new.tanh()
+        if affine:
+            h_new, moments = torch.addcmul(affine[1], h_new, affine[0]).to(h_new.dtype), None
+        else:
+            h_new, moments = normalize(self.batchnorm, h_new, mask, step)
         if h_new.requires_grad and is_eager_on_cpu(h_new):
             h_new.register_hook(arrange)
         if mask is not None:

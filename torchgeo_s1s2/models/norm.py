@@ -65,19 +65,46 @@ def has_steps(norm: Any) -> bool:
     return running_mean is not None and running_mean.ndim == 2
 
 
-def statistics(norm: Any, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Running mean and variance (..., C) of steps (...), from 0."""
-    last = (norm.num_batches_tracked > 0).sum() - 1
-    index = step.minimum(last).clamp(min=0)
-    return norm.running_mean[index], norm.running_var[index]
+def is_affine(norm: Any) -> bool:
+    """Whether a module is a batch norm in evaluation mode, and nothing hangs on it."""
+    return (
+        type(norm) in (nn.BatchNorm2d, MaskedBatchNorm2d)
+        and not norm.training
+        and norm.running_mean is not None
+        and not has_hooks(norm)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called with a module's forward pass."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def scale_and_shift(norm: Any, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What a batch norm in evaluation mode multiplies with, and what it adds.
+
+    Args:
+        norm: The module.
+        step: Steps (...), from 0, if each has running statistics of its own.
+
+    Returns:
+        Two tensors of shape (..., C, 1, 1).
+    """
+    mean, var = norm.running_mean, norm.running_var
+    if step is not None:
+        last = (norm.num_batches_tracked > 0).sum() - 1
+        index = step.minimum(last).clamp(min=0)
+        mean, var = mean[index], var[index]
+    precise = torch.promote_types(var.dtype, torch.float32)
+    mean, scale = mean.to(precise), (var.to(precise) + norm.eps).rsqrt()
+    scale = scale * norm.weight if norm.affine else scale
+    shift = (norm.bias if norm.affine else 0) - mean * scale
+    return scale[..., None, None], shift[..., None, None]
 
 
 def _normalize_by_step(norm: Any, x: Tensor, step: Tensor) -> Tensor:
-    mean, var = statistics(norm, step)
-    scale = (var + norm.eps).rsqrt()
-    scale = scale * norm.weight if norm.affine else scale
-    shift = (norm.bias if norm.affine else 0) - mean * scale
-    return torch.addcmul(shift[..., None, None], x, scale[..., None, None]).to(x.dtype)
+    scale, shift = scale_and_shift(norm, step)
+    return torch.addcmul(shift, x, scale).to(x.dtype)
 
 
 def share_with_steps(value: Tensor, own: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .norm import MaskedBatchNorm2d, has_steps, statistics
+from .norm import has_hooks, has_steps, is_affine, scale_and_shift
 
 PIXELS = 4096
 """Size of a strip for each thread: the gates of 32 channels take 2 MiB and stay in the cache."""
@@ -18,7 +18,7 @@ def is_plain(conv: nn.Module) -> bool:
     """Whether a convolution is one that keeps the image size, and nothing hangs on its module."""
     return (
         type(conv) is nn.Conv2d
-        and not (conv._forward_hooks or conv._forward_pre_hooks)
+        and not has_hooks(conv)
         and not (conv._backward_hooks or conv._backward_pre_hooks)
         and 'forward' not in vars(conv)
         and conv.padding_mode == 'zeros'
@@ -40,16 +40,8 @@ def suits_strips(layer: Any, x: Tensor) -> bool:
         x.dtype in (torch.float32, torch.float64)
         and forward_ad._current_level < 0
         and is_plain(layer.conv)
-        and not (norm._forward_hooks or norm._forward_pre_hooks)
-        and (type(norm) is nn.Identity or _normalises(norm))
+        and (is_affine(norm) or (type(norm) is nn.Identity and not has_hooks(norm)))
     )
-
-
-def _normalises(norm: Any) -> bool:
-    """Whether a module is a plain batch norm that uses its running statistics."""
-    if type(norm) not in (nn.BatchNorm2d, MaskedBatchNorm2d):
-        return False
-    return not norm.training and norm.affine and norm.track_running_stats
 
 
 def is_eager_on_cpu(x: Tensor) -> bool:
@@ -125,11 +117,8 @@ def _scale_and_shift(norm: Any, number: int) -> tuple[Any, Any]:
     """What a batch norm does in evaluation at a step, from 0, to a half of what it reads."""
     if type(norm) is nn.Identity:
         return torch.full((), 2.0), torch.zeros(())
-    mean, var = norm.running_mean, norm.running_var
-    if has_steps(norm):
-        mean, var = statistics(norm, torch.tensor(number))
-    scale = norm.weight * (var + norm.eps).rsqrt()
-    return 2 * scale[:, None, None], (norm.bias - mean * scale)[:, None, None]
+    scale, shift = scale_and_shift(norm, torch.tensor(number) if has_steps(norm) else None)
+    return 2 * scale, shift
 
 
 def _step(layer: Any, images: Tensor, h: Tensor, c: Tensor, number: int) -> None:
