@@ -184,19 +184,21 @@ def test_contract_of_encoders(spatial: str, depth: int, front: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ('spatial', 'front'),
+    'name',
     [
-        ('mobilenet_v2', 'convlstm'),
-        ('tu-resnet18', 'attention'),
-        ('efficientnet-b0', 'convlstm'),
-        ('mit_b0', 'attention'),
-        ('densenet121', 'convlstm'),
+        'resnet18_convlstm_inception_h4_t4',
+        IMPROVED,
+        'utae',
+        register_encoder('mobilenet_v2'),
+        register_encoder('tu-resnet18', front='attention'),
+        register_encoder('efficientnet-b0'),
+        register_encoder('mit_b0', front='attention'),
+        register_encoder('densenet121'),
     ],
 )
 @torch.no_grad()
-def test_round_trips(tmp_path: Path, spatial: str, front: Any) -> None:
+def test_round_trips(tmp_path: Path, name: str) -> None:
     """Through the hub's files, the compiler and the strict export, as smp's own tests do."""
-    name = register_encoder(spatial, front=front)
     model = smp.Unet(name, 3, None, decoder_channels=(16, 8, 4), in_channels=12).eval()
     x = make_series()
     expected = model(x)

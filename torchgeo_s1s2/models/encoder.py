@@ -66,7 +66,7 @@ class ImageSeries(NamedTuple):
         if length is not None:
             if image.ndim != 5:
                 raise ValueError(
-                    f'the batch has the length of its series and an image of shape '
+                    'the batch has the length of its series and an image of shape '
                     f'{tuple(image.shape)}, which does not tell slots from channels; give it as '
                     '(B, T, C, H, W)'
                 )
