@@ -301,6 +301,12 @@ def test_statistics_travel_in_checkpoints(root: Path, tmp_path: Path) -> None:
         torch.tensor(v)[:, None, None] for v in (data.statistics.mean, data.statistics.std)
     )
     torch.testing.assert_close(fresh.batches['test'][0]['image'][0], (raw - mean) / std)
+    by_hand = MultiSenGEDataModule.load_from_checkpoint(
+        tmp_path / 'last.ckpt', weights_only=False, root=elsewhere, splits={'test': ['32ULU']}
+    )
+    by_hand.prepare_data()
+    by_hand.setup('test')
+    assert by_hand.statistics == data.statistics
     fewer = datamodule(elsewhere, splits={'test': ['32ULU']}, sensors=['s1'])
     with pytest.raises(ValueError, match=r"the data module reads \('VV', 'VH'\); give the bands"):
         trainer().test(Recorder(), fewer, ckpt_path=tmp_path / 'last.ckpt', verbose=False)

@@ -177,7 +177,7 @@ class SeriesDataModule(NonGeoDataModule):
 
         Lightning calls this in the first process only, before the ``setup`` of all.
         """
-        if self._trains and self.statistics_path is None:
+        if self._trains and self.statistics_path is None and self._prepared is None:
             self._prepared = self._find_statistics()
 
     def setup(self, stage: str) -> None:
@@ -309,7 +309,11 @@ class SeriesDataModule(NonGeoDataModule):
             ValueError: If the checkpoint was trained on other bands.
         """
         if state_dict and self.statistics_path is None:
-            self._use(Statistics(**state_dict))
+            statistics = Statistics(**state_dict)
+            if self._datasets:
+                self._use(statistics)
+            else:  # load_from_checkpoint: there are no bands to compare with before setup
+                self._prepared = statistics
 
     @property
     def _trains(self) -> bool:
