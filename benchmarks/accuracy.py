@@ -52,6 +52,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'old': {},
     'small': {'context': True, 'patches': {'31UFQ': 24, '32ULU': 24, '31UFP': 24, '31UEQ': 200}},
     'large': {'context': True, 'patches': {'31UFQ': 96, '32ULU': 96, '31UFP': 32, '31UEQ': 200}},
+    'wide': {
+        'context': True,
+        'size': 128,
+        'patches': {'31UFQ': 12, '32ULU': 12, '31UFP': 12, '31UEQ': 100},
+    },
 }
 """Synthetic data: pixels that need their surroundings, and enough patches to test on."""
 RATES = (3e-4, 1e-3, 3e-3)
