@@ -11,6 +11,8 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from torchgeo_s1s2.errors import DownloadError
+
 fcntl: Any = None
 with suppress(ImportError):  # not on Windows
     import fcntl
@@ -65,6 +67,25 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
     """Write JSON, whole or not at all."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=indent))
+
+
+def check_room(folder: Path, size: float, choice: str) -> None:
+    """Look whether the disk can hold what is to be written.
+
+    Args:
+        folder: Where to.
+        size: Bytes, about.
+        choice: What to do if no room can be made.
+
+    Raises:
+        DownloadError: If it cannot.
+    """
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise DownloadError(
+            f'about {size / 1e9:.1f} GB are to be written to {folder}, its disk has '
+            f'{free / 1e9:.1f} GB free; make room, or {choice}'
+        )
 
 
 class Workplace:

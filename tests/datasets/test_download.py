@@ -248,9 +248,13 @@ def test_a_misspelt_tile_is_said(server: Files, tmp_path: Path) -> None:
         assert season(server, tmp_path, tiles=['31UXX']).plan().patches == 0
 
 
-def test_url_that_is_none(tmp_path: Path) -> None:
+def test_arguments_that_mean_nothing_are_named(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r'data/labels\.tgz: .*No scheme supplied'):
         SeasonDownload(tmp_path, 'data', progress=False).run()
+    with pytest.raises(ValueError, match=r"no such sensor: \['s3'\]; choose from s2, s1"):
+        SeasonDownload(tmp_path, 'data', sensors=['s3'])
+    with pytest.raises(ValueError, match=r"tiles is '31UFQ'; expected several, as in \['31UFQ'\]"):
+        SeasonDownload(tmp_path, 'data', tiles='31UFQ')
 
 
 def test_a_later_season_reads_only_where_it_is(server: Files, source: Path, tmp_path: Path) -> None:

@@ -225,6 +225,7 @@ def test_metadata_that_name_a_patch_twice_or_are_cut_off(tmp_path: Path) -> None
     ('options', 'error', 'message'),
     [
         ({'folds': (0, 1)}, ValueError, r'folds is \(0, 1\); expected some of \(1, 2, 3, 4, 5\)'),
+        ({'folds': 1}, ValueError, r'folds is 1; expected some of \(1, 2, 3, 4, 5\)'),
         ({'folds': (2,)}, NoPatchesError, 'folds 2 in .* no patch of these folds'),
         ({'sensors': ['s1']}, ValueError, "no such sensor: .'s1'.; choose from s2, s1a, s1d"),
         ({'bands': ['VV']}, ValueError, "no such band: .'VV'.; choose from B02, .* S1D_VV_VH"),

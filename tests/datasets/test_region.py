@@ -291,6 +291,17 @@ def test_refuses(change: Callable[[Any], Any], message: str, tmp_path: Path) -> 
         write_series(tmp_path)
     with pytest.raises(ValueError, match="merge is 'week'; expected 'pass', 'day' or None"):
         write_series(tmp_path, odc(), merge='week')  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"no such sensor in nodata: \['S2'\]"):
+        write_series(tmp_path, odc(), nodata={'S2': 0})
+
+
+def test_tiles_whose_names_begin_alike_are_apart(tmp_path: Path) -> None:
+    for tile in ('town_2', 'town_20200703'):
+        write_series(tmp_path, odc(), tile=tile, progress=False)
+    with pytest.warns(S1S2Warning), pytest.raises(DataError, match='2 images of town has a pixel'):
+        write_series(tmp_path, odc(VALUES * 0), tile='town', progress=False)
+    write_series(tmp_path, odc().isel(x=slice(1, None)), tile='town', progress=False)
+    assert len([*(tmp_path / 's2').iterdir()]) == 6
 
 
 @pytest.mark.parametrize(

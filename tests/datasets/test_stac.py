@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
 from conftest import read_raster
 from rasterio.warp import transform_bounds
+from shapely import box
 
 from benchmarks.server import Files, item, serve_files, serve_items, write_cog
 from torchgeo_s1s2.datasets import SENSOR_BANDS, SentinelRegion, StacCollection, stac
@@ -301,22 +303,36 @@ def test_refuses(world: World, tmp_path: Path) -> None:
         region(world, 'silent').write(tmp_path, ['s2'])
     with pytest.raises(DownloadError, match=r'has nothing of .* choose another season'):
         region(world, 'pc-l2a', season=['2001-01-01', '2001-02-01']).write(tmp_path, ['s2'])
-    own = {'s2': StacCollection('sentinel-2-l2a', 'http://127.0.0.1:9')}
-    with pytest.raises(DownloadError, match=r'cannot be searched .* Check the network'):
-        region(world, 'pc-l2a', collections=own).write(tmp_path, ['s2'])
+    own = StacCollection('sentinel-2-l2a')
+    with pytest.raises(ValueError, match=r"no such sensor: \['S2'\]; choose from s2, s1"):
+        region(world, 'pc-l2a').write(tmp_path, ['S2'])
+    with pytest.raises(
+        ValueError, match=r"no such offset but numbers: \['boa'\]; choose from item"
+    ):
+        region(world, 'pc-l2a', offset='boa').write(tmp_path, ['s2'])
+    with pytest.raises(DataError, match=r'clouds are \[3\], and no mask of .* is known; describe'):
+        region(world, 'pc-l2a', clouds=[3], collections={'s2': own}).write(tmp_path, ['s2'])
+    world.files.contents |= {'page': b'<html>', 'other.json': b'[]'}
+    for url in (
+        'http://127.0.0.1:9',
+        *(f'{world.files.url}/{n}' for n in ('', 'page', 'other.json')),
+    ):
+        at = {'s2': replace(own, url=url)}
+        with pytest.raises(DownloadError, match=r'cannot be searched \(.+\)\. Check the network'):
+            region(world, 'pc-l2a', collections=at).write(tmp_path, ['s2'])
 
 
 def test_a_file_of_geometries_and_a_zone(tmp_path: Path) -> None:
-    import geopandas as gpd
-    from shapely import box
-
-    gpd.GeoSeries([box(*INNER)], crs=32632).to_file(tmp_path / 'field.gpkg')
-    season = ['2021-01-01', '2021-02-01']
-    grid = SentinelRegion(str(tmp_path / 'field.gpkg'), season).grid()
+    path, season = str(tmp_path / 'field.gpkg'), ['2021-01-01', '2021-02-01']
+    field = gpd.GeoSeries([box(*INNER)], crs=32632)
+    field.to_file(path)
+    grid = SentinelRegion(path, season).grid()
     assert grid.epsg == 32632
     # The outline comes back from degrees with a rounding error, and is never cut short.
     assert grid.bounds[0] in (INNER[0], INNER[0] - 20)
-    assert SentinelRegion(str(tmp_path / 'field.gpkg'), season, epsg=32631).grid().epsg == 32631
+    assert SentinelRegion(path, season, epsg=32631).grid().epsg == 32631
+    bounds = field.to_crs(4326).total_bounds
+    assert SentinelRegion(bounds, season).region == bounds.tolist()
 
 
 @pytest.mark.parametrize(
@@ -326,14 +342,17 @@ def test_a_file_of_geometries_and_a_zone(tmp_path: Path) -> None:
         ({'season': ['July', 'August']}, 'season is .* give its first and last day'),
         ({'season': []}, 'season is .* give its first and last day'),
         ({'max_clouds': 50}, 'max_clouds is 50; give a share, 0 to 1'),
-        ({'orbits': 'asc'}, "orbits is 'asc'; choose from apart, merged, ascending"),
-        ({'resampling': 'cubicc'}, "resampling is 'cubicc'; choose from nearest, bilinear"),
+        ({'orbits': 'asc'}, r"no such orbits: \['asc'\]; choose from apart, merged, ascending"),
+        ({'resampling': 'cubicc'}, r"no such resampling: \['cubicc'\]; choose from nearest, bi"),
         ({'chunk': 0}, 'chunk is 0; give a number of pixels'),
+        ({'tile': 'my-town'}, "tile is 'my-town'; expected letters, digits and _"),
+        ({'collections': {'S1': 'planetary-computer'}}, r"no such sensor in collections: \['S1'"),
         ({'region': [7, 48, 8]}, 'expected west, south, east, north in degrees'),
         ({'region': [179.9, -17, -179.9, -16]}, 'two regions where one crosses 180'),
         ({'region': [-180, -80, 180, 80]}, 'pixels of EPSG:32630, too wide for one zone'),
-        ({'epsg': 4326}, 'epsg is 4326, in degrees; give that of a UTM zone'),
-        ({'region': 'none.gpkg'}, 'none.gpkg cannot be read'),
+        ({'epsg': 4326}, 'epsg is 4326, whose unit is the degree; give that of a UTM zone'),
+        ({'epsg': 2263}, 'epsg is 2263, whose unit is the US survey foot; give that of a UTM'),
+        ({'region': Path('none.gpkg')}, 'none.gpkg cannot be read'),
     ],
 )
 def test_what_makes_no_region_is_named(options: dict[str, Any], message: str) -> None:

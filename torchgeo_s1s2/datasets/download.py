@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.archive import Journal, Kind, RemoteArchive
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog, reference_name
-from torchgeo_s1s2.datasets.sensors import SENSORS
+from torchgeo_s1s2.datasets.sensors import SENSORS, in_order
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
 from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError, NoSeriesError, warn
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.files import check_room, whole
 
 FILE_SIZE = {GROUND_REFERENCE: 256 * 256, 's2': 256 * 256 * 10 * 2, 's1': 256 * 256 * 2 * 4}
 """Bytes of a file: Sentinel-2 is not compressed, and LZW makes Sentinel-1 hardly smaller."""
@@ -102,13 +102,7 @@ class DownloadPlan:
         Raises:
             DownloadError: If it cannot.
         """
-        free = shutil.disk_usage(self.root).free
-        if self.size > free:
-            raise DownloadError(
-                f'about {self.size / 1e9:.1f} GB are to be written to {self.root}, its disk has '
-                f'{free / 1e9:.1f} GB free; make room, give another root, or choose fewer dates, '
-                'tiles or sensors'
-            )
+        check_room(self.root, self.size, 'give another root, fewer dates, tiles or sensors')
 
 
 class SeasonDownload:
@@ -159,12 +153,17 @@ class SeasonDownload:
             progress: Print the plan and show progress bars.
             hosts: Hosts other than that of ``url`` to which it may redirect. Without them a
                 redirect to another host is an error, and one from https to http always is.
+
+        Raises:
+            ValueError: If there is no such sensor, or tiles are no list.
         """
+        if isinstance(tiles, str):
+            raise ValueError(f'tiles is {tiles!r}; expected several, as in [{tiles!r}]')
         self.root = Path(root)
         self.url = url.rstrip('/')
         self.tiles = tiles
         self.series = series or MonthlySeries()
-        self.sensors = tuple(sensors)
+        self.sensors = in_order(sensors, [*SENSORS], 'sensor')
         self.progress = progress
         self.hosts = hosts
 

@@ -126,9 +126,9 @@ class PASTISSeries(SeriesDataset):
         """
         within = Path(root) / PASTIS.directory
         self.root = self.paths = within if within.is_dir() else Path(root)
-        self.folds = tuple(folds)
-        if not folds or not {*folds} <= {*FOLDS}:
+        if isinstance(folds, int) or not folds or not {*folds} <= {*FOLDS}:
             raise ValueError(f'folds is {folds!r}; expected some of {FOLDS}')
+        self.folds = tuple(folds)
         series = series or AllDates(max_length=61)
         in_order([series.leader], [*PASTIS_SENSORS], 'sensor to lead the series')
         # Theia's products of these years have no offset, so nobody need look for one.

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from operator import eq
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -44,7 +45,13 @@ Key = tuple[pd.Timestamp, str]
 CHUNK = 2048
 """Height and width in pixels of the chunks of what has none; a multiple of the files' blocks."""
 
-_PASS = pd.Timedelta(minutes=30)  # an orbit takes 98 minutes
+_SAME: dict[Merge, Callable[[pd.Timestamp, pd.Timestamp], bool]] = {
+    'pass': lambda before, time: time - before <= pd.Timedelta(minutes=30),  # an orbit takes 98
+    'day': lambda before, time: before.date() == time.date(),
+    None: eq,
+}
+"""Whether two acquisitions that follow each other make one image."""
+
 # openEO says t and bands, xarray's to_array says variable, older Earth Engine backends X and Y.
 _DIMENSIONS = {'t': 'time', 'X': 'x', 'Y': 'y', 'bands': 'band', 'variable': 'band'}
 ORBITS = {'asc': 'ASC', 'ascending': 'ASC', 'desc': 'DESC', 'descending': 'DESC'}
@@ -128,11 +135,11 @@ def write_series(
             name is there.
         ImportError: If the extra ``stac`` is not installed.
     """
-    if merge not in ('pass', 'day', None):
+    if merge not in _SAME:
         raise ValueError(f"merge is {merge!r}; expected 'pass', 'day' or None")
-    units = {name: reading.unit for name, reading in readings([*SENSORS], unit=unit).items()}
+    known = readings([*SENSORS], unit=unit, nodata=nodata)
     cubes = {
-        name: _Cube(data, SENSORS[name], units[name], (nodata or {}).get(name), corners, add)
+        name: _Cube(data, SENSORS[name], known[name].unit, (nodata or {}).get(name), corners, add)
         for name, data, add in (('s2', s2, offset), ('s1', s1, 0))
         if data is not None
     }
@@ -146,17 +153,16 @@ def write_series(
         dataset = _dataset(labels.to_dataset(name='labels'), {'y', 'x'})
         others.append(_grid(dataset, corners))
         labels = _only(dataset['labels'], 'y', 'x')
-        tag = _tag_of(labels)
-        missing = np.nan if tag is None else tag
+        missing = _tag_of(labels, np.nan)
         image = lazily(_labels, dask_of(labels), dtype='uint8', missing=missing)
     if any(other != grid for other in others):
         found = '; '.join(map(str, [grid, *others]))
         raise DataError(f's2, s1 and labels lie on different pixels, {found}; warp them')
     jobs = {name: cube.jobs(merge) for name, cube in cubes.items()}
-    names = [(sensor, file_name(f'{tile}_0_0', *key)) for sensor in jobs for key in jobs[sensor]]
-    if there := sum(Path(root, *name).exists() for name in names):
+    paths = paths_of(Path(root), tile, jobs)
+    if there := sum(path.exists() for path in paths):
         warn(
-            f'{there} of {len(names)} images of {tile} are there already and stay as they are; '
+            f'{there} of {len(paths)} images of {tile} are there already and stay as they are; '
             'delete them to have them written anew'
         )
     write_patch(root, tile, grid, jobs, progress, image)
@@ -179,45 +185,57 @@ def write_patch(
     Raises:
         DataError: If another patch of that name is there, or none has a pixel.
     """
-    root, patch = Path(root), f'{tile}_0_0'
-    if re.fullmatch(r'\w+', tile) is None:
-        raise DataError(f'tile is {tile!r}; expected letters, digits and _')
+    root = Path(root)
+    paths = paths_of(root, tile, jobs)
     for folder in (LABELS, *FOLDERS):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    pattern = f's[12]/{tile}_[0-9]*_0_0.tif'
-    for path in sorted(root.glob(pattern))[:1]:
+    for path in images_of(root, tile)[:1]:
         if (there := read_grid(path)) != grid:
             raise DataError(f'{path} lies at {there}, not at {grid}; choose another tile or root')
-    paths = {
-        root / sensor / file_name(patch, *key): job
-        for sensor, own in jobs.items()
-        for key, job in own.items()
-    }
     outcomes = dict(_run({p: job for p, job in paths.items() if not p.exists()}, progress))
     _warn(outcomes, len(paths))
-    if not any(root.glob(pattern)):
+    if not images_of(root, tile):
         raise DataError(f'none of the {len(paths)} images of {tile} has a pixel: nothing to write')
     if labels is not None:
-        path = root / GROUND_REFERENCE / reference_name(patch)
+        path = root / GROUND_REFERENCE / reference_name(patch_name(tile))
         write_bands(path, grid, {'label': labels}, 255)
-    write_label_files(root, overwrite=True, progress=False, names=[patch])
+    write_label_files(root, overwrite=True, progress=False, names=[patch_name(tile)])
     return {path.name: outcome.left_out for path, outcome in outcomes.items() if outcome.left_out}
+
+
+def patch_name(tile: str) -> str:
+    """Name of the patch that is the whole of a tile."""
+    if re.fullmatch(r'\w+', tile) is None:
+        raise DataError(f'tile is {tile!r}; expected letters, digits and _')
+    return f'{tile}_0_0'
+
+
+def paths_of[T](root: Path, tile: str, images: Mapping[str, Mapping[Key, T]]) -> dict[Path, T]:
+    """Images by sensor and key, by their paths."""
+    return {
+        root / sensor / file_name(patch_name(tile), *key): image
+        for sensor, own in images.items()
+        for key, image in own.items()
+    }
+
+
+def images_of(root: Path, tile: str) -> list[Path]:
+    """Images of a tile on disk, none of one whose name begins alike."""
+    name = re.compile(rf'{tile}_\d{{8}}(T\d{{6}})?_S[12]\w*_0_0\.tif')
+    return sorted(path for path in root.glob(f's[12]/{tile}_*.tif') if name.fullmatch(path.name))
 
 
 def group(
     times: Sequence[pd.Timestamp], kinds: Sequence[str], merge: Merge
 ) -> dict[Key, list[int]]:
     """Numbers of the acquisitions that make one image, in the order of time."""
+    if merge == 'day':
+        kinds = [kind.split('_')[0] for kind in kinds]
     groups: dict[Key, list[int]] = {}
     last: Key = pd.Timestamp(0), ''
-    for i in sorted(range(len(times)), key=lambda i: (merge == 'day' or kinds[i], times[i])):
-        kind = kinds[i].split('_')[0] if merge == 'day' else kinds[i]
-        same = times[i] == last[0]
-        if merge == 'pass':
-            same = times[i] - times[groups[last][-1]] <= _PASS if groups else False
-        if merge == 'day':
-            same = times[i].date() == last[0].date()
-        last = last if same and kind == last[1] else (times[i], kind)
+    for i in sorted(range(len(times)), key=lambda i: (kinds[i], times[i])):
+        same = kinds[i] == last[1] and _SAME[merge](times[groups[last][-1]], times[i])
+        last = last if same else (times[i], kinds[i])
         groups.setdefault(last, []).append(i)
     return groups
 
@@ -289,7 +307,7 @@ class _Cube:
         self.sensor, self.nodata = sensor, nodata
         self.unit = None if unit == next(iter(sensor.units)) else unit
         self.grid = _grid(dataset, corners)
-        self.times = utc(_times(dataset['time']))
+        self.times = _times(dataset['time'])
         self.bands = _bands(dataset, sensor)
         self.baselines, self.orbits = (
             np.broadcast_to(dataset.coords.get(name, ''), len(self.times))
@@ -322,7 +340,7 @@ class _Cube:
         """Offsets of an array at each time, in whatever order it has them."""
         values = offset.values
         if offset.dims and 'time' in offset.coords:
-            own = utc(_times(offset['time']))
+            own = _times(offset['time'])
             if own != self.times:
                 known = dict(zip(own, values, strict=True))
                 values = np.array([known.get(time, np.nan) for time in self.times])
@@ -371,9 +389,8 @@ class _Cube:
 
     def _missing(self, variable: Any) -> float:
         """Value without an observation."""
-        tag = _tag_of(variable) if self.nodata is None else self.nodata
-        usual = {'f': np.nan, 'u': 0.0, 'i': self.sensor.nodata}
-        return usual[variable.dtype.kind] if tag is None else tag
+        usual = {'f': np.nan, 'u': 0.0, 'i': self.sensor.nodata}[variable.dtype.kind]
+        return _tag_of(variable, usual) if self.nodata is None else self.nodata
 
 
 @dataclass(frozen=True)
@@ -582,18 +599,17 @@ def _only(variable: Any, *dimensions: str) -> Any:
     return variable.transpose(*dimensions)
 
 
-def _times(coordinate: Any) -> pd.DatetimeIndex:
-    """Times of a coordinate, in UTC."""
-    if coordinate.dtype.kind in 'iuf' or (times := pd.to_datetime(coordinate, utc=True)).hasnans:
+def _times(coordinate: Any) -> list[pd.Timestamp]:
+    """Times of a coordinate."""
+    if coordinate.dtype.kind in 'iuf' or pd.isna(times := utc(coordinate.values)).any():
         raise DataError(f'time holds {coordinate.values[:3]} ..., not all of which are times')
     return times
 
 
-def _tag_of(variable: Any) -> float | None:
+def _tag_of(variable: Any, usual: float) -> float:
     """Value that a variable says to have where it has none."""
-    names = ('_FillValue', 'nodata', 'missing_value')
-    tags = [variable.attrs[name] for name in names if variable.attrs.get(name) is not None]
-    return float(tags[0]) if tags else None
+    told = (variable.attrs.get(name) for name in ('_FillValue', 'nodata', 'missing_value'))
+    return float(next((tag for tag in told if tag is not None), usual))
 
 
 def _to_layout(sensor: Sensor, unit: str, value: NDArray[Any]) -> NDArray[Any]:

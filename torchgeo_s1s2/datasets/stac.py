@@ -1,21 +1,20 @@
 """A region from a STAC API, and what each source of Sentinel data must be told."""
 
 import json
+import os
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil, floor
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import geopandas as gpd
 import numpy as np
 import pandas as pd
 import rasterio
-import requests
 from affine import Affine
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
@@ -29,28 +28,31 @@ from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.datasets.region import (
     CHUNK,
     Key,
+    Merge,
     Outcome,
     baseline_of,
     clean,
     file_name,
     fuse,
     group,
+    images_of,
     kind_of,
     lazily,
     optional,
+    patch_name,
+    paths_of,
     threads,
     utc,
     write_bands,
     write_patch,
 )
-from torchgeo_s1s2.datasets.sensors import SENSORS
+from torchgeo_s1s2.datasets.sensors import SENSORS, in_order
 from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import read_vectors
 from torchgeo_s1s2.errors import DataError, DownloadError, warn
-from torchgeo_s1s2.files import write_json
+from torchgeo_s1s2.files import check_room, write_json
 
-T = TypeVar('T')
 WAITS = (1.0, 2.0, 4.0)
 """Seconds before an image is read again; GDAL forgets what it had of a file after the first."""
 _BUSY = (429, 500, 502, 503, 504)  # answers after which a request is repeated
@@ -94,6 +96,11 @@ class StacCollection:
     clouds: Sequence[int] = (3, 8, 9, 10)  # of sen2cor's SCL: shadow, medium, high, cirrus
     sign: bool = False
     refused: str = ''
+
+    def __post_init__(self) -> None:
+        """Check the offset."""
+        if isinstance(self.offset, str):
+            in_order([self.offset], ['item', 'harmonised'], 'offset but numbers')
 
 
 _EARTH_SEARCH = 'https://earth-search.aws.element84.com/v1'
@@ -184,23 +191,25 @@ class SentinelRegion(Source):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        days = pd.to_datetime([*map(str, self.season)], errors='coerce', format='ISO8601', utc=True)
-        wrong = {
-            f'season is {self.season}; give its first and last day, such as 2021-06-01': (
-                len(days) not in (1, 2) or days.hasnans or days[0] > days[-1]
-            ),
-            f'max_clouds is {self.max_clouds}; give a share, 0 to 1': not 0 <= self.max_clouds <= 1,
-            f'orbits is {self.orbits!r}; choose from {", ".join(get_args(Orbits))}': (
-                self.orbits not in get_args(Orbits)
-            ),
-            f'resampling is {self.resampling!r}; choose from {", ".join(Resampling.__members__)}': (
-                self.resampling not in Resampling.__members__
-            ),
-            f'chunk is {self.chunk}; give a number of pixels, 1 or more': self.chunk < 1,
-        }
-        for message, is_wrong in wrong.items():
-            if is_wrong:
-                raise ValueError(message)
+        self.season = [str(day)[:10] for day in self.season]
+        days = pd.to_datetime(self.season, errors='coerce', format='ISO8601', utc=True)
+        if len(days) not in (1, 2) or days.hasnans or days[0] > days[-1]:
+            raise ValueError(
+                f'season is {self.season}; give its first and last day, such as 2021-06-01'
+            )
+        if isinstance(self.region, os.PathLike):
+            self.region = str(self.region)
+        if not isinstance(self.region, str):
+            self.region = [*map(float, self.region)]
+        if not 0 <= self.max_clouds <= 1:
+            raise ValueError(f'max_clouds is {self.max_clouds}; give a share, 0 to 1')
+        if self.chunk < 1:
+            raise ValueError(f'chunk is {self.chunk}; give a number of pixels, 1 or more')
+        in_order([self.orbits], get_args(Orbits), 'orbits')
+        in_order([self.resampling], [*Resampling.__members__], 'resampling')
+        if self.collections:
+            in_order([*self.collections], [*SENSORS], 'sensor in collections')
+        patch_name(self.tile)
 
     def fill(self, root: Path, wanted: Wanted) -> None:
         """Download what the date rule may choose."""
@@ -224,10 +233,10 @@ class SentinelRegion(Source):
         Returns:
             The root.
         """
-        root = Path(root)
+        root, sensors = Path(root), in_order(sensors, [*SENSORS], 'sensor')
         root.mkdir(parents=True, exist_ok=True)
         state = _State(root / f'{self.tile}.region.json', self._settings(sensors, series))
-        if state.changed and any(root.glob(f's[12]/{self.tile}_[0-9]*_0_0.tif')):
+        if state.changed and images_of(root, self.tile):
             raise DataError(
                 f'the images of {self.tile} in {root} were made with other {state.changed}; choose '
                 'another tile or root, or delete them'
@@ -241,7 +250,7 @@ class SentinelRegion(Source):
         with optional('dask').config.set(num_workers=self.num_workers):
             self._leave_clouds_out(images.get('s2', {}), state, progress)
             while True:
-                chosen = {s: self._choose(s, images, state.left_out, series) for s in images}
+                chosen = self._choose(images, state.left_out, series)
                 if not any(chosen.values()):
                     why = Counter(state.left_out.values())
                     told = '; '.join(f'{n} {reason}' for reason, n in why.items())
@@ -258,7 +267,7 @@ class SentinelRegion(Source):
         own = (self.collections or {}).get(sensor, self.source)
         if isinstance(own, StacCollection):
             known = replace(own, url=own.url or self.source)
-        elif own in SOURCES:
+        elif isinstance(own, str) and own in SOURCES:
             known = SOURCES[own][sensor]
         else:
             raise DataError(
@@ -268,6 +277,11 @@ class SentinelRegion(Source):
             )
         if known.refused:
             raise DataError(f'{known.collection} at {known.url} {known.refused}')
+        if sensor == 's2' and self.clouds and not known.mask:
+            raise DataError(
+                f'clouds are {self.clouds}, and no mask of {known.collection} is known; describe '
+                'it, as in StacCollection(mask=...)'
+            )
         given: dict[str, Any] = {'clouds': self.clouds, 'offset': self.offset}
         return replace(known, **{k: v for k, v in given.items() if v is not None})
 
@@ -293,8 +307,9 @@ class SentinelRegion(Source):
     def _grid_around(self, geometry: BaseGeometry) -> Grid:
         place = gpd.GeoSeries([geometry.segmentize(0.01)], crs=4326)
         epsg = self.epsg or place.estimate_utm_crs().to_epsg()
-        if not crs_of(epsg).is_projected:
-            raise DataError(f'epsg is {epsg}, in degrees; give that of a UTM zone')
+        unit, _ = crs_of(epsg).units_factor
+        if unit != 'metre':
+            raise DataError(f'epsg is {epsg}, whose unit is the {unit}; give that of a UTM zone')
         west, south, east, north = place.to_crs(epsg).total_bounds / _EDGE
         left, bottom = _EDGE * floor(west), _EDGE * floor(south)
         right, top = _EDGE * ceil(east), _EDGE * ceil(north)
@@ -309,12 +324,11 @@ class SentinelRegion(Source):
     def _settings(self, sensors: Sequence[str], series: DateRule | None) -> dict[str, Any]:
         ignored = ('chunk', 'num_workers')
         settings = {k: v for k, v in asdict(self).items() if k not in ignored}
-        settings |= {'season': [*map(str, self.season)], 'series': repr(series)}
-        return json.loads(json.dumps(settings | {'sensors': [*sensors]}))
+        return json.loads(json.dumps(settings | {'series': repr(series), 'sensors': sensors}))
 
     def _name(self, key: Key) -> str:
         """File name of an image."""
-        return file_name(f'{self.tile}_0_0', *key)
+        return file_name(patch_name(self.tile), *key)
 
     def _images(
         self, sensor: str, collection: StacCollection, geometry: BaseGeometry, grid: Grid
@@ -341,7 +355,7 @@ class SentinelRegion(Source):
         found = sorted(items.values(), key=lambda own: (-_baseline(own[0]), own[0].id))
         times = utc(_time(item) for item, _ in found)
         kinds = [kind_of(sensor, item.properties.get('sat:orbit_state')) for item, _ in found]
-        merge: Any = 'day' if sensor == 's1' and self.orbits == 'merged' else 'pass'
+        merge: Merge = 'day' if sensor == 's1' and self.orbits == 'merged' else 'pass'
         how = (sensor, collection, grid, self.resampling, self.chunk)
         return {
             key: StacImage([found[i] for i in numbers], *how)
@@ -360,13 +374,14 @@ class SentinelRegion(Source):
             search = api.search(
                 collections=[collection.collection],
                 intersects=mapping(geometry),
-                datetime='/'.join(map(str, self.season)),
+                datetime='/'.join(self.season),
             )
             items = [*search.items()]
-        except (client.exceptions.APIError, requests.RequestException, OSError) as error:
+        except Exception as error:  # an address that is no STAC API brings any, a silent one too
+            why = (str(error) or repr(error)).splitlines()[0][:200]
             raise DownloadError(
-                f'{where} cannot be searched ({str(error).splitlines()[0][:200]}). Check the '
-                'network and the address; the next start goes on with what is there'
+                f'{where} cannot be searched ({why}). Check the network and the address; the next '
+                'start goes on with what is there'
             ) from None
         if not items:
             raise DownloadError(
@@ -391,38 +406,29 @@ class SentinelRegion(Source):
         state.left_out |= dict.fromkeys(cloudy, f'have more than {self.max_clouds:.0%} of clouds')
 
     def _choose(
-        self,
-        sensor: str,
-        images: Mapping[str, Mapping[Key, 'StacImage']],
-        left_out: Mapping[str, str],
-        series: DateRule | None,
-    ) -> dict[Key, 'StacImage']:
-        """Images of a sensor that a date rule may choose."""
-        left = {
-            s: sorted(key for key in own if self._name(key) not in left_out)
-            for s, own in images.items()
+        self, images: '_Images', left_out: Mapping[str, str], series: DateRule | None
+    ) -> '_Images':
+        """Images that a date rule may choose."""
+        keys = {
+            sensor: sorted(key for key in own if self._name(key) not in left_out)
+            for sensor, own in images.items()
         }
-        chosen = left[sensor]
         if series is not None:
-            times = {s: np.array([k[0] for k in keys], 'datetime64[s]') for s, keys in left.items()}
-            chosen = [chosen[i] for i in sorted(series.candidates(times)[sensor])]
-        return {key: images[sensor][key] for key in chosen}
+            times = {s: np.array([k[0] for k in own], 'datetime64[s]') for s, own in keys.items()}
+            chosen = series.candidates(times)
+            keys = {s: [own[i] for i in sorted(chosen[s])] for s, own in keys.items()}
+        return {s: {key: images[s][key] for key in own} for s, own in keys.items()}
 
     def _tell(
-        self,
-        root: Path,
-        grid: Grid,
-        chosen: Mapping[str, Mapping[Key, 'StacImage']],
-        images: Mapping[str, Mapping[Key, 'StacImage']],
-        progress: bool,
+        self, root: Path, grid: Grid, chosen: '_Images', images: '_Images', progress: bool
     ) -> None:
         """Print what will be read, and compare it with the disk."""
         total = 0
         lines = [f'{self.tile}: {grid.width} x {grid.height} pixels of 10 m, EPSG:{grid.epsg}']
         for sensor, own in chosen.items():
-            paths = {root / sensor / self._name(key) for key in own}
+            absent = sum(not path.exists() for path in paths_of(root, self.tile, {sensor: own}))
             size = (2 if sensor == 's2' else 4) * len(SENSORS[sensor].bands)
-            size *= grid.width * grid.height * sum(not path.exists() for path in paths)
+            size *= grid.width * grid.height * absent
             total += size
             items = sum(len(image.items) for image in own.values())
             lines.append(
@@ -431,11 +437,7 @@ class SentinelRegion(Source):
             )
         if progress:
             print('\n'.join(lines))
-        if total > (free := shutil.disk_usage(root).free):
-            raise DownloadError(
-                f'{total / 1e9:.1f} GB are to be written to {root}, which has {free / 1e9:.1f} GB '
-                'free; make room, or choose fewer dates or a smaller region'
-            )
+        check_room(root, total, 'choose fewer dates or a smaller region')
 
 
 class _State:
@@ -562,7 +564,7 @@ class StacImage:
         arrays = [data[name].isel(time=0) for name in assets]
         return [(array.data, float(array.attrs.get('nodata', nodata))) for array in arrays]
 
-    def _patiently(self, work: Callable[[Sequence[Any]], T]) -> tuple[T | None, list[str]]:
+    def _patiently[T](self, work: Callable[[Sequence[Any]], T]) -> tuple[T | None, list[str]]:
         """Do work with the items; again after a while, and then without what is broken."""
         items, notes = [*self.items], list[str]()
         while items:
@@ -601,6 +603,9 @@ class StacImage:
                     ) from None
                 return f'{asset} of {item.id} ({href}) is left out: {error}'
         return ''
+
+
+_Images = dict[str, dict[Key, StacImage]]
 
 
 def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str]:
