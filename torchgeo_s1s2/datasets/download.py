@@ -41,10 +41,9 @@ _HIDDEN, _UNFINISHED = '.download', '.download/unfinished'
 class DownloadPlan:
     """What a season needs, and how much of it is not on disk yet; ``print`` shows it.
 
-    Label files name more than an archive may hold: of MultiSenGE's Sentinel-1 files about a fifth
-    exist. So before an archive was opened the plan is what the label files promise. Once it was
-    read in part, the number and the size of its files follow from that part, and once it was read
-    to its end the series are made of what it holds.
+    Before an archive was opened the plan is what the label files promise, which is more than it may
+    hold. Once it was read in part, the number and the size of its files follow from that part, and
+    once it was read to its end the series are made of what it holds.
 
     Attributes:
         root: Folder of the data set.
@@ -111,20 +110,14 @@ class SeasonDownload:
     Each archive ``url/{labels,ground_reference,s2,s1}.tgz`` is read as a stream that ends with
     the last file needed, and only the files needed are written, so none is ever on disk; one that
     holds nothing new is not opened. A file is complete or absent. Where a label file names images
-    that the archive lacks, the date rule chooses among those that it holds, as
-    :class:`~torchgeo_s1s2.datasets.Catalog` does.
+    that the archive lacks, the date rule chooses among those that it holds.
 
-    What is fetched again where:
-
-    - A connection that breaks goes on at the same byte, without anything fetched again.
-    - A run that was interrupted goes on at the last restart point in the archive, which is at
-      most about ``RemoteArchive.spacing``, 1 GiB, back. Files that are there are not written again.
-    - A later run that needs more reads the stretches between restart points that hold it.
-    - A server without ranges sends all before these once more, which is dropped as it arrives.
-    - An archive that has changed on the server is read from its start, and its files are replaced.
-
-    The journals for this are in ``root/.download``, and the SHA-256 of every file written in
-    ``root/checksums.sha256``, which ``sha256sum -c`` reads too.
+    A connection that breaks goes on at the same byte, an interrupted run at the last restart point
+    in the archive, about 1 GiB back at most, and a later run that needs more reads the stretches
+    that hold it. A server without ranges sends all before these once more, which is dropped as it
+    arrives. An archive that has changed on the server is read from its start, and its files are
+    replaced. The journals for this are in ``root/.download``, and the SHA-256 of every file written
+    in ``root/checksums.sha256``, which ``sha256sum -c`` reads too.
 
     Seasons may share a root. Where a rule's choice depends on how many dates there are
     (``AllDates`` with more dates than slots), it may choose others among the files of several

@@ -264,11 +264,7 @@ def _misshapen(path: Path, found: Sequence[int], expected: str) -> DataError:
 
 
 def _open(path: Path) -> NDArray[Any]:
-    """Map an array into memory.
-
-    Raises:
-        DataError: If it is missing, damaged or holds no numbers.
-    """
+    """Map an array into memory, and say which one if that cannot be or it holds no numbers."""
     try:
         array: NDArray[Any] = np.lib.format.open_memmap(path, mode='r')
     except (OSError, ValueError) as error:

@@ -198,7 +198,7 @@ def write_patch(
         raise DataError(f'none of the {len(paths)} images of {tile} has a pixel: nothing to write')
     if labels is not None:
         path = root / GROUND_REFERENCE / reference_name(patch_name(tile))
-        write_bands(path, grid, {'label': labels}, 255)
+        write_bands(path, grid, [{'label': labels}], 255)
     write_label_files(root, overwrite=True, progress=False, names=[patch_name(tile)])
     return {path.name: outcome.left_out for path, outcome in outcomes.items() if outcome.left_out}
 
@@ -403,7 +403,7 @@ class SeriesImage:
 
     def __call__(self, path: Path) -> Outcome:
         """Write it, unless it is empty."""
-        written = write_bands(path, self.grid, fuse(self.layers, self.nodata), self.nodata)
+        written = write_bands(path, self.grid, self.layers, self.nodata)
         return Outcome('' if written else 'have no pixel')
 
 
@@ -496,8 +496,9 @@ def _is(value: NDArray[Any], nodata: float) -> NDArray[np.bool_]:
     return found
 
 
-def write_bands(path: Path, grid: Grid, bands: Mapping[str, Any], nodata: float) -> bool:
+def write_bands(path: Path, grid: Grid, layers: Sequence[Mapping[str, Any]], nodata: float) -> bool:
     """Write dask arrays (H, W) as bands of a GeoTIFF, block by block; False if all is missing."""
+    bands = fuse(layers, nodata)
     dtype = next(iter(bands.values())).dtype
     profile = _PROFILE | vars(grid) | {'nodata': nodata, 'dtype': dtype, 'count': len(bands)}
     profile['predictor'] = 3 if dtype.kind == 'f' else 2
@@ -515,11 +516,15 @@ def write_bands(path: Path, grid: Grid, bands: Mapping[str, Any], nodata: float)
     return seen
 
 
+@dataclass
 class _Band:
-    """A band of an open file, to which dask assigns blocks."""
+    """A band of an open file, to which dask assigns blocks, and whether one had a value."""
 
-    def __init__(self, path: Path, dst: Any, number: int, nodata: float) -> None:
-        self.path, self.dst, self.number, self.nodata, self.seen = path, dst, number, nodata, False
+    path: Path
+    dst: Any
+    number: int
+    nodata: float
+    seen: bool = False
 
     def __setitem__(self, where: tuple[slice, slice], value: NDArray[Any]) -> None:
         (top, bottom), (left, right) = ((part.start, part.stop) for part in where)

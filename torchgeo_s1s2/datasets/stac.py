@@ -245,7 +245,7 @@ class SentinelRegion(Source):
             return root
         known = {sensor: self.collection(sensor) for sensor in sensors}
         geometry = self.geometry()
-        grid = self._grid_around(geometry)
+        grid = self.grid(geometry)
         images = {sensor: self._images(sensor, c, geometry, grid) for sensor, c in known.items()}
         with optional('dask').config.set(num_workers=self.num_workers):
             self._leave_clouds_out(images.get('s2', {}), state, progress)
@@ -300,11 +300,9 @@ class SentinelRegion(Source):
             )
         return box(west, south, east, north)
 
-    def grid(self) -> Grid:
-        """Pixels of the region."""
-        return self._grid_around(self.geometry())
-
-    def _grid_around(self, geometry: BaseGeometry) -> Grid:
+    def grid(self, geometry: BaseGeometry | None = None) -> Grid:
+        """Pixels of the region, whose geometry may be given where it is known."""
+        geometry = self.geometry() if geometry is None else geometry
         place = gpd.GeoSeries([geometry.segmentize(0.01)], crs=4326)
         epsg = self.epsg or place.estimate_utm_crs().to_epsg()
         unit, _ = crs_of(epsg).units_factor
@@ -495,7 +493,7 @@ class StacImage:
         """Write it, without items of which a file cannot be read."""
         written, notes = self._patiently(
             lambda items: write_bands(
-                path, self.grid, fuse([self._layer(*own) for own in items], self.tag), self.tag
+                path, self.grid, [self._layer(*own) for own in items], self.tag
             )
         )
         why = {None: 'cannot be read', False: 'have no pixel', True: ''}[written]
@@ -583,11 +581,7 @@ class StacImage:
         return None, notes
 
     def _broken(self, item: Any, assets: Mapping[str, str]) -> str:
-        """Which file of an item cannot be read, empty if all can.
-
-        Raises:
-            DownloadError: If a server does not answer, or wants no more requests now.
-        """
+        """Which file of an item cannot be read, empty if all can; an error if the server fails."""
         for asset in filter(None, (*assets.values(), self.collection.mask)):
             with rasterio.Env(**FRESH):
                 ((value, _),) = self._load(item, [asset])
@@ -609,11 +603,7 @@ _Images = dict[str, dict[Key, StacImage]]
 
 
 def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str]:
-    """Asset of each band.
-
-    Raises:
-        DataError: If the item lacks one.
-    """
+    """Asset of each band; an error if the item lacks one, or its values are others."""
     known = SENSORS[sensor]
     named = {known.band(_common(asset.to_dict())): key for key, asset in item.assets.items()}
     named |= {known.band(key): key for key in item.assets}
@@ -661,11 +651,7 @@ def _baseline(item: Any) -> float:
 
 
 def _offset(item: Any, asset: str, collection: StacCollection) -> float:
-    """What to add to the values of an asset, after what its item says and never its date.
-
-    Raises:
-        DataError: If it does not say.
-    """
+    """What to add to the values of an asset, after what its item says and never its date."""
     if collection.offset != 'item':
         return 0 if collection.offset == 'harmonised' else collection.offset
     baseline, applied = _baseline(item), item.properties.get('earthsearch:boa_offset_applied')
