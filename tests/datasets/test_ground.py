@@ -156,6 +156,8 @@ def test_pieces_have_names_of_their_own_and_bad_numbers_are_refused(tmp_path: Pa
         BlockSplits(80, SHARES, seed=-1)
     with pytest.raises(ValueError, match='buffer is 80; give 0 or more, and less than 80'):
         BlockSplits(80, SHARES, buffer=80)
+    with pytest.raises(DataError, match=r'size is 0\.08, less than a pixel, 10; give metres'):
+        part(root, BlockSplits(0.08, SHARES), 'train')
     with pytest.raises(DataError, match='1 blocks of 10000 m are too few for the shares'):
         part(root, BlockSplits(10000, SHARES), 'train')
     assert torch.equal(*(part(root, BlockSplits(80, SHARES), 'test')[0]['bounds'] for _ in '12'))

@@ -80,6 +80,9 @@ class BlockSplits(GroundSplits):
     def areas(self, patches: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
         """The blocks."""
         crs = int(patches['epsg'].mode()[0])
+        pixel = ((patches['xmax'] - patches['xmin']) / patches['width']).max()
+        if self.size < pixel:
+            raise DataError(f'size is {self.size}, less than a pixel, {pixel:g}; give metres')
         corners = np.unique(np.concatenate([*self._reached(patches, crs)]), axis=0) * self.size
         low, high = corners + self.buffer / 2, corners + self.size - self.buffer / 2
         blocks = shapely.box(*low.T, *high.T)
