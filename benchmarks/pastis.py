@@ -47,7 +47,7 @@ def _patch(root: Path, number: int, size: int) -> Iterator[tuple[str, Any]]:
     late, crop = rng.normal(0, 20, len(centres))[parcel], crops[parcel]
     target = np.zeros((3, size, size), np.uint8)
     target[0] = np.where(np.isin(parcel, parcel[0]) & (crop > 0), VOID, crop)  # cut by the border
-    _save(root / 'ANNOTATIONS' / f'TARGET_{number}.npy', target)
+    save(root / 'ANNOTATIONS' / f'TARGET_{number}.npy', target)
     yield from {'ID_PATCH': number, 'Fold': number % 5 + 1, 'TILE': 't30uxv'}.items()
     clear = np.flatnonzero(rng.random(42) < 0.6) * 10
     for sensor, days in {'S2': clear, 'S1A': np.arange(2, 420, 12), 'S1D': clear + 3}.items():
@@ -64,12 +64,13 @@ def _patch(root: Path, number: int, size: int) -> Iterator[tuple[str, Any]]:
                 db = level + 10 * np.log10(speckle(rng, level.shape))
                 images.append(np.concatenate([db, db[:1] - db[1:]]))
         kind = np.int16 if sensor == 'S2' else np.float16
-        _save(root / f'DATA_{sensor}' / f'{sensor}_{number}.npy', np.array(images).astype(kind))
+        save(root / f'DATA_{sensor}' / f'{sensor}_{number}.npy', np.array(images).astype(kind))
         dates = (int(str(START + int(day)).replace('-', '')) for day in days)
         yield f'dates-{sensor}', json.dumps({str(i): date for i, date in enumerate(dates)})
 
 
-def _save(path: Path, array: Any) -> None:
+def save(path: Path, array: Any) -> None:
+    """Write an array."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
         np.save(temporary, array)

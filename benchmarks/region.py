@@ -7,7 +7,8 @@ python -m benchmarks.region map CHECKPOINT  # of the demo: conf/region.yaml, and
 import json
 import sys
 import tempfile
-from contextlib import chdir
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,29 @@ def publish(image: Path, folder: Path, url: str) -> dict[str, Any]:
     return item(image.stem, collection, day, assets, first)
 
 
-def bounds_of(path: Path, margin: float = 40) -> list[float]:
+def bounds_of(path: Path, margin: float) -> list[float]:
     """Degrees of a raster without a margin in metres."""
     with rasterio.open(path) as src:
         left, bottom, right, top = src.bounds
         inner = left + margin, bottom + margin, right - margin, top - margin
         return [*transform_bounds(src.crs, 'EPSG:4326', *inner)]
+
+
+@contextmanager
+def serve(images: Sequence[Path], folder: Path, margin: float) -> Iterator[dict[str, Any]]:
+    """Serve images that lie alike; yields what a SentinelRegion of them without a margin takes."""
+    with serve_files(folder / 'cogs') as files:
+        items = [publish(image, folder / 'cogs', files.url) for image in images]
+        with serve_items(items, folder) as api:
+            known = {sensor: vars(c) for sensor, c in (('s2', S2), ('s1', S1))}
+            place = {'region': bounds_of(images[0], margin), 'season': SEASON}
+            yield place | {'source': api, 'collections': known}
+
+
+def configuration(path: Path, **data: Any) -> str:
+    """Write arguments of a data module as a configuration; the option that names it."""
+    path.write_text(json.dumps({'data': {'init_args': data}}))
+    return f'--config={path}'
 
 
 def plain(api: str, region: SentinelRegion, root: Path) -> None:
@@ -115,20 +133,13 @@ def speed(sizes: tuple[int, ...] = (2048, 4096), rounds: int = 3, dates: int = 4
 
 def map_region(checkpoint: str, output: Path = Path('outputs/region.png')) -> None:
     """Serve a synthetic patch, and map it by ``conf/region.yaml``."""
-    checkpoint = str(Path(checkpoint).resolve())
-    with tempfile.TemporaryDirectory() as name, serve_files(Path(name, 'cogs')) as files:
+    options = [f'--config={CONF}', f'--ckpt_path={Path(checkpoint).resolve()}']
+    with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         write_synthetic(root / 'source', 256, {'31UEQ': 1}, incomplete=0, haze=0)
-        images = sorted(root.glob('source/s[12]/*.tif'))
-        items = [publish(image, root / 'cogs', files.url) for image in images]
-        with serve_items(items, root) as api:
-            own = {'region': bounds_of(images[0], 150), 'season': SEASON, 'source': api}
-            own['collections'] = {s: vars(c) for s, c in (('s2', S2), ('s1', S1))}
-            settings = {'data': {'init_args': {'source': {'init_args': own}}}}
-            (root / 'own.yaml').write_text(json.dumps(settings))
-            with chdir(root):
-                options = ['--config=own.yaml', f'--ckpt_path={checkpoint}']
-                torchgeo.main.main(['predict', f'--config={CONF}', *options])
+        with serve(sorted(root.glob('source/s[12]/*.tif')), root, 150) as source, chdir(root):
+            options += [configuration(root / 'own.yaml', source={'init_args': source})]
+            torchgeo.main.main(['predict', *options])
         with rasterio.open(root / 'outputs' / 'region' / '32631.tif') as src:
             colours, ids = src.colormap(1), src.read(1)
             with rasterio.open(next(root.glob('source/ground_reference/*.tif'))) as reference:

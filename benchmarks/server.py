@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,11 +17,10 @@ from pathlib import Path
 from socket import create_server
 from threading import Thread
 from typing import Any, BinaryIO
-from urllib.error import URLError
 from urllib.parse import urlparse
-from urllib.request import urlopen
 
 import rasterio
+import urllib3
 from numpy.typing import NDArray
 from rasterio.transform import from_origin
 from rasterio.warp import transform_geom
@@ -157,20 +155,12 @@ def serve_items(items: Sequence[dict[str, Any]], folder: Path) -> Iterator[str]:
         [*command, '--addr', address, path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        _wait(f'http://{address}')
+        starting = urllib3.Retry(15, backoff_factor=0.01)
+        urllib3.PoolManager().request('GET', f'http://{address}', retries=starting)
         yield f'http://{address}'
     finally:
         process.terminate()
         process.wait()
-
-
-def _wait(url: str) -> None:
-    for _ in range(300):
-        try:
-            return urlopen(url).close()
-        except URLError:
-            time.sleep(0.1)
-    raise TimeoutError(f'{url} did not start')
 
 
 def write_cog(

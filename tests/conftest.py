@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchgeo.main import main
 
 import benchmarks.run
+from benchmarks.pastis import save
 from torchgeo_s1s2.datasets import ClassScheme, LandCoverClass, rasters
 from torchgeo_s1s2.datasets.rasters import Grid
 
@@ -191,9 +192,8 @@ def write_pastis(
         for sensor, count in zip(PASTIS_DAYS, numbers, strict=True):
             listed = {str(t): day for t, day in enumerate(pastis_dates(sensor, count))}
             dates[f'dates-{sensor}'] = json.dumps(listed) if text else listed
-            save(
-                root / f'DATA_{sensor}' / f'{sensor}_{10000 + i}.npy', _values(sensor, count, size)
-            )
+            path = root / f'DATA_{sensor}' / f'{sensor}_{10000 + i}.npy'
+            save(path, _values(sensor, count, size))
         target = np.zeros((3, size, size), np.uint8)
         target[0] = (np.arange(size) % 19)[:, None]
         target[0, :, -1] = 19
@@ -222,11 +222,6 @@ def _values(sensor: str, count: int, size: int) -> NDArray[Any]:
     vv = {'S1A': -10.0, 'S1D': -11.0}[sensor]
     bands = np.array([vv, vv - 6, 6])[:, None, None] - date * np.array([1, 1, 0])[:, None, None]
     return np.broadcast_to(bands, (count, 3, size, size)).astype(np.float16)
-
-
-def save(path: Path, array: NDArray[Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, array)
 
 
 def quiet_trainer(root: Path | None = None, **options: Any) -> Trainer:
@@ -279,6 +274,18 @@ def trainings(run: Callable[..., object] = benchmarks.run.run) -> Iterator[list[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, 'run', here)
         yield options
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Let no file become larger than some bytes, as on a disk that fills up."""
+    resource = pytest.importorskip('resource')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def torchgeo(folder: Path, *arguments: str) -> None:

@@ -1,6 +1,5 @@
 """conf/region.yaml: from a place and a season to a map in one run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ MODEL = ('--model.init_args.backbone=resnet18_convlstm_inception', '--trainer.ac
 
 
 def test_predict_downloads_maps_and_writes(tmp_path: Path) -> None:
-    from benchmarks.region import S1, S2, SEASON, bounds_of, publish
-    from benchmarks.server import serve_files, serve_items
+    from benchmarks.region import configuration, serve
 
     size = '--data.init_args.source.init_args.size=128'
     torchgeo(tmp_path, 'fit', f'--config={FIT}', size)
@@ -35,15 +33,10 @@ def test_predict_downloads_maps_and_writes(tmp_path: Path) -> None:
     patch = images[0].stem.split('_', 3)[-1]
     images = [image for image in images if image.stem.endswith(patch)]
     assert {image.parent.name for image in images} == {'s1', 's2'}
-    with serve_files(tmp_path / 'cogs') as files:
-        items = [publish(image, tmp_path / 'cogs', files.url) for image in images]
-        with serve_items(items, tmp_path) as api:
-            known = {s: vars(c) for s, c in (('s2', S2), ('s1', S1))}
-            source = {'region': bounds_of(images[0], 120), 'season': SEASON, 'source': api}
-            own = {'source': {'init_args': source | {'collections': known}}}
-            (tmp_path / 'own.yaml').write_text(json.dumps({'data': {'init_args': own}}))
-            options = [*MODEL, '--ckpt_path=outputs/best.ckpt', '--config=own.yaml']
-            torchgeo(tmp_path, 'predict', f'--config={CONF}', *options)
+    options = [f'--config={CONF}', *MODEL, '--ckpt_path=outputs/best.ckpt']
+    with serve(images, tmp_path, 120) as source:
+        own = configuration(tmp_path / 'own.yaml', source={'init_args': source})
+        torchgeo(tmp_path, 'predict', *options, own)
     # The same pixels cut out with rasterio alone, and mapped.
     direct = tmp_path / 'direct'
     for image in images:
@@ -62,10 +55,10 @@ def test_predict_downloads_maps_and_writes(tmp_path: Path) -> None:
         with rasterio.open(direct / image.parent.name / name, 'w', **profile) as dst:
             dst.write(value)
     write_label_files(direct, progress=False)
-    check_fit(tmp_path, source | {'collections': known}, images[0])
+    check_fit(tmp_path, source, images[0])
     plain = ['--data.init_args.source=null', '--data.init_args.root=direct']
     elsewhere = '--trainer.callbacks.init_args.output_dir=outputs/direct'
-    torchgeo(tmp_path, 'predict', f'--config={CONF}', *options[:-1], *plain, elsewhere)
+    torchgeo(tmp_path, 'predict', *options, *plain, elsewhere)
     ours, theirs = (sorted(tmp_path.glob(f'outputs/{n}/*.tif')) for n in ('region', 'direct'))
     assert ours
     assert [p.name for p in ours] == [p.name for p in theirs]
@@ -75,6 +68,8 @@ def test_predict_downloads_maps_and_writes(tmp_path: Path) -> None:
 
 def check_fit(folder: Path, source: dict[str, Any], image: Path) -> None:
     """Polygons make the region, which is there by now, a training set split by blocks of ground."""
+    from benchmarks.region import configuration
+
     with rasterio.open(image) as src:
         left, bottom, right, top = src.bounds
         middle, crs = (left + right) / 2, src.crs
@@ -90,10 +85,10 @@ def check_fit(folder: Path, source: dict[str, Any], image: Path) -> None:
     ]
     blocks = {'size': 640, 'shares': {'train': 0.5, 'val': 0.5}}
     splits = {'class_path': f'{datasets}.BlockSplits', 'init_args': blocks}
-    data = {'source': sources, 'splits': splits, 'patch_size': 32, 'batch_size': 2}
-    (folder / 'fit.yaml').write_text(json.dumps({'data': {'init_args': data}}))
-    options = [*MODEL, '--config=fit.yaml', '--trainer.max_epochs=1']
-    torchgeo(folder, 'fit', f'--config={CONF}', *options)
+    own = configuration(
+        folder / 'fit.yaml', source=sources, splits=splits, patch_size=32, batch_size=2
+    )
+    torchgeo(folder, 'fit', f'--config={CONF}', *MODEL, own, '--trainer.max_epochs=1')
     [reference] = (folder / 'data' / 'region' / 'ground_reference').glob('*.tif')
     with rasterio.open(reference) as src:
         half = round((middle - src.bounds.left) / 10)

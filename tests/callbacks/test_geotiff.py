@@ -9,7 +9,7 @@ import pytest
 import rasterio
 import rasterio.shutil
 import torch
-from conftest import SCHEME, quiet_trainer, read_raster
+from conftest import SCHEME, full_disk, quiet_trainer, read_raster
 from lightning.pytorch import LightningModule
 from rasterio.transform import Affine, from_origin
 from rasterio.windows import Window
@@ -263,15 +263,9 @@ def test_failure_leaves_the_earlier_files_and_nothing_else(tmp_path: Path) -> No
 
 
 def test_full_disk_leaves_no_map(tmp_path: Path) -> None:
-    resource = pytest.importorskip('resource')
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     window = noise(600)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
-    try:
-        with pytest.raises(MapError, match='See whether the disk is full'):
-            GeoTIFFWriter(tmp_path, confidence=True).write(window, SCHEME, Patches())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(300_000), pytest.raises(MapError, match='See whether the disk is full'):
+        GeoTIFFWriter(tmp_path, confidence=True).write(window, SCHEME, Patches())
     assert not list(tmp_path.iterdir())
 
 

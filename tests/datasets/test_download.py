@@ -1,6 +1,5 @@
 import gzip
 import hashlib
-import io
 import multiprocessing
 import os
 import random
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from conftest import S1_DATES, S2_DATES, write_label_file
+from conftest import S1_DATES, S2_DATES, full_disk, write_label_file
 from torchgeo.datasets import DatasetNotFoundError
 
 from benchmarks.server import Files, serve_files
@@ -54,16 +53,16 @@ def compress(data: bytes, level: int = 6) -> bytes:
     return deflate.compress(data) + deflate.flush()
 
 
-def pack(members: Sequence[tuple[tarfile.TarInfo | str, bytes]], level: int = 6) -> bytes:
-    """A .tgz of members, of which a name alone is a plain file."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode='w', format=tarfile.GNU_FORMAT) as tar:
-        for member, content in members:
-            info = tarfile.TarInfo(member) if isinstance(member, str) else member
-            if isinstance(member, str):
-                info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return compress(buffer.getvalue(), level)
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, target: str = '') -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size, kind, target
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def pack(members: Sequence[tuple[str, bytes]], level: int = 6, special: bytes = b'') -> bytes:
+    """A .tgz of files, which special headers precede."""
+    files = (header(name, len(c)) + c + bytes(-len(c) % tarfile.BLOCKSIZE) for name, c in members)
+    return compress(b''.join([special, *files, bytes(tarfile.RECORDSIZE)]), level)
 
 
 def pack_folder(root: Path, folder: str, leave_out: Collection[str] = ()) -> bytes:
@@ -115,6 +114,7 @@ def server(archives: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(archive, '_CHUNK', 1024)
     with serve_files() as server:
         server.contents.update(archives)
+        monkeypatch.setattr(MultiSenGE, 'url', server.url)
         yield server
 
 
@@ -176,12 +176,6 @@ def interrupt(server: Files, run: Callable[[], None], name: str, *after: int) ->
     server.asked.clear()
 
 
-def test_dropped_too_often(server: Files, tmp_path: Path, expected: Mapping[str, bytes]) -> None:
-    interrupt(server, season(server, tmp_path).run, 'labels.tgz', 1000)
-    season(server, tmp_path).run()
-    assert tree(tmp_path) == expected
-
-
 EVERY_DATE: dict[str, DateRule] = {
     's2': AllDates(),
     's1': AllDates(leader='s1', max_length=40, missing='keep'),
@@ -189,12 +183,12 @@ EVERY_DATE: dict[str, DateRule] = {
 
 
 @pytest.mark.parametrize('ranges', [True, False])
-@pytest.mark.parametrize('share', [0.0001, 0.2, 0.6, 0.97])
-@pytest.mark.parametrize('folder', EVERY_DATE)
+@pytest.mark.parametrize('share', [0.0001, 0.4, 0.97])
+@pytest.mark.parametrize('folder', ['labels', 's2', 's1'])
 def test_interrupted_at_any_byte(
     server: Files, source: Path, tmp_path: Path, folder: str, share: float, ranges: bool
 ) -> None:
-    series, name = EVERY_DATE[folder], f'{folder}.tgz'
+    series, name = EVERY_DATE.get(folder), f'{folder}.tgz'
     expected = season_of(source, MultiSenGE(source, split='all', series=series))
     cut = int(share * len(server.contents[name]))
     interrupt(server, season(server, tmp_path, tiles=None, series=series).run, name, cut)
@@ -204,7 +198,8 @@ def test_interrupted_at_any_byte(
     server.ranges = ranges
     season(server, tmp_path, tiles=None, series=series).run()
     assert tree(tmp_path) == expected
-    assert {path: (tmp_path / path).stat().st_mtime_ns for path in there} == written
+    again = {path: (tmp_path / path).stat().st_mtime_ns for path in there}
+    assert again == written or folder == 'labels'  # which are small, and read in one stretch
     # Restart points are 8 KiB apart, and then comes the next block that ends with a byte.
     assert cut - 2 * 2**13 < server.first_bytes(name)[0] <= cut
 
@@ -243,18 +238,15 @@ def test_damaged_journal(server: Files, tmp_path: Path, content: str) -> None:
         season(server, tmp_path).run()
 
 
-def test_a_misspelt_tile_is_said(server: Files, tmp_path: Path) -> None:
-    with pytest.warns(S1S2Warning, match=r"no tiles \['31UXX'\] \(tiles there: 31UEQ, "):
-        assert season(server, tmp_path, tiles=['31UXX']).plan().patches == 0
-
-
-def test_arguments_that_mean_nothing_are_named(tmp_path: Path) -> None:
+def test_arguments_that_mean_nothing_are_named(server: Files, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r'data/labels\.tgz: .*No scheme supplied'):
         SeasonDownload(tmp_path, 'data', progress=False).run()
     with pytest.raises(ValueError, match=r"no such sensor: \['s3'\]; choose from s2, s1"):
         SeasonDownload(tmp_path, 'data', sensors=['s3'])
     with pytest.raises(ValueError, match=r"tiles is '31UFQ'; expected several, as in \['31UFQ'\]"):
         SeasonDownload(tmp_path, 'data', tiles='31UFQ')
+    with pytest.warns(S1S2Warning, match=r"no tiles \['31UXX'\] \(tiles there: 31UEQ, "):
+        assert season(server, tmp_path, tiles=['31UXX']).plan().patches == 0
 
 
 def test_a_later_season_reads_only_where_it_is(server: Files, source: Path, tmp_path: Path) -> None:
@@ -381,12 +373,6 @@ def test_archive_that_changes_at_each_response(server: Files, tmp_path: Path) ->
         season(server, tmp_path).run()
 
 
-def special(name: str, kind: bytes, target: str = '') -> tuple[tarfile.TarInfo, bytes]:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info, b''
-
-
 def test_hostile_archive(server: Files, tmp_path: Path, expected: Mapping[str, bytes]) -> None:
     root, outside = tmp_path / 'root', tmp_path / 'outside'
     outside.write_text('mine')
@@ -402,38 +388,27 @@ def test_hostile_archive(server: Files, tmp_path: Path, expected: Mapping[str, b
     )
     s2 = sorted(name for name in expected if name.startswith('s2/'))
     first = s2[0]
-    members: list[tuple[tarfile.TarInfo | str, bytes]] = [
-        ('../outside', b'evil'),
-        (str(outside), b'evil'),
-        (f'../{first}', b'evil'),
-        (f'/{first}', b'evil'),
-        (f's2/../../{first}', b'evil'),
-        special('s2', tarfile.SYMTYPE, str(tmp_path)),
-        special(first, tarfile.SYMTYPE, str(outside)),
-        special(first, tarfile.LNKTYPE, '../outside'),
-        special(first, tarfile.CHRTYPE),
-        special(first, tarfile.BLKTYPE),
-        special(first, tarfile.FIFOTYPE),
-        special(first, tarfile.DIRTYPE),
-        (f'{first}.part', b'evil'),
-        ('s2/another.tif', b'evil'),
+    kinds = tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE
+    special = [
+        header('s2', 0, tarfile.SYMTYPE, str(tmp_path)),
+        header(first, 0, tarfile.SYMTYPE, str(outside)),
+        header(first, 0, tarfile.LNKTYPE, '../outside'),
+        *(header(first, 0, kind) for kind in kinds),
+    ]
+    above = '../outside', str(outside), f'../{first}', f'/{first}', f's2/../../{first}'
+    members = [
+        *((name, b'evil') for name in (*above, f'{first}.part', 's2/another.tif')),
         *((name, expected[name]) for name in s2[:-1]),
         (first, b'evil'),
         (s2[-1], expected[s2[-1]]),
     ]
-    server.contents['s2.tgz'] = pack(members)
+    server.contents['s2.tgz'] = pack(members, special=b''.join(special))
     season(server, root).run()
     assert tree(root) == expected
     assert not any(p.is_symlink() for p in tmp_path.rglob('*'))
     assert outside.read_text() == 'mine'
     assert {p.name for p in tmp_path.iterdir()} == {'root', 'outside'}
     assert {p.name for p in root.iterdir()} == {*FOLDERS, '.download', 'checksums.sha256'}
-
-
-def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size, info.type = size, kind
-    return info.tobuf(tarfile.GNU_FORMAT)
 
 
 @pytest.mark.parametrize(
@@ -622,17 +597,10 @@ def test_disk_that_is_too_small(
 def test_disk_that_fills_up_meanwhile(
     server: Files, tmp_path: Path, expected: Mapping[str, bytes]
 ) -> None:
-    resource = pytest.importorskip('resource')
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r'is full \(.*\)\. What was written is whole; make'
     largest = max(map(len, expected.values()))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))
-    try:
-        with pytest.raises(
-            DownloadError, match=r'is full \(.*\)\. What was written is whole; make'
-        ):
-            season(server, tmp_path).run()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(largest - 1), pytest.raises(DownloadError, match=message):
+        season(server, tmp_path).run()
     assert tree(tmp_path).items() <= expected.items()
     season(server, tmp_path).run()
     assert tree(tmp_path) == expected
@@ -665,14 +633,11 @@ def test_no_candidates_without_a_series(rule: DateRule) -> None:
 def test_data_set(
     server: Files, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Mirror(MultiSenGE):
-        url = server.url
-
     series = EvenlySpaced(2)
     with pytest.raises(DatasetNotFoundError, match='download=True'):
-        Mirror(tmp_path / 'none', series=series)
+        MultiSenGE(tmp_path / 'none', series=series)
     with pytest.warns(UserWarning, match='not on disk'):
-        dataset = Mirror(tmp_path, split='test', series=series, sensors=['s2'], download=True)
+        dataset = MultiSenGE(tmp_path, split='test', series=series, sensors=['s2'], download=True)
     whole = MultiSenGE(source, split='test', series=series, sensors=['s2'])
     assert dataset[0]['image'].equal(whole[0]['image'])
     assert {p.name[:5] for p in (tmp_path / 's2').iterdir()} == {'31UEQ'}
@@ -682,13 +647,8 @@ def test_data_set(
 
 
 def test_data_module(server: Files, source: Path, tmp_path: Path) -> None:
-    class Mirror(MultiSenGE):
-        url = server.url
-
     splits = {'train': ['31UFQ'], 'val': ['31UEQ'], 'test': ['31UEQ']}
-    data = MultiSenGEDataModule(
-        tmp_path, 1, splits=splits, dataset_class=Mirror, source=Download(checksum=True)
-    )
+    data = MultiSenGEDataModule(tmp_path, 1, splits=splits, source=Download(checksum=True))
     with pytest.warns(UserWarning, match='not on disk'):
         data.prepare_data()
     assert tree(tmp_path) == season_of(source, MultiSenGE(source, split='all'))
