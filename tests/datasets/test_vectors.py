@@ -111,6 +111,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     'large': ({'cover': [1, 70000]}, {'classes': None}, 'what is no id .*: 70000'),
     'fraction': ({'cover': [1, 2.5]}, {'classes': None}, 'what is no id .*: 2.5'),
     'id': ({}, {'classes': {'field': 1.5}}, r'classes has what is no id \(.*: field: 1.5. Give'),
+    'twice': ({}, {'classes': {3: 1, '3': 2}}, 'classes has several ids of 3; give one'),
     'unmapped': (
         {},
         {'classes': {'lake': 1}},

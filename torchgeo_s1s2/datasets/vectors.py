@@ -86,7 +86,13 @@ def rasterize_labels(
     grids = {number: _grid(catalog, number) for number in numbers}
     index = polygons.sindex
     found = {n: index.query(_around(polygons, grid), sort=True) for n, grid in grids.items()}
-    _check_found(Path(file), polygons, found, catalog)
+    if not any(map(len, found.values())):
+        here = catalog.patches.total_bounds.round(4).tolist()
+        there = polygons.total_bounds.tolist()
+        raise DataError(
+            f'no polygon of {file} lies on a patch: they lie at {there} in {polygons.crs.name}, '
+            f'the patches at {here} in degrees. Check the CRS of the file'
+        )
     made_of = _checksum(polygons, all_touched)
     todo = [n for n in numbers if _is_outdated(catalog, n, grids[n], made_of, overwrite)]
     dtype = 'uint8' if polygons['id'].max() < 256 else 'uint16'
@@ -213,7 +219,10 @@ def _ids(where: str, values: 'pd.Series[Any]', classes: Classes | None) -> dict[
             f'{where} has what is no id (a whole number 1..65535, 0 is none): {told}. '
             f'Give classes, such as {{{odd[0]!r}: 1}}'
         )
-    return {_key(name): int(number) for name, number in ids.items()}
+    known = {_key(name): int(number) for name, number in ids.items()}
+    if twice := [name for name, n in Counter(map(_key, ids.index)).items() if n > 1]:
+        raise DataError(f'{where} has several ids of {", ".join(twice)}; give one')
+    return known
 
 
 def _valid(geometry: gpd.GeoSeries) -> tuple[gpd.GeoSeries, dict[str, int]]:
@@ -247,21 +256,6 @@ def _around(polygons: gpd.GeoDataFrame, grid: Grid) -> shapely.Polygon:
     xmin, ymin, xmax, ymax = transform_bounds(grid.crs, crs, *grid.bounds)
     margin = max(xmax - xmin, ymax - ymin) / 10
     return shapely.box(xmin - margin, ymin - margin, xmax + margin, ymax + margin)
-
-
-def _check_found(
-    file: Path,
-    polygons: gpd.GeoDataFrame,
-    found: Mapping[int, NDArray[np.intp]],
-    catalog: Catalog,
-) -> None:
-    if not any(map(len, found.values())):
-        here = catalog.patches.total_bounds.round(4).tolist()
-        there = polygons.total_bounds.tolist()
-        raise DataError(
-            f'no polygon of {file} lies on a patch: they lie at {there} in {polygons.crs.name}, '
-            f'the patches at {here} in degrees. Check the CRS of the file'
-        )
 
 
 def _checksum(polygons: gpd.GeoDataFrame, all_touched: bool) -> str:
