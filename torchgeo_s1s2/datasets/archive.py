@@ -215,12 +215,7 @@ class RemoteFile:
         self._session.close()
 
     def read(self, size: int) -> bytes:
-        """Read up to a number of bytes, none at the end of the file.
-
-        Raises:
-            ArchiveChangedError: If the file has another version than before.
-            DownloadError: If the server does not give it.
-        """
+        """Read up to a number of bytes, none at the end of the file."""
         while self.version is None or self.position != self.version.length:
             try:
                 data: bytes = (self._response or self._connect()).raw.read(size)
@@ -349,15 +344,8 @@ class GzipReader:
             pass
 
     def read(self, size: int) -> bytes:
-        """Read a number of bytes, fewer only at the end.
-
-        Raises:
-            DownloadError: If the output is larger than it may be.
-            EOFError: If the stream ends within.
-            tarfile.ReadError: If the number is not one that a file or a header has.
-            zlib.error: If it is damaged.
-        """
-        if size > _MOST:
+        """Read a number of bytes, fewer only at the end."""
+        if size > _MOST:  # no file or header has so many
             raise tarfile.ReadError(f'a header of {size} bytes')
         parts = []
         while size > 0 and (self._output or self._fill()):

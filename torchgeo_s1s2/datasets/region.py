@@ -181,9 +181,6 @@ def write_patch(
 
     Returns:
         Why images were left out, by file name.
-
-    Raises:
-        DataError: If another patch of that name is there, or none has a pixel.
     """
     root = Path(root)
     paths = paths_of(root, tile, jobs)
@@ -408,11 +405,7 @@ class SeriesImage:
 
 
 def optional(module: str) -> Any:
-    """Import a module of the extra ``stac``.
-
-    Raises:
-        ImportError: If it is not installed; the message says how to.
-    """
+    """Import a module of the extra ``stac``, or say how to install it."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -149,7 +149,8 @@ class SentinelRegion(Source):
     Values are reflectance x 10,000 (int16) and linear power (float32), offsets applied; clouds are
     missing. Of a date rule, only the dates that it may choose are read. What will be read is told
     before. An image is there whole or not at all, and an interrupted run goes on; a finished one
-    needs no network. A missing or broken file is left out with a warning that names it.
+    needs no network as long as its images are there. A missing or broken file is left out with a
+    warning that names it.
 
     Attributes:
         region: West, south, east and north in degrees, or a file of geometries, whose bounds count.
@@ -241,7 +242,7 @@ class SentinelRegion(Source):
                 f'the images of {self.tile} in {root} were made with other {state.changed}; choose '
                 'another tile or root, or delete them'
             )
-        if state.finished:
+        if state.finished and all(root.joinpath(image).exists() for image in state.images):
             return root
         known = {sensor: self.collection(sensor) for sensor in sensors}
         geometry = self.geometry()
@@ -258,6 +259,8 @@ class SentinelRegion(Source):
                 self._tell(root, grid, chosen, images, progress)
                 failed = write_patch(root, self.tile, grid, chosen, progress)
                 state.left_out |= failed
+                paths = paths_of(Path(), self.tile, chosen)
+                state.images = [str(path) for path in paths if path.name not in failed]
                 state.save(finished=not failed or series is None)
                 if state.finished:
                     return root
@@ -452,10 +455,11 @@ class _State:
         self.finished: bool = same and kept['finished']
         self.left_out: dict[str, str] = kept['left_out'] if same else {}
         self.clouds: dict[str, float] = kept['clouds'] if same else {}
+        self.images: list[str] = kept.get('images', [])
 
     def save(self, finished: bool = False) -> None:
         self.finished = finished
-        names = ('settings', 'finished', 'left_out', 'clouds')
+        names = ('settings', 'finished', 'left_out', 'clouds', 'images')
         write_json(self.path, {n: getattr(self, n) for n in names}, indent=1)
 
 

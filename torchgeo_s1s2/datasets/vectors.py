@@ -114,12 +114,7 @@ def rasterize_labels(
 def read_polygons(
     file: str | os.PathLike[str], attribute: str, layer: str | None = None
 ) -> tuple[gpd.GeoDataFrame, dict[str, int]]:
-    """Polygons with the ``value`` of an attribute as text, and what is to be said of the others.
-
-    Raises:
-        DataError: If the file has no such attribute or no CRS.
-        UnreadableError: If it cannot be read.
-    """
+    """Polygons with the ``value`` of an attribute as text, and what is to be said of the others."""
     table = read_vectors(Path(file), layer)
     if attribute not in table or attribute == table.geometry.name:
         columns = ', '.join(map(str, table.columns.drop(table.geometry.name)))
@@ -170,12 +165,7 @@ def _polygons(
 
 
 def read_vectors(file: Path, layer: str | None = None) -> gpd.GeoDataFrame:
-    """Features of a vector file.
-
-    Raises:
-        DataError: If they have no geometries.
-        UnreadableError: If it cannot be read.
-    """
+    """Features of a vector file, all of which have geometries."""
     try:
         if file.suffix.lower() in ('.parquet', '.geoparquet'):
             return gpd.read_parquet(file)
