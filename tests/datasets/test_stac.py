@@ -303,9 +303,7 @@ def test_refuses(world: World, tmp_path: Path) -> None:
     own = StacCollection('sentinel-2-l2a')
     with pytest.raises(ValueError, match=r"no such sensor: \['S2'\]; choose from s2, s1"):
         region(world, 'pc-l2a').write(tmp_path, ['S2'])
-    with pytest.raises(
-        ValueError, match=r"no such offset but numbers: \['boa'\]; choose from item"
-    ):
+    with pytest.raises(ValueError, match="offset is 'boa'; give a number, 'item' or 'harmonised'"):
         region(world, 'pc-l2a', offset='boa').write(tmp_path, ['s2'])
     with pytest.raises(DataError, match=r'clouds are \[3\], and no mask of .* is known; describe'):
         region(world, 'pc-l2a', clouds=[3], collections={'s2': own}).write(tmp_path, ['s2'])

@@ -99,8 +99,8 @@ class StacCollection:
 
     def __post_init__(self) -> None:
         """Check the offset."""
-        if isinstance(self.offset, str):
-            in_order([self.offset], ['item', 'harmonised'], 'offset but numbers')
+        if isinstance(self.offset, str) and self.offset not in ('item', 'harmonised'):
+            raise ValueError(f"offset is {self.offset!r}; give a number, 'item' or 'harmonised'")
 
 
 _EARTH_SEARCH = 'https://earth-search.aws.element84.com/v1'

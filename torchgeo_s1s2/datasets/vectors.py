@@ -165,7 +165,7 @@ def _polygons(
 
 
 def read_vectors(file: Path, layer: str | None = None) -> gpd.GeoDataFrame:
-    """Features of a vector file, all of which have geometries."""
+    """Features of a vector file; one that is a table only is refused."""
     try:
         if file.suffix.lower() in ('.parquet', '.geoparquet'):
             return gpd.read_parquet(file)
