@@ -70,16 +70,7 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
 
 
 def check_room(folder: Path, size: float, choice: str) -> None:
-    """Look whether the disk can hold what is to be written.
-
-    Args:
-        folder: Where to.
-        size: Bytes, about.
-        choice: What to do if no room can be made.
-
-    Raises:
-        DownloadError: If it cannot.
-    """
+    """Refuse to write more bytes than the disk has free; a choice is what else could be done."""
     free = shutil.disk_usage(folder).free
     if size > free:
         raise DownloadError(
