@@ -48,19 +48,17 @@ def whole(path: str | os.PathLike[str], within: Path | None = None) -> Iterator[
             file.replace(path.parent / file.name)
 
 
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Bytes of a file and the ns of its modification and change: whether it is as it was."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def stamps(files: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[Path, tuple[int, int, int]]]:
-    """Size and times of modification and change of files, which tell whether one is as it was.
-
-    Args:
-        files: Files; a link to nothing is left out.
-
-    Yields:
-        A file, and its size in bytes and two times in nanoseconds.
-    """
+    """Files, each with its stamp, without links to nothing."""
     for path in map(Path, files):
         with suppress(FileNotFoundError):
-            status = path.stat()
-            yield path, (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            yield path, stamp(path)
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = None) -> None:

@@ -1,15 +1,13 @@
 """A table kept as GeoParquet beside the data that it describes."""
 
-import os
 import time
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
 import geopandas as gpd
 
 from torchgeo_s1s2.errors import warn
-from torchgeo_s1s2.files import whole
+from torchgeo_s1s2.files import stamp, stamps, whole
 
 State = dict[str, list[int]]
 """Of files and folders by name: time of modification and of change in ns, and size or digest."""
@@ -33,20 +31,12 @@ class TableCache:
     """
 
     def __init__(self, path: Path, version: int) -> None:
-        """Keep the settings.
-
-        Args:
-            path: The file; the names of states are relative to its folder.
-            version: Number of the table's format.
-        """
+        """Keep the path and the number of the table's format."""
         self.path = path
         self.version = version
 
     def state(self, *names: str) -> State:
-        """State of files and folders.
-
-        Args:
-            *names: Relative to the folder of the cache, or the name of a folder and ``/*``.
+        """State of files and folders, relative to the folder of the cache, or of ``FOLDER/*``.
 
         Raises:
             OSError: If one is not there.
@@ -55,7 +45,7 @@ class TableCache:
         return {
             name: _stamp_all(root / name.removesuffix(CONTENTS))
             if name.endswith(CONTENTS)
-            else _stamp((root / name).stat())
+            else _times_first(stamp(root / name))
             for name in names
         }
 
@@ -72,11 +62,9 @@ class TableCache:
         return None
 
     def save(self, table: gpd.GeoDataFrame, state: State) -> None:
-        """Write the table, or warn that it cannot be written.
+        """Write the table and its attrs, or warn that it cannot be written.
 
-        Args:
-            table: What ``load`` shall give, with its ``attrs``.
-            state: State of all that the table depends on, from before they were read.
+        The state is that of all that the table depends on, from before they were read.
         """
         table = table.copy(deep=False)
         table.attrs = {**table.attrs, 'version': self.version, 'state': state}
@@ -95,28 +83,22 @@ def wait_for_next_tick(state: State) -> None:
 
     A change within the tick of the last one would leave the same times. Ticks are milliseconds,
     or two seconds on file systems that keep whole seconds.
-
-    Args:
-        state: What was just looked at.
     """
-    times = [ns for stamp in state.values() for ns in stamp[:2]]
+    times = [ns for seen in state.values() for ns in seen[:2]]
     tick = 2_000_000_000 if all(ns % 1_000_000_000 == 0 for ns in times) else 20_000_000
     wait = max(times) + tick - time.time_ns()
     if wait > 0:
         time.sleep(min(wait, tick) / 1e9)
 
 
-def _stamp(status: os.stat_result) -> list[int]:
-    return [status.st_mtime_ns, status.st_ctime_ns, status.st_size]
-
-
 def _stamp_all(folder: Path) -> list[int]:
     """Newest times of the files in a folder, and a digest of all their names, times and sizes."""
-    stamps = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            with suppress(FileNotFoundError):  # a link to nothing
-                stamps[entry.name] = _stamp(entry.stat())
-    digest = sha256(repr(sorted(stamps.items())).encode()).digest()
-    newest = [max((stamp[i] for stamp in stamps.values()), default=0) for i in range(2)]
+    stamped = {path.name: _times_first(own) for path, own in stamps(folder.iterdir())}
+    digest = sha256(repr(sorted(stamped.items())).encode()).digest()
+    newest = [max((times[i] for times in stamped.values()), default=0) for i in range(2)]
     return [*newest, int.from_bytes(digest[:8])]
+
+
+def _times_first(own: tuple[int, int, int]) -> list[int]:
+    size, *times = own
+    return [*times, size]
