@@ -73,10 +73,12 @@ def write_raster(
     grid = Grid(CRS.from_epsg(epsg), from_origin(left, top, res, res), width, height)
     profile = {'driver': 'GTiff', 'count': count, 'dtype': data.dtype.name} | vars(grid)
     bands = {name: options.pop(name) for name in BANDS if name in options}
+    tags = options.pop('tags', {})
     inside = rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True)
     with inside, rasterio.open(path, 'w', **(profile | options)) as dst:
         for name, values in bands.items():
             setattr(dst, name, values)
+        dst.update_tags(**tags)
         dst.write(data)
         if mask is not None:
             dst.write_mask(mask)
@@ -131,12 +133,8 @@ def write_patch(
     epsg, left, top = ORIGINS[tile]
     column = np.arange(size)
     if s2 is None:
-        s2 = {
-            date: np.broadcast_to(
-                1000 * t + 100 * np.arange(10)[:, None, None] + column, (10, size, size)
-            ).astype(np.int16)
-            for t, date in enumerate(S2_DATES)
-        }
+        first = np.zeros((size, 1), np.int16) + 100 * np.arange(10)[:, None, None] + column
+        s2 = {date: (1000 * t + first).astype(np.int16) for t, date in enumerate(S2_DATES)}
     if s1 is None:
         power = np.stack([np.full((size, size), p, np.float32) for p in (0.1, 0.01)])
         s1 = dict.fromkeys(S1_DATES, power)
@@ -231,6 +229,9 @@ def quiet_trainer(root: Path | None = None, **options: Any) -> Trainer:
     return Trainer(default_root_dir=root, **(defaults | dict.fromkeys(quiet, False) | options))
 
 
+WAITING = 'nonzero', 'is_nonzero', '_local_scalar_dense', 'bincount', '_unique2', 'masked_select'
+
+
 class Waits(TorchDispatchMode):
     """Counts what makes the host wait for a GPU."""
 
@@ -240,18 +241,8 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.split('.')[0]
-        by_booleans = name == 'index' and any(
-            t is not None and t.dtype == torch.bool for t in args[1]
-        )
-        waiting = (
-            'nonzero',
-            'is_nonzero',
-            '_local_scalar_dense',
-            'bincount',
-            '_unique2',
-            'masked_select',
-        )
-        if by_booleans or name in waiting:
+        masks = (t for t in args[1] if t is not None) if name == 'index' else ()
+        if name in WAITING or any(mask.dtype == torch.bool for mask in masks):
             self.found[name] += 1
         return func(*args, **(kwargs or {}))
 

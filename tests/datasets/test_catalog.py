@@ -11,8 +11,8 @@ from conftest import ORIGINS, S1_DATES, S2_DATES, write_label_file, write_patch,
 from geopandas.testing import assert_geodataframe_equal
 from pandas.testing import assert_frame_equal
 
-from torchgeo_s1s2.datasets import AllDates, Catalog, EvenlySpaced, MultiSenGE, cache, catalog
-from torchgeo_s1s2.errors import S1S2Warning
+from torchgeo_s1s2.datasets import AllDates, Catalog, EvenlySpaced, MultiSenGE, cache, rasters
+from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError
 
 IMAGE = '31UEQ_20200704_S1_0_0.tif'
 
@@ -58,18 +58,6 @@ def test_counts_of_the_real_label_files(real_labels: Path) -> None:
     assert holds == expected
 
 
-def test_missing_files_are_counted_and_left_out(two_zones: Path) -> None:
-    (two_zones / 's1' / '31UEQ_20200704_S1_0_0.tif').unlink()
-    (two_zones / 'ground_reference' / '31UEQ_GR_33_0.tif').unlink()
-    with pytest.warns(UserWarning, match=r'not on disk \(1 of s1, 1 of ground_reference\)'):
-        catalog = Catalog(two_zones)
-    assert catalog.missing == {'s2': 0, 's1': 1}
-    assert len(catalog.times(0, 's1')) == 3
-    assert catalog.ground_reference(1) is None
-    # Without its label raster a patch still lies where its images do.
-    assert catalog.patches.loc[1, 'xmin'] == 500330
-
-
 def test_each_patch_has_its_own_size(two_zones: Path) -> None:
     write_patch(two_zones, '31UEQ', 99, 0, size=48)
     write_patch(two_zones, '31UEQ', 199, 0, size=32)
@@ -86,8 +74,8 @@ def test_each_patch_has_its_own_size(two_zones: Path) -> None:
 def test_one_raster_of_a_patch_is_opened(two_zones: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (two_zones / 'ground_reference' / '31UEQ_GR_33_0.tif').unlink()
     opened: list[str] = []
-    real = catalog.read_grid
-    monkeypatch.setattr(catalog, 'read_grid', lambda *a: opened.append(a[0].name) or real(*a))  # type: ignore[func-returns-value]
+    real = rasters.read_grid
+    monkeypatch.setattr(rasters, 'read_grid', lambda *a: opened.append(a[0].name) or real(*a))  # type: ignore[func-returns-value]
     for _ in range(2):  # the second start opens none
         with pytest.warns(S1S2Warning, match='1 of ground_reference'):
             assert len(Catalog(two_zones).patches) == 3
@@ -156,15 +144,13 @@ def test_images_that_no_label_file_names_are_read_and_counted(two_zones: Path) -
         catalog = Catalog(two_zones)
     assert [len(catalog.times(0, sensor)) for sensor in ('s2', 's1')] == [4, 4]
     (two_zones / 'labels' / '31UEQ_33_0.json').unlink()
-    with pytest.warns(
-        S1S2Warning, match='4 rasters in s1 are of places without a label file, such'
-    ):
-        assert len(Catalog(two_zones).patches) == 2
     (two_zones / 's1' / 'mosaic.tif').write_bytes(b'')
-    with pytest.warns(
-        S1S2Warning, match='1 files in s1 have other names.*mosaic.tif, and are left'
-    ):
-        Catalog(two_zones)
+    message = (
+        '1 files in s1 have other names.*mosaic.tif, and are left out; '
+        '4 rasters in s1 are of places without a label file, such as 31UEQ_33_0'
+    )
+    with pytest.warns(S1S2Warning, match=message):
+        assert len(Catalog(two_zones).patches) == 2
 
 
 def test_a_date_that_is_listed_twice_counts_once(two_zones: Path) -> None:
@@ -221,7 +207,11 @@ def test_one_name_of_a_tile_in_two_zones(tmp_path: Path) -> None:
     assert [zone.crs.to_epsg() for zone in dataset.zones()] == [32631, 32632]
 
 
-def test_root_without_a_folder_or_label_files(two_zones: Path) -> None:
+def test_root_without_what_it_needs(two_zones: Path) -> None:
+    path = two_zones / 'ground_reference' / '32ULU_GR_0_0.tif'
+    path.write_bytes(b'not a raster')
+    with pytest.raises(OSError, match=f'{path} cannot be read'):
+        Catalog(two_zones)
     (two_zones / 's1').rename(two_zones / 'S1')
     with pytest.raises(FileNotFoundError, match=r"has no folder 's1'.*as root"):
         Catalog(two_zones)
@@ -231,56 +221,49 @@ def test_root_without_a_folder_or_label_files(two_zones: Path) -> None:
         Catalog(two_zones, files=False)
 
 
+def with_text(text: str) -> Callable[[Path], Any]:
+    return lambda path: path.write_text(text)
+
+
+def with_image(name: str) -> Callable[[Path], Any]:
+    return lambda path: write_label_file(path.parents[1], '31UEQ', 1, 1, corresponding_s2=name)
+
+
 @pytest.mark.parametrize(
-    ('text', 'message'),
+    ('write', 'message'),
     [
-        ('{"labels": ', 'JSONDecodeError'),
-        ('[]', 'TypeError'),
-        ('{"labels": "1"}', "KeyError: 'projection'"),
-        ('{"labels": 1, "projection": "", "corresponding_s1": ""}', 'CRSError|AttributeError'),
+        (with_text('{"labels": '), 'is malformed .JSONDecodeError.*Fetch the file again or delete'),
+        (with_text('[]'), 'is malformed .TypeError'),
+        (with_text('{"labels": "1"}'), "is malformed .KeyError: 'projection'"),
+        (
+            with_text('{"labels": 1, "projection": "", "corresponding_s1": ""}'),
+            'is malformed .(CRSError|AttributeError)',
+        ),
+        (with_image('31UEQ_20200706_S2_0_257.tif'), 'names .31UEQ_20200706_S2_0_257'),
+        (
+            with_image('31UEQ_20201340_S2_1_1.tif'),
+            'image of s2; expected 31UEQ_YYYYMMDD_S2_1_1.tif',
+        ),
+        (
+            with_image('32ULU_20200706_S2_1_1.tif'),
+            'image of s2; expected 31UEQ_YYYYMMDD_S2_1_1.tif',
+        ),
+        (Path.mkdir, 'cannot be read: .*Fetch the file again or delete'),
+        (lambda path: path.symlink_to('/nowhere'), 'cannot be read: .*Fetch the file again or'),
     ],
 )
-def test_malformed_label_file_names_itself(two_zones: Path, text: str, message: str) -> None:
-    path = two_zones / 'labels' / '31UEQ_0_0.json'
-    path.write_text(text)
-    with pytest.raises(ValueError, match=rf'{path}.*({message}).*Fetch the file again or delete'):
-        Catalog(two_zones)
-
-
-@pytest.mark.parametrize(
-    'name',
-    ['31UEQ_20200706_S2_0_257.tif', '31UEQ_20201340_S2_0_0.tif', '32ULU_20200706_S2_0_0.tif'],
-)
-def test_label_file_that_names_what_cannot_be_its_own(two_zones: Path, name: str) -> None:
-    path = write_label_file(two_zones, '31UEQ', 0, 0, corresponding_s2=name)
-    message = f'{path} names .{name}. as an image of s2; expected 31UEQ_Y'
-    with pytest.raises(ValueError, match=message):
-        Catalog(two_zones)
-
-
-@pytest.mark.parametrize('make', [Path.mkdir, lambda path: path.symlink_to('/nowhere')])
-def test_unreadable_label_file_names_itself(two_zones: Path, make: Callable[[Path], Any]) -> None:
+def test_a_label_file_that_cannot_be_used_names_itself(
+    two_zones: Path, write: Callable[[Path], Any], message: str
+) -> None:
     path = two_zones / 'labels' / '31UEQ_1_1.json'
-    make(path)
-    with pytest.raises(OSError, match=f'{path} cannot be read: .*Fetch the file again or delete'):
+    write(path)
+    with pytest.raises((DataError, UnreadableError), match=f'{path}.*{message}'):
         Catalog(two_zones)
 
 
 def test_label_file_that_spells_its_crs_otherwise(two_zones: Path) -> None:
     write_label_file(two_zones, '31UEQ', 0, 0, projection='EPSG:32631')
     assert Catalog(two_zones).patches['epsg'].tolist() == [32631, 32631, 32632]
-
-
-def test_a_tile_is_no_list_of_tiles(two_zones: Path) -> None:
-    with pytest.raises(ValueError, match=r"split 'mine' is '31UEQ'; give a list of tiles: \[31UEQ"):
-        MultiSenGE(two_zones, 'mine', splits={'mine': '31UEQ'})
-
-
-def test_unreadable_raster_names_itself(two_zones: Path) -> None:
-    path = two_zones / 'ground_reference' / '32ULU_GR_0_0.tif'
-    path.write_bytes(b'not a raster')
-    with pytest.raises(OSError, match=f'{path} cannot be read'):
-        Catalog(two_zones)
 
 
 def assert_same(one: Catalog, other: Catalog) -> None:
@@ -296,17 +279,24 @@ def never(*args: Any) -> Any:
     raise AssertionError(f'not to be called: {args}')
 
 
-def test_a_later_start_says_the_same(two_zones: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_are_counted_and_a_later_start_says_the_same(
+    two_zones: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (two_zones / 's1' / IMAGE).unlink()
     (two_zones / 'ground_reference' / '31UEQ_GR_33_0.tif').unlink()
     # A patch without any raster has no footprint.
     write_label_file(two_zones, '32ULU', 33, 0, s2=(), s1=())
-    with pytest.warns(UserWarning, match='1 of s1, 2 of ground_reference'):
+    message = r'not on disk \(1 of s1, 2 of ground_reference\)'
+    with pytest.warns(UserWarning, match=message):
         first = Catalog(two_zones)
-    assert (two_zones / 'catalog.parquet').exists()
-    monkeypatch.setattr(catalog, '_read_label', never)
-    monkeypatch.setattr(catalog, 'read_grid', never)
-    with pytest.warns(UserWarning, match='1 of s1, 2 of ground_reference'):
+    assert first.missing == {'s2': 0, 's1': 1}
+    assert len(first.times(0, 's1')) == 3
+    assert first.ground_reference(1) is None
+    # Without its label raster a patch still lies where its images do.
+    assert first.patches.loc[1, 'xmin'] == 500330
+    monkeypatch.setattr('torchgeo_s1s2.datasets.catalog._read_label', never)
+    monkeypatch.setattr(rasters, 'read_grid', never)
+    with pytest.warns(UserWarning, match=message):
         later = Catalog(two_zones)
     assert_same(first, later)
     assert later.patches['geometry'].isna().tolist() == [False, False, False, True]
@@ -353,13 +343,13 @@ def test_a_change_during_the_listing_is_noticed_later(
     path = two_zones / 's1' / IMAGE
     content = path.read_bytes()
     path.unlink()
-    real = catalog.read_grid
+    real = rasters.read_grid
 
     def arrive(*args: Any) -> Any:
         path.write_bytes(content)  # rasters are opened after the folders were listed
         return real(*args)
 
-    monkeypatch.setattr(catalog, 'read_grid', arrive)
+    monkeypatch.setattr(rasters, 'read_grid', arrive)
     assert Catalog(two_zones).missing['s1'] == 1
     assert Catalog(two_zones).missing['s1'] == 0
 
@@ -396,7 +386,7 @@ def test_a_damaged_cache_is_made_anew(
     assert damage(content) != content
     path.write_bytes(damage(content))
     assert_same(Catalog(two_zones), first)
-    monkeypatch.setattr(catalog, '_read_label', never)
+    monkeypatch.setattr('torchgeo_s1s2.datasets.catalog._read_label', never)
     assert_same(Catalog(two_zones), first)
 
 

@@ -26,6 +26,7 @@ def test_label_files_that_are_there_stay(two_zones: Path) -> None:
     path = two_zones / 'labels' / '31UEQ_0_0.json'
     before = path.read_text()
     (two_zones / 'labels' / '31UEQ_33_0.json').unlink()
+    (two_zones / 's2' / f'31UEQ_{S2_DATES[0]}_S2_33_0.tif').write_bytes(b'')  # others tell the CRS
     (two_zones / 's2' / f'31UEQ_{S2_DATES[0]}_S2_0_0.tif').unlink()
     assert write_label_files(two_zones, progress=False) == 1
     assert path.read_text() == before
@@ -69,6 +70,11 @@ def test_other_names_are_counted_and_missing_images_refused(
         (np.array([[-1, 1], [2, 3]], np.int8), {'nodata': -1}, '1;2;3'),
         (np.array([[np.nan, 1], [2, np.inf]], np.float32), {}, '1;2'),
         (np.array([[3, 1], [2, 3]], np.uint8), {'mask': np.array([[0, 1], [1, 0]], bool)}, '1;2'),
+        (
+            np.array([[0, 1], [2, 3]], np.uint8),
+            {'scales': [100], 'offsets': [11]},
+            '11;111;211;311',
+        ),
     ],
 )
 def test_labels_present_are_those_that_are_data(

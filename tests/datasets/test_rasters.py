@@ -101,6 +101,16 @@ def test_what_is_not_tagged_is_a_value(
     check_halves(read(tmp_path, half(value, 'int16'), options=options)['s2'], 0.1, seen)
 
 
+def test_no_data_of_all_bands_together(tmp_path: Path) -> None:
+    """GDAL's NODATA_VALUES: a pixel is missing where each band has its own value."""
+    image = half(7, 'int16')
+    image[3, 0] = 8
+    tags = {'NODATA_VALUES': ' '.join(['7'] * 10)}
+    got = read(tmp_path, image, options={'s2_options': {'tags': tags}})['s2']
+    check_halves(got[:, 1:], 0.1)
+    assert np.isfinite(got[:, 0]).all()
+
+
 def test_no_data_that_no_file_tells_is_an_argument(tmp_path: Path) -> None:
     images = {'s2': half(-1, 'int16'), 's1': half(-9999, 'float32', 1, 2)}
     sample = read(tmp_path, **images, nodata={'s2': -1, 's1': -9999})  # type: ignore[arg-type]
@@ -200,12 +210,7 @@ CORINE = ClassScheme(
     ],
 )
 def test_labels_of_any_type(
-    tmp_path: Path,
-    dtype: str,
-    nodata: float | None,
-    left: float,
-    right: float,
-    classes: tuple[int, int],
+    tmp_path: Path, dtype: str, nodata: float | None, left: float, right: float, classes: Any
 ) -> None:
     labels = half(left, dtype, right, 1)[0]
     options = {'labels_options': {'nodata': nodata}}
@@ -298,10 +303,8 @@ def test_units_scales_and_offsets(
 
 
 def test_no_data_is_compared_before_scale_and_offset(tmp_path: Path) -> None:
-    options = {'nodata': 0, 'scales': [1e-4] * 10, 'offsets': [-0.1] * 10}
-    check_halves(
-        read(tmp_path, half(0, 'uint16', 1500), options={'s2_options': options})['s2'], 0.05
-    )
+    options = {'s2_options': {'nodata': 0, 'scales': [1e-4] * 10, 'offsets': [-0.1] * 10}}
+    check_halves(read(tmp_path, half(0, 'uint16', 1500), options=options)['s2'], 0.05)
 
 
 def test_a_scale_of_some_bands_is_refused(tmp_path: Path) -> None:
@@ -349,25 +352,17 @@ def test_four_bands_are_chosen_by_name(tmp_path: Path) -> None:
     chosen = ['B02', 'B03', 'B04', 'B08', 'VV']
     image_read = read(tmp_path, image, options=options, bands=chosen)['image']
     np.testing.assert_allclose(image_read[0, :, 0, 0], [0.02, 0.03, 0.04, 0.08, -10], rtol=1e-5)
-    message = r's2_0_0.tif|has the bands B08, B04, B03, B02 and lacks B05, B06.*choose others with'
-    with pytest.raises(ValueError, match=message):
-        read(tmp_path, image, options=options)
 
 
 @pytest.mark.parametrize(
     ('sensor', 'count', 'names', 'message'),
     [
-        (
-            's2',
-            12,
-            None,
-            r'has 12 bands of which no name is known.*expected 10: B02.*file_bands=\{.s2',
-        ),
+        ('s2', 12, None, r'12 bands of which no name is known.*expected 10: B02.*file_bands=\{.s2'),
         ('s2', 4, None, r'has 4 bands of which no name.*expected 10'),
         ('s1', 1, None, 'has 1 bands of which no name.*expected 2: VV, VH'),
         ('s1', 2, ('HH', 'HV'), 'HH'),
         ('s2', 10, ('B02', 'B02', *ESA[2:10]), 'names a band twice'),
-        ('s1', 2, ('VV', 'angle'), 'has the bands VV and lacks VH'),
+        ('s1', 2, ('VV', 'angle'), 'has the bands VV and lacks VH; choose others with'),
     ],
 )
 def test_bands_that_are_not_known_are_refused(
@@ -400,7 +395,7 @@ def around(crs: str, width: int, height: int) -> Affine:
 
 TURN = Affine.rotation(20) @ Affine.scale(10, -10) @ Affine.translation(-48, -48)
 ROTATED = Affine.translation(500160, 5499840) @ TURN
-UTM = 'EPSG:32631'
+UTM, WIDER = 'EPSG:32631', from_origin(499800, 5500200, 10, 10)
 PLACES: dict[str, tuple[str, Affine]] = {
     '20 m': (UTM, from_origin(499800, 5500200, 20, 20)),
     '5 m': (UTM, from_origin(499900, 5500100, 5, 5)),
@@ -414,14 +409,11 @@ PLACES: dict[str, tuple[str, Affine]] = {
     'zone 32': ('EPSG:32632', around('EPSG:32632', 96, 96)),
     'degrees': ('EPSG:4326', around('EPSG:4326', 96, 96)),
     'Mercator': ('EPSG:3857', around('EPSG:3857', 96, 96)),
-    'ETRS89': ('EPSG:25831', from_origin(499800, 5500200, 10, 10)),
+    'ETRS89': ('EPSG:25831', WIDER),
     'Lambert': ('EPSG:3035', around('EPSG:3035', 96, 96)),
     'southern zone': ('EPSG:32731', from_origin(499800, 15500200, 10, 10)),
-    'ESRI': (
-        CRS.from_epsg(32631).to_wkt(version='WKT1_ESRI'),
-        from_origin(499800, 5500200, 10, 10),
-    ),
-    'no authority': ('+proj=utm +zone=31 +datum=WGS84', from_origin(499800, 5500200, 10, 10)),
+    'ESRI': (CRS.from_epsg(32631).to_wkt(version='WKT1_ESRI'), WIDER),
+    'no authority': ('+proj=utm +zone=31 +datum=WGS84', WIDER),
 }
 
 
@@ -454,9 +446,8 @@ LAST_DIGIT = Affine(10.000000000000002, 0, 500000.00000000006, 0, -9.99999999999
 @pytest.mark.parametrize('sensor', ['s2', 's1', 'labels'])
 def test_pixels_square_but_for_the_last_digit(tmp_path: Path, sensor: str) -> None:
     image = np.broadcast_to(np.arange(8), (10, 8, 8)).astype(np.int16)
-    sample = read(
-        tmp_path, image, options={f'{sensor}_options': {'transform': LAST_DIGIT}}, raw=True
-    )
+    options = {f'{sensor}_options': {'transform': LAST_DIGIT}}
+    sample = read(tmp_path, image, options=options, raw=True)
     assert sample['s2'][0, 0].tolist() == [*range(8)]
     assert sample['mask'].tolist() == [[0] * 8] * 8
     assert sample['valid'].all()
@@ -472,19 +463,16 @@ def test_georeference_beside_a_raster(tmp_path: Path, how: str, folder: str) -> 
         data, profile = src.read(), src.profile
     path.unlink()
     (tmp_path / 'catalog.parquet').unlink()
-    crs, place = profile.pop('crs'), profile.pop('transform')
-    with rasterio.open(
-        path, 'w', **profile, **({'crs': crs} if how == 'world file' else {})
-    ) as dst:
-        dst.write(data)
+    place = profile.pop('transform')
     if how == 'world file':
         lines = (place.a, place.d, place.b, place.e, place.c + place.a / 2, place.f + place.e / 2)
         path.with_suffix('.tfw').write_text('\n'.join(map(str, lines)))
     else:
-        numbers = ', '.join(map(str, place.to_gdal()))
-        path.with_suffix('.tif.aux.xml').write_text(
-            f'<PAMDataset><SRS>{crs.to_wkt()}</SRS><GeoTransform>{numbers}</GeoTransform></PAMDataset>'
-        )
+        numbers, crs = ', '.join(map(str, place.to_gdal())), profile.pop('crs').to_wkt()
+        content = f'<SRS>{crs}</SRS><GeoTransform>{numbers}</GeoTransform>'
+        path.with_suffix('.tif.aux.xml').write_text(f'<PAMDataset>{content}</PAMDataset>')
+    with rasterio.open(path, 'w', **profile) as dst:
+        dst.write(data)
     sample = MultiSenGE(tmp_path, 'all', EvenlySpaced(n=1), raw=True)[0]
     assert sample['image'][0, 0, 0].tolist() == [*range(8)]
     assert sample['transform'].tolist()[:6] == [10, 0, 500000, 0, -10, 5500000]
@@ -500,11 +488,7 @@ CORNERS = [GroundControlPoint(row, col, 3 + col, 49 - row) for row in (0, 8) for
     [
         ('s2', {'crs': None}, r'does not say where it lies \(CRS None.*gdal_edit'),
         ('s1', {'transform': NOWHERE}, 'does not say where it lies'),
-        (
-            's1',
-            {'transform': None, 'gcps': CORNERS},
-            'has control points only: correct its terrain',
-        ),
+        ('s1', {'transform': None, 'gcps': CORNERS}, 'has control points only: correct'),
         ('labels', {'crs': None}, 'does not say where it lies'),
         ('labels', {'crs': CRS.from_epsg(32632)}, 'in EPSG:32632, its label file says EPSG:32631'),
         ('labels', {'transform': Affine(10, 0, 500000, 0, 10, 5499920)}, 'is not north-up'),

@@ -17,12 +17,11 @@ import geopandas as gpd
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from rasterio.crs import CRS
 from shapely import box
 from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.cache import CONTENTS, TableCache, wait_for_next_tick
-from torchgeo_s1s2.datasets.rasters import Grid, read_grid
+from torchgeo_s1s2.datasets.rasters import Grid, epsg_of, first_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.errors import DataError, UnreadableError, warn
 
@@ -33,7 +32,6 @@ FOLDERS = (*SENSORS, GROUND_REFERENCE)
 CACHE, VERSION = 'catalog.parquet', 2
 KEYS = {'s2': 'corresponding_s2', 's1': 'corresponding_s1'}
 _PATCH = re.compile(r'(?P<tile>\w+)_(?P<x>\d+)_(?P<y>\d+)')
-_EPSG = re.compile(r'AUTHORITY\["EPSG","(\d+)"\]\]\s*$')
 _BESIDE = 'aux.xml', 'msk', 'tfw', 'tifw', 'tiffw', 'wld', 'hdr'
 _SIDECAR = re.compile(
     rf'(?P<stem>.+?)(\.tiff?)?\.({"|".join(map(re.escape, _BESIDE))})', re.IGNORECASE
@@ -84,6 +82,10 @@ class Image(NamedTuple):
     time: int
     layout: Layout
 
+    def raster(self, root: Path, patch: str) -> tuple[Path, bool]:
+        """Path below root for a patch, and whether files beside it belong to it."""
+        return root / self.layout.path(patch, self.time), self.layout.sidecars
+
 
 class Patch(NamedTuple):
     """What reading needs to know of a patch; the fields are columns of ``Catalog.patches``."""
@@ -113,6 +115,7 @@ class _Label:
     epsg: int
     classes: tuple[int, ...]
     images: dict[str, list[Image]]
+    twice: int
     grid: Grid | None = None
 
 
@@ -222,9 +225,8 @@ class Catalog:
     def raster(self, patch: int, folder: str, position: int) -> tuple[Path, bool]:
         """Path of a raster, and whether files beside it belong to it."""
         at = self._span(patch, folder).start + position
-        layout = self._layouts[self._layout[at]]
-        path = layout.path(self._records[patch].name, int(self._time[at].astype(np.int64)))
-        return self.root / path, layout.sidecars
+        image = Image(int(self._time[at].astype(np.int64)), self._layouts[self._layout[at]])
+        return image.raster(self.root, self._records[patch].name)
 
     def files(self, patch: int, folder: str, position: int) -> list[Path]:
         """A raster, and the files beside it that belong to it."""
@@ -307,24 +309,23 @@ class _Builder:
         hidden = not self.progress or len(names) < 1000
         bar = tqdm(names, 'Reading labels', disable=hidden, unit='patch')
         labels = [_read_label(folder / name) for name in bar]
-        if twice := sum(_thin(label.images) for label in labels):
+        if twice := sum(label.twice for label in labels):
             self.notes.append(f'label files name {twice} images twice; each counts once')
         return labels
 
     def _find_images(self, labels: Sequence[_Label]) -> dict[str, int]:
         """Put what is on disk in the place of what the label files name."""
-        missing, absent, unlisted = Counter[str](), Counter[str](), 0
+        missing, unlisted = Counter[str](), 0
         for folder in FOLDERS:
             found, notes = list_rasters(self.root, folder)
             self.notes += notes
             for label in labels:
                 there = sorted(found.pop(label.name, ()))
-                days, listed = (_days(i) for i in (there, label.images.get(folder, ())))
-                if days != listed:
+                if folder == GROUND_REFERENCE:
+                    missing[folder] += not there
+                elif (days := _days(there)) != (listed := _days(label.images[folder])):
                     missing[folder] += (Counter(listed) - Counter(days)).total()
-                    more = (Counter(days) - Counter(listed)).total()
-                    unlisted += more * (folder != GROUND_REFERENCE)
-                absent[folder] += folder == GROUND_REFERENCE and not there
+                    unlisted += (Counter(days) - Counter(listed)).total()
                 label.images[folder] = there
             if found:
                 n, example = sum(map(len, found.values())), min(found)
@@ -334,7 +335,7 @@ class _Builder:
                 )
         if unlisted:
             self.notes.append(f'{unlisted} images that no label file names are read too')
-        if lacking := {folder: n for folder, n in (missing + absent).items() if n}:
+        if lacking := +missing:
             what = ', '.join(f'{n} of {folder}' for folder, n in lacking.items())
             self.notes.insert(
                 0, f'the labels name files that are not on disk ({what}); they are left out'
@@ -360,12 +361,7 @@ def walk(root: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[str]]:
-    """Rasters in a folder and below it by patch, and what is to be said of the others.
-
-    Args:
-        root: Folder of the data set.
-        folder: One of ``FOLDERS``.
-    """
+    """Rasters in one of FOLDERS and below it by patch, and what is to be said of the others."""
     found: dict[str, list[Image]] = defaultdict(list)
     odd, doubles = list[str](), 0
     pattern = _REFERENCE if folder == GROUND_REFERENCE else _IMAGE
@@ -455,7 +451,9 @@ def _read_label(path: Path) -> _Label:
         )
     try:
         content = json.loads(path.read_bytes())
-        epsg = _epsg(content['projection'])
+        epsg = epsg_of(content['projection'])
+        if epsg is None:
+            raise ValueError(f'projection without EPSG code: {content["projection"][:60]}')
         classes = tuple(int(c) for c in content['labels'].split(';') if c)
         listed = {sensor: content[key].split(';') for sensor, key in KEYS.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -468,8 +466,10 @@ def _read_label(path: Path) -> _Label:
         raise UnreadableError(
             f'{path} cannot be read: {error}. Fetch the file again or delete it'
         ) from error
-    images = {s: sorted(_listed(path, s, names)) for s, names in listed.items()}
-    return _Label(path.stem, epsg, classes, images)
+    every = {sensor: [*_listed(path, sensor, names)] for sensor, names in listed.items()}
+    images = {sensor: sorted({*named}) for sensor, named in every.items()}
+    twice = sum(len(named) - len(images[sensor]) for sensor, named in every.items())
+    return _Label(path.stem, epsg, classes, images, twice)
 
 
 def _listed(path: Path, sensor: str, names: Iterable[str]) -> Iterator[Image]:
@@ -492,52 +492,20 @@ def _listed(path: Path, sensor: str, names: Iterable[str]) -> Iterator[Image]:
             ) from error
 
 
-def _thin(images: dict[str, list[Image]]) -> int:
-    """Leave one of each image; how many were left out."""
-    before = sum(map(len, images.values()))
-    for sensor, listed in images.items():
-        images[sensor] = list(dict.fromkeys(listed))
-    return before - sum(map(len, images.values()))
-
-
-@lru_cache(maxsize=64)
-def _epsg(wkt: str) -> int:
-    """EPSG code of a CRS, usually a WKT1 string."""
-    if match := _EPSG.search(wkt):
-        return int(match[1])
-    code = CRS.from_user_input(wkt).to_epsg()
-    if code is None:
-        raise ValueError(f'projection without EPSG code: {wkt[:60]}')
-    return code
-
-
 def _find_grid(root: Path, label: _Label) -> str:
     """Find the grid of a patch: of its label raster, or the first image that can be opened."""
-    failed = None
-    for folder in (GROUND_REFERENCE, *SENSORS):
-        for image in label.images[folder]:
-            path = image.layout.path(label.name, image.time)
-            try:
-                label.grid = _north_up(root / path, image.layout.sidecars, label.epsg)
-                return path
-            except UnreadableError as error:
-                if folder == GROUND_REFERENCE:
-                    raise
-                failed = error
-    if failed:
-        raise failed
-    return ''
-
-
-def _north_up(path: Path, sidecars: bool, epsg: int) -> Grid:
-    grid = read_grid(path, sidecars)
-    if grid.epsg != epsg:
+    images = label.images[GROUND_REFERENCE][:1] or [*chain(*(label.images[s] for s in SENSORS))]
+    if not images:
+        return ''
+    path, grid = first_grid(image.raster(root, label.name) for image in images)
+    if grid.epsg != label.epsg:
         raise DataError(
-            f'{path} is in {grid.crs}, its label file says EPSG:{epsg}; mend one of them'
+            f'{path} is in {grid.crs}, its label file says EPSG:{label.epsg}; mend one of them'
         )
     if not grid.is_north_up:
         raise DataError(f'{path} is not north-up ({grid.transform[:6]}); warp it to be')
-    return grid
+    label.grid = grid
+    return path.relative_to(root).as_posix()
 
 
 def _table(labels: Sequence[_Label]) -> gpd.GeoDataFrame:
@@ -575,20 +543,13 @@ def _arrays(rows: Iterable[Sequence[int]]) -> 'pd.Series[Any]':
 
 def _footprints(frame: pd.DataFrame) -> gpd.GeoSeries:
     """Footprints in EPSG:4326; None where the bounds are not known."""
-    parts = [gpd.GeoSeries([None] * len(frame), index=frame.index, crs='EPSG:4326')]
+    footprints = gpd.GeoSeries([None] * len(frame), index=frame.index, crs='EPSG:4326')
     for _, group in frame.dropna(subset='xmin').groupby('epsg'):
-        parts.append(native_footprints(group).to_crs('EPSG:4326'))
-    return pd.concat(parts)[lambda s: ~s.index.duplicated(keep='last')].reindex(frame.index)
+        footprints[group.index] = native_footprints(group).to_crs('EPSG:4326')
+    return footprints
 
 
 def native_footprints(patches: pd.DataFrame) -> gpd.GeoSeries:
-    """Rectangles of patches of one CRS.
-
-    Args:
-        patches: Rows of ``Catalog.patches`` that share their ``epsg``.
-
-    Returns:
-        Polygons in that CRS with the index of ``patches``.
-    """
+    """Rectangles, in their CRS, of rows of ``Catalog.patches`` that share their ``epsg``."""
     bounds = patches[['xmin', 'ymin', 'xmax', 'ymax']].to_numpy(float)
     return gpd.GeoSeries(box(*bounds.T), index=patches.index, crs=patches['epsg'].iat[0])

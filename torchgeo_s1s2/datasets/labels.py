@@ -1,8 +1,8 @@
 """Label files for a user's own images."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torchgeo_s1s2.datasets.catalog import (
     Image,
     list_rasters,
 )
-from torchgeo_s1s2.datasets.rasters import open_raster, read_grid
+from torchgeo_s1s2.datasets.rasters import crs_of, first_grid, read_grid, read_labels
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.errors import DataError, warn
 from torchgeo_s1s2.files import write_json
@@ -46,7 +46,7 @@ def write_label_files(
         Number of label files written.
 
     Raises:
-        DataError: If an image has no EPSG code.
+        DataError: If an image has no EPSG code, or a label raster holds what is no label.
         FileNotFoundError: If root has no folder of a sensor, or neither has an image.
     """
     root = Path(root)
@@ -82,13 +82,7 @@ def _rasters(root: Path, folder: str) -> Mapping[str, list[Image]]:
 def label_content(
     images: Mapping[str, Iterable[str]], crs: rasterio.CRS, labels: Iterable[int]
 ) -> dict[str, str]:
-    """What the label file of a patch says.
-
-    Args:
-        images: File names of each sensor.
-        crs: CRS of the patch.
-        labels: Labels that its label raster holds.
-    """
+    """What the label file of a patch says: its images by sensor, CRS, and labels on its ground."""
     return {
         **{KEYS[sensor]: ';'.join(images[sensor]) for sensor in SENSORS},
         'projection': crs.to_wkt(version='WKT1_GDAL'),
@@ -96,34 +90,21 @@ def label_content(
     }
 
 
-def listed_images(path: Path) -> dict[str, list[str]]:
-    """Sorted names of the images of each sensor in a label file."""
-    content = json.loads(path.read_text())
-    return {sensor: sorted(filter(None, content[key].split(';'))) for sensor, key in KEYS.items()}
-
-
 def _content(root: Path, name: str, rasters: Mapping[str, Sequence[Image]]) -> dict[str, str]:
-    paths = {
-        folder: [root / image.layout.path(name, image.time) for image in images]
-        for folder, images in rasters.items()
-    }
-    first = next(folder for folder in (*SENSORS,) if paths[folder])
-    grid = read_grid(paths[first][0], rasters[first][0].layout.sidecars)
+    paths = {folder: [i.raster(root, name) for i in images] for folder, images in rasters.items()}
+    path, grid = first_grid(chain(*(paths[sensor] for sensor in SENSORS)))
     if grid.epsg is None:
-        raise DataError(
-            f'{paths[first][0]} has no CRS with an EPSG code ({grid.crs}); warp it to one'
-        )
-    names = {sensor: [path.name for path in paths[sensor]] for sensor in SENSORS}
-    labels = zip(paths[GROUND_REFERENCE], rasters[GROUND_REFERENCE], strict=True)
-    present = next((_labels(path, image.layout.sidecars) for path, image in labels), [])
-    return label_content(names, rasterio.CRS.from_epsg(grid.epsg), present)
+        raise DataError(f'{path} has no CRS with an EPSG code ({grid.crs}); warp it to one')
+    names = {sensor: [path.name for path, _ in paths[sensor]] for sensor in SENSORS}
+    present = next((_labels(*raster) for raster in paths[GROUND_REFERENCE]), [])
+    return label_content(names, crs_of(grid.epsg), present)
 
 
 def _labels(path: Path, sidecars: bool) -> list[int]:
     """Labels in a raster but 0, which stands for none."""
-    present: set[int] = set()
-    with open_raster(path, sidecars) as src:
-        for _, window in src.block_windows(1):
-            block = src.read(1, window=window, masked=True).compressed()
-            present |= {int(label) for label in np.unique(block) if np.isfinite(label)}
+    grid, present = read_grid(path, sidecars), set[int]()
+    for top in range(0, grid.height, 512):
+        rows = grid.window(0, top, grid.width, min(512, grid.height - top))
+        labels = read_labels(path, rows, grid, sidecars)
+        present |= {int(label) for label in np.unique(labels[~np.isnan(labels)])}
     return sorted(present - {0})

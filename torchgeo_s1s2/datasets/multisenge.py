@@ -133,8 +133,13 @@ class MultiSenGE(SeriesDataset):
         how = readings(sensors, bands, unit, offset, nodata, file_bands, raw)
         tiles = self._tiles_of_split()
         if catalog is None:
+            if not download and not (self.root / LABELS).is_dir():
+                raise DatasetNotFoundError(self)
             season = SeasonDownload(self.root, self.url, tiles, series, tuple(how))
-            self._obtain(season, checksum)
+            if download:
+                season.run()
+            if checksum:
+                season.verify()
         self.catalog = catalog or Catalog(self.root)
         if splits and not isinstance(splits, GroundSplits):
             check_splits(splits, self.catalog)
@@ -183,15 +188,6 @@ class MultiSenGE(SeriesDataset):
             folder: [file for p in positions for file in self.catalog.files(patch, folder, p)]
             for folder, positions in chosen.items()
         }
-
-    def _obtain(self, season: SeasonDownload, checksum: bool) -> None:
-        """Download and verify as far as that is wanted."""
-        if not self.download and not (self.root / LABELS).is_dir():
-            raise DatasetNotFoundError(self)
-        if self.download:
-            season.run()
-        if checksum:
-            season.verify()
 
     def _tiles_of_split(self) -> Sequence[str] | None:
         """Tiles of the split, None for all."""

@@ -1,7 +1,7 @@
 """Rasters: where they lie, what they say of themselves, and windows of them."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,7 +64,12 @@ class Grid:
     @property
     def epsg(self) -> int | None:
         """EPSG code, None if the CRS has none."""
-        return _epsg(self.crs.to_wkt())
+        return epsg_of(self.crs.to_wkt())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
@@ -104,37 +109,28 @@ class Grid:
         """Columns and rows, in this grid, of points along the border of another one: (2, N)."""
         steps = np.linspace(0, 1, 21)
         columns, rows = np.meshgrid(steps * other.width, steps * other.height)
-        x, y = _apply(other.transform, columns.ravel(), rows.ravel())
+        points: Any = columns.ravel(), rows.ravel()
+        x, y = other.transform @ points
         if not same_crs(self.crs, other.crs):
             x, y = np.array(warp_points(other.crs, self.crs, x, y))
-        return _apply(~self.transform, x, y)
-
-
-def _apply(affine: Affine, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.array(
-        [affine.a * x + affine.b * y + affine.c, affine.d * x + affine.e * y + affine.f]
-    )
+        return np.array(~self.transform @ (x, y))
 
 
 @lru_cache(maxsize=64)
-def crs_of(epsg: int) -> CRS:
-    """CRS of an EPSG code."""
-    return CRS.from_epsg(epsg)
+def crs_of(crs: int | str) -> CRS:
+    """CRS of an EPSG code or in any spelling."""
+    return CRS.from_user_input(crs if isinstance(crs, str) else int(crs))
 
 
 @lru_cache(maxsize=64)
-def _epsg(wkt: str) -> int | None:
-    return CRS.from_wkt(wkt).to_epsg()
+def epsg_of(crs: str) -> int | None:
+    """EPSG code of a CRS in any spelling, None if it has none."""
+    return crs_of(crs).to_epsg()
 
 
 def same_crs(one: CRS, other: CRS) -> bool:
     """Whether two CRS are one, however they are written."""
-    return one == other or _same_crs(one.to_wkt(), other.to_wkt())
-
-
-@lru_cache(maxsize=64)
-def _same_crs(one: str, other: str) -> bool:
-    return _epsg(one) is not None and _epsg(one) == _epsg(other)
+    return one == other or epsg_of(one.to_wkt()) == epsg_of(other.to_wkt()) is not None
 
 
 @contextmanager
@@ -194,7 +190,7 @@ def _open(path: Path, sidecars: bool) -> rasterio.DatasetReader:
         src = rasterio.open(path, driver='LIBERTIFF')
     except RasterioError:
         return rasterio.open(path)
-    if src.nodata is None:
+    if src.nodata is None and src.get_tag_item('NODATA_VALUES') is None:
         return src
     other = rasterio.open(path)  # beside a tag, the faster reader overlooks a mask
     masked = MaskFlags.per_dataset in other.mask_flag_enums[0]
@@ -211,6 +207,21 @@ def read_grid(path: Path, sidecars: bool = False) -> Grid:
     """
     with rasterio.Env(**GDAL_OPTIONS), open_raster(path, sidecars) as src:
         return _grid_of(path, src)
+
+
+def first_grid(rasters: Iterable[tuple[Path, bool]]) -> tuple[Path, Grid]:
+    """The first that can be opened of one or more rasters, and where it lies.
+
+    Raises:
+        DataError: If that does not say.
+        UnreadableError: If none can be opened.
+    """
+    for path, sidecars in rasters:
+        try:
+            return path, read_grid(path, sidecars)
+        except UnreadableError as error:
+            failed = error
+    raise failed
 
 
 def _grid_of(path: Path, src: rasterio.DatasetReader) -> Grid:
@@ -264,7 +275,8 @@ def read_image(
                 if offset := reading.offset(time):
                     value += np.float32(offset)
                 _rescale(value, src, indexes)
-            _check_power(path, value, reading)
+            if reading.unit != 'db' and reading.sensor.positive:
+                check_power(path, value, reading.sensor.name)
             return reading.physical(value, scaled)
 
         own = _own_grid(path, src, patch)
@@ -392,11 +404,6 @@ def _rescale(value: NDArray[Any], src: rasterio.DatasetReader, indexes: Sequence
             value[band] = value[band] * scales[i - 1] + offsets[i - 1]
 
 
-def _check_power(path: Path, value: Array, reading: Reading) -> None:
-    if reading.unit != 'db' and reading.sensor.positive:
-        check_power(path, value, reading.sensor.name)
-
-
 def check_power(where: object, value: NDArray[Any], name: str = 's1') -> None:
     """Raise an error where values that shall be power are mostly well below 0."""
     if (value < 0).any() and (middle := float(np.nanmedian(value))) < -1:
@@ -412,7 +419,16 @@ def _own_grid(path: Path, src: rasterio.DatasetReader, patch: Grid) -> Grid:
     own = _grid_of(path, src)
     if own == patch:
         return patch
-    _check_overlap(path, own, patch)
+    try:
+        columns, rows = own.pixels_of(patch)
+    except (CRSError, CPLE_BaseError):  # no way from one CRS to the other
+        columns = rows = np.array([np.nan])
+    across = columns.max() > 0 and columns.min() < own.width
+    if not (across and rows.max() > 0 and rows.min() < own.height):
+        raise DataError(
+            f'{path} lies at {own.bounds} in {own.crs}, beside its patch at {patch.bounds} in '
+            f'{patch.crs}; mend its georeference or its name'
+        )
     return own
 
 
@@ -427,14 +443,22 @@ def onto(own: Grid, grid: Grid, read: Read, how: Resampling, count: int) -> NDAr
         count: Number of bands C.
     """
     offset = grid.offset_in(own)
-    if offset is not None:
-        return _crop(own, grid, read, *offset, count)
-    (left, right), (top, bottom) = _reach(own, grid)
+    if offset is None:
+        col, row, stop, end = _reach(own, grid)
+    else:
+        col, row = offset
+        stop, end = col + grid.width, row + grid.height
+    left, top, right, bottom = max(col, 0), max(row, 0), min(stop, own.width), min(end, own.height)
     if right <= left or bottom <= top:
-        return np.full((count, grid.height, grid.width), np.nan, np.float32)
+        return np.full((count, *grid.shape), np.nan, np.float32)
     part = own.window(left, top, right - left, bottom - top)
     source = read(Window(left, top, part.width, part.height))
-    out = np.full((count, grid.height, grid.width), np.nan, source.dtype)
+    if offset is not None:
+        if part.shape == grid.shape:
+            return source
+        beyond = (0, 0), (top - row, end - bottom), (left - col, stop - right)
+        return np.pad(source, beyond, constant_values=np.nan)
+    out = np.full((count, *grid.shape), np.nan, source.dtype)
     reproject(
         source,
         out,
@@ -450,45 +474,15 @@ def onto(own: Grid, grid: Grid, read: Read, how: Resampling, count: int) -> NDAr
     return out
 
 
-def _check_overlap(path: Path, own: Grid, patch: Grid) -> None:
-    try:
-        columns, rows = own.pixels_of(patch)
-    except (CRSError, CPLE_BaseError):  # no way from one CRS to the other
-        columns = rows = np.array([np.nan])
-    across = columns.max() > 0 and columns.min() < own.width
-    if not (across and rows.max() > 0 and rows.min() < own.height):
-        raise DataError(
-            f'{path} lies at {own.bounds} in {own.crs}, beside its patch at {patch.bounds} in '
-            f'{patch.crs}; mend its georeference or its name'
-        )
-
-
-def _reach(own: Grid, grid: Grid) -> list[tuple[int, int]]:
-    """First and last + 1 column, and row, of the pixels that a warp to a grid needs."""
+def _reach(own: Grid, grid: Grid) -> list[int]:
+    """First column and row of the pixels that a warp to a grid needs, and those after the last."""
     points = own.pixels_of(grid)
     if not np.isfinite(points).all():
-        return [(0, 0), (0, 0)]
+        return [0] * 4
     low, high = points.min(1), points.max(1)
     # Where pixels are made larger, each needs as many as it is larger.
     margin = 2 + np.ceil((high - low) / (grid.width, grid.height))
-    first = np.maximum(np.floor(low - margin), 0).astype(int)
-    last = np.minimum(np.ceil(high + margin), (own.width, own.height)).astype(int)
-    return [(int(a), int(b)) for a, b in zip(first, last, strict=True)]
-
-
-def _crop(own: Grid, grid: Grid, read: Read, col: int, row: int, count: int) -> NDArray[Any]:
-    """Read a window that may reach beyond the raster; NaN there."""
-    left, top = max(col, 0), max(row, 0)
-    width = min(col + grid.width, own.width) - left
-    height = min(row + grid.height, own.height) - top
-    if (width, height) == (grid.width, grid.height):
-        return read(Window(left, top, width, height))
-    out = np.full((count, grid.height, grid.width), np.nan)
-    if width > 0 and height > 0:
-        part = read(Window(left, top, width, height))
-        out = out.astype(part.dtype)
-        out[:, top - row : top - row + height, left - col : left - col + width] = part
-    return out
+    return [int(v) for v in (*np.floor(low - margin), *np.ceil(high + margin))]
 
 
 def mean(images: Sequence[Array]) -> Array:

@@ -1,12 +1,14 @@
 """What fills the root of a data set before a run; a configuration names it as ``source``."""
 
+import json
 import os
 import shutil
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.catalog import FOLDERS, GROUND_REFERENCE, LABELS, list_rasters
 from torchgeo_s1s2.datasets.download import SeasonDownload
-from torchgeo_s1s2.datasets.labels import label_content, listed_images
+from torchgeo_s1s2.datasets.labels import label_content
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE
 from torchgeo_s1s2.datasets.rasters import check_written, crs_of, open_raster
 from torchgeo_s1s2.datasets.sensors import SENSORS
@@ -165,8 +167,9 @@ def copy_series(
     folder = Path(folder)
     for name in (LABELS, *FOLDERS):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    rasters = [_rasters(dataset, index, folder) for index in range(len(dataset))]
-    jobs = [raster for patch in rasters for raster in patch if raster.is_outdated]
+    patches = dataset.index['patch'].unique().tolist()
+    rasters = [raster for patch in patches for raster in _rasters(dataset, patch, folder)]
+    jobs = [raster for raster in rasters if raster.is_outdated]
     _check_room(folder, jobs)
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         title, hidden = f'Copying to {folder}', not (progress and jobs)
@@ -174,17 +177,17 @@ def copy_series(
         failed = [text for text in bar if text]
     if failed:
         warn(f'{len(failed)} rasters cannot be read and are not copied: {"; ".join(failed[:3])}')
-    for index, copies in enumerate(rasters):
-        _write_label_file(dataset, index, folder, copies)
-    _warn_of_stale(dataset, folder)
+    held = _held(folder, {dataset.name_of(patch) for patch in patches})
+    for patch in patches:
+        _write_label_file(dataset, patch, folder, held)
+    _warn_of_stale(dataset, folder, chain(*held.values()))
     return folder
 
 
 class _Raster(NamedTuple):
-    """A raster: where it is, its sensor, whether files beside it belong to it, and its copy."""
+    """A raster: where it is, whether files beside it belong to it, and its copy."""
 
     source: Path
-    kind: str
     sidecars: bool
     target: Path
 
@@ -195,24 +198,22 @@ class _Raster(NamedTuple):
         return not there or self.target.stat().st_mtime_ns != self.source.stat().st_mtime_ns
 
 
-def _rasters(dataset: MultiSenGE, index: int, folder: Path) -> list[_Raster]:
-    """Rasters that a row may be read from."""
-    patch, catalog = int(dataset.index['patch'].iat[index]), dataset.catalog
+def _rasters(dataset: MultiSenGE, patch: int, folder: Path) -> Iterator[_Raster]:
+    """Rasters that a patch may be read from."""
+    catalog = dataset.catalog
     times = {s: catalog.times(patch, s) for s in dataset.series.reads(dataset.sensors)}
     positions: dict[str, Any] = dict(dataset.series.candidates(times))
     if catalog.patch(patch).ground_reference:
         positions[GROUND_REFERENCE] = [0]
-    rasters = []
     for kind, chosen in positions.items():
         for p in sorted(chosen):
             path, sidecars = catalog.raster(patch, kind, p)
-            rasters.append(_Raster(path, kind, sidecars, folder / path.relative_to(dataset.root)))
-    return rasters
+            yield _Raster(path, sidecars, folder / path.relative_to(dataset.root))
 
 
 def _copy(raster: _Raster) -> str:
     """Copy a raster with its time of change; why not, if it cannot be read."""
-    source, _, sidecars, target = raster
+    source, sidecars, target = raster
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole(target) as temporary, open_raster(source, sidecars) as src:
@@ -228,16 +229,8 @@ def _copy(raster: _Raster) -> str:
     return ''
 
 
-def _warn_of_stale(dataset: MultiSenGE, folder: Path) -> None:
-    """Say which rasters of its patches the copy holds though the data set has them no longer."""
-    names = {dataset.name_of(patch) for patch in dataset.index['patch']}
-    held = [
-        image.layout.path(name, image.time)
-        for kind in FOLDERS
-        for name, images in list_rasters(folder, kind)[0].items()
-        if name in names
-        for image in images
-    ]
+def _warn_of_stale(dataset: MultiSenGE, folder: Path, held: Iterable[str]) -> None:
+    """Say which rasters the copy holds though the data set has them no longer."""
     if stale := [path for path in held if not (dataset.root / path).exists()]:
         warn(
             f'{folder} holds {len(stale)} rasters that {dataset.root} has no longer, and they are '
@@ -271,17 +264,24 @@ def _bytes(raster: _Raster) -> int:
         return 0
 
 
+def _held(folder: Path, names: Collection[str]) -> dict[tuple[str, str], list[str]]:
+    """Paths of the rasters of patches in a copy, relative to it, by folder and patch."""
+    return {
+        (kind, name): [image.layout.path(name, image.time) for image in images]
+        for kind in FOLDERS
+        for name, images in list_rasters(folder, kind)[0].items()
+        if name in names
+    }
+
+
 def _write_label_file(
-    dataset: MultiSenGE, index: int, folder: Path, rasters: Sequence[_Raster]
+    dataset: MultiSenGE, patch: int, folder: Path, held: Mapping[tuple[str, str], Sequence[str]]
 ) -> None:
-    """Name what the copy holds of a patch, what it held before included."""
-    patch = dataset.catalog.patches.iloc[int(dataset.index['patch'].iat[index])]
-    path = folder / LABELS / f'{patch["name"]}.json'
-    before = listed_images(path) if path.exists() else {}
-    names = {sensor: {*before.get(sensor, ())} for sensor in SENSORS}
-    for raster in rasters:
-        if raster.kind in names and raster.target.exists():
-            names[raster.kind].add(raster.source.name)
-    listed = {sensor: sorted(images) for sensor, images in names.items()}
-    if listed != before:
-        write_json(path, label_content(listed, crs_of(patch['epsg']), patch['classes']))
+    """Name what the copy holds of a patch."""
+    row = dataset.catalog.patches.iloc[patch]
+    name = row['name']
+    images = {s: sorted(Path(p).name for p in held.get((s, name), ())) for s in SENSORS}
+    content = label_content(images, crs_of(row['epsg']), row['classes'])
+    path = folder / LABELS / f'{name}.json'
+    if not path.exists() or json.loads(path.read_text()) != content:
+        write_json(path, content)
