@@ -45,11 +45,12 @@ def test_own_scheme_merges_and_keeps_its_ids() -> None:
 @pytest.mark.parametrize(
     ('labels', 'ids', 'message'),
     [
-        (((1,), (1,)), (), r'label \[1\] is given to more than one class'),
-        (((1,), (2,)), (7, 7), r'id \[7\] is given to more than one class'),
-        (((1,), (2,)), (0, 1), 'id 0 is outside 1..254'),
-        (((1,), (65536,)), (), 'label 65536 is outside -32768..65535'),
-        (((1,), (-32769,)), (), 'label -32769 is outside -32768..65535'),
+        (((1,), (1,)), (), r'label \[1\] is of more than one class'),
+        (((1,), (2,)), (7, 7), r'id \[7\] is of more than one class'),
+        (((1,), (2,)), (0, 1), 'id 0 is no whole number within 1..254'),
+        (((1,), (65536,)), (), 'label 65536 is no whole number within -32768..65535'),
+        (((1,), (-32769,)), (), 'label -32769 is no whole number within -32768..65535'),
+        (((1,), (1.5,)), (), 'label 1.5 is no whole number'),
         (((1,), (2,)), (1,), '2 classes have 1 ids'),
         ((), (), 'at least one class'),
     ],
@@ -60,6 +61,12 @@ def test_contradictory_schemes_are_refused(
     classes = tuple(LandCoverClass(str(n), (0, 0, n), numbers) for n, numbers in enumerate(labels))
     with pytest.raises(ValueError, match=message):
         ClassScheme(classes, ids)
+
+
+def test_a_name_of_two_classes_is_refused() -> None:
+    towns = [LandCoverClass('town', 'red', (label,)) for label in (1, 2)]
+    with pytest.raises(ValueError, match=r"name \['town'\] is of more than one class"):
+        ClassScheme(tuple(towns))
 
 
 @pytest.mark.parametrize('color', ['9e0020', 'blurple', (0, 0, 256), (0, 0), (0.5, 0.5, 0.5)])

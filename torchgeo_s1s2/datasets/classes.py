@@ -5,6 +5,8 @@ Source: Wenger et al., Remote Sensing 2023, 15(1), 151, https://doi.org/10.3390/
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 from matplotlib.colors import ListedColormap, is_color_like, to_rgb
@@ -73,7 +75,8 @@ class ClassScheme:
         ids: Number of each class in a map, each 1..254; ``index + 1`` unless given.
 
     Raises:
-        ValueError: If the scheme is empty, or a label or an id is claimed twice or out of range.
+        ValueError: If the scheme is empty, a label, an id or a name is claimed twice, or a label or
+            an id is out of range.
     """
 
     classes: tuple[LandCoverClass, ...]
@@ -89,8 +92,13 @@ class ClassScheme:
             object.__setattr__(self, 'ids', tuple(range(1, len(self.classes) + 1)))
         if len(self.ids) != len(self.classes):
             raise ValueError(f'{len(self.classes)} classes have {len(self.ids)} ids; give one each')
-        _check_unique('id', self.ids, 0, NO_LABEL)
-        _check_unique('label', [n for c in self.classes for n in c.labels], -(2**15) - 1, 2**16)
+        _check_range('id', self.ids, 1, NO_LABEL - 1)
+        labels = [label for c in self.classes for label in c.labels]
+        _check_range('label', labels, -(2**15), 2**16 - 1)
+        claimed: dict[str, Sequence[Any]] = {'id': self.ids, 'label': labels, 'name': self.names}
+        for what, values in claimed.items():
+            if twice := sorted({v for v in values if values.count(v) > 1}):
+                raise ValueError(f'{what} {twice} is of more than one class; keep each in one')
 
     def __len__(self) -> int:
         """Number of classes K."""
@@ -115,7 +123,7 @@ class ClassScheme:
         """Turn labels as they are on disk into class indices.
 
         Args:
-            labels: Whole numbers of any shape.
+            labels: Whole numbers of any shape, NaN for none.
 
         Returns:
             int64 array of the same shape with values 0..K-1, and 255 where there is no class.
@@ -125,16 +133,14 @@ class ClassScheme:
         table = np.full(high - low + 1, NO_LABEL)
         for label, index in claimed.items():
             table[label - low] = index
-        return table.take(np.asarray(labels, np.int64) - low, mode='clip')
+        known = np.where(np.isnan(labels), low, labels).astype(np.int64)
+        return table.take(known - low, mode='clip')
 
 
-def _check_unique(what: str, values: Sequence[int], above: int, below: int) -> None:
+def _check_range(what: str, values: Sequence[int], least: int, most: int) -> None:
     for value in values:
-        if not above < value < below:
-            raise ValueError(f'{what} {value} is outside {above + 1}..{below - 1}')
-    twice = sorted({v for v in values if values.count(v) > 1})
-    if twice:
-        raise ValueError(f'{what} {twice} is given to more than one class; keep each in one')
+        if not isinstance(value, Integral) or not least <= value <= most:
+            raise ValueError(f'{what} {value} is no whole number within {least}..{most}')
 
 
 _CLASSES_15 = (

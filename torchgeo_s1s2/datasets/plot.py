@@ -107,9 +107,7 @@ def _sar(series: NDArray[np.float32], names: Sequence[str]) -> NDArray[np.float3
 def _stretch(series: NDArray[np.float32], together: bool) -> NDArray[np.float32]:
     """From the darkest to the brightest values of a usual date to 0..1: (T, H, W, 3).
 
-    Args:
-        series: (T, 3, H, W).
-        together: Whether the three channels share one stretch, which keeps their colour.
+    Channels that are stretched together keep their colour.
     """
     values = np.where(np.isfinite(series), series, np.nan)
     seen = values[~np.isnan(values).all((1, 2, 3))]

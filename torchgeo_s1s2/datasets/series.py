@@ -1,12 +1,14 @@
 """Data sets of time series: their index, samples, windows and date rules; no file name."""
 
 import copy
+import operator
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain, pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from zlib import crc32
@@ -29,14 +31,12 @@ from torchgeo.datasets import GeoDataset, UnionDataset
 
 from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme
 from torchgeo_s1s2.datasets.plot import plot_series
-from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS, Grid, mean, same_crs
+from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS, Grid, crs_of, mean, same_crs
 from torchgeo_s1s2.datasets.sensors import Array, Reading
-from torchgeo_s1s2.datasets.time_series import DateRule, series_report
+from torchgeo_s1s2.datasets.time_series import DateRule, Slots, series_report
 from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError, UnreadableError, warn
 
 Sample = dict[str, Any]
-Chosen = dict[str, list[tuple[int, ...]]]
-"""For each sensor T slots, each a tuple of positions in the sensor's times of a patch."""
 
 
 class _Series(NamedTuple):
@@ -44,7 +44,7 @@ class _Series(NamedTuple):
 
     patch: int
     period: slice
-    slots: Chosen
+    slots: Slots
     inside: NDArray[np.bool_] | None
 
 
@@ -130,7 +130,6 @@ class SeriesDataset(GeoDataset):
         self._res = self._res_in(target, chosen[0]) if res is None else _pair(res)
         self._index, self._checked = self._index_of(chosen, target), True
         self._slivers = self._index.geometry[:0]
-        self._columns = list(self._index.columns)
 
     @abstractmethod
     def name_of(self, patch: int) -> str:
@@ -163,10 +162,9 @@ class SeriesDataset(GeoDataset):
 
     @index.setter
     def index(self, index: gpd.GeoDataFrame) -> None:
-        index = _restored(index, self._columns, self.crs)
+        index = _restored(index, list(self._index.columns), self.crs)
         if len(index) and index.crs != self.crs:
             self._res = self._res_in(index.crs, int(index['patch'].iat[0]))
-        self._columns = list(index.columns)
         self._index, self._checked = index, False
         self._slivers = index.geometry[:0]
         len(self)  # says what is left out
@@ -197,9 +195,7 @@ class SeriesDataset(GeoDataset):
         if ground is None or ground.is_empty:
             return False
         grid, shape = self._part(index)
-        return min(grid.width, grid.height) > 0 and (
-            shape is None or bool(_inside(shape, grid).any())
-        )
+        return min(grid.shape) > 0 and (shape is None or bool(_inside(shape, grid).any()))
 
     @property
     def crs(self) -> CRS:
@@ -249,7 +245,7 @@ class SeriesDataset(GeoDataset):
             UnreadableError: If a raster cannot be read and no other date takes its place.
         """
         window = isinstance(index, slice | tuple)
-        sample = self._window(index) if window else self._row(int(index))
+        sample = self._window(index) if window else self._row(operator.index(index))
         return self.transforms(sample) if self.transforms else sample
 
     def __and__(self, other: GeoDataset) -> Any:
@@ -275,8 +271,7 @@ class SeriesDataset(GeoDataset):
 
     def shape(self, index: int) -> tuple[int, int]:
         """Height and width of ``dataset[index]``."""
-        grid = self._part(index)[0]
-        return grid.height, grid.width
+        return self._part(index)[0].shape
 
     def crop(self, index: int, top: int, left: int, height: int, width: int) -> Sample:
         """Read a window of row ``index`` on its own grid.
@@ -314,7 +309,7 @@ class SeriesDataset(GeoDataset):
             return np.full((height, width), np.nan)
         return labels if inside is None else np.where(inside, labels, np.nan)
 
-    def slots(self, index: int) -> Chosen:
+    def slots(self, index: int) -> Slots:
         """Time slots of row ``index`` as the date rule chooses them."""
         return self._select(self._patch(index), self._period(index))
 
@@ -348,18 +343,19 @@ class SeriesDataset(GeoDataset):
         areas, index = areas.to_crs(self.crs), self._rows
         grounds = index.geometry.to_numpy()
         rows, of_areas = areas.sindex.query(grounds, 'intersects')
+        own = areas['split'].to_numpy()[of_areas] == split
+        rows, of_areas = rows[own], of_areas[own]
         shapes = shapely.intersection(grounds[rows], areas.geometry.to_numpy()[of_areas])
         pieces = index.iloc[rows].set_geometry(gpd.GeoSeries(shapes, index.index[rows], index.crs))
-        pieces = pieces.assign(split=areas['split'].to_numpy()[of_areas]).explode()
+        pieces = pieces.explode()
         self._index = pieces[pieces.geom_type == 'Polygon']
-        self._index = self._index[(self._index['split'] == split).to_numpy()]
         self._index = self._index[[self._holds(i) for i in range(len(self))]]
         if self._index.empty:
             raise NoPatchesError(f'{self.title} has no patch: none lies in its areas')
         number = self._index.groupby('patch').cumcount() + 1
         several = self._index['patch'].duplicated(keep=False).to_numpy()
         names = self._index['name'] + ('_' + number.astype(str)).where(several, '')
-        self._index = self._index.assign(name=names.to_numpy()).drop(columns='split')
+        self._index = self._index.assign(name=names.to_numpy())
 
     def check(self, index: int = 0) -> None:
         """Read one pixel of each raster of a row, which costs little whatever its size.
@@ -444,9 +440,8 @@ class SeriesDataset(GeoDataset):
         own = CRS.from_user_input(grid.crs.to_wkt())
         if [a.unit_name for a in own.axis_info] == [a.unit_name for a in crs.axis_info]:
             return grid.res
-        target = rasterio.CRS.from_wkt(crs.to_wkt())
         affine, _, _ = calculate_default_transform(
-            grid.crs, target, grid.width, grid.height, *grid.bounds
+            grid.crs, crs_of(crs.srs), grid.width, grid.height, *grid.bounds
         )
         return affine.a, -affine.e
 
@@ -455,18 +450,18 @@ class SeriesDataset(GeoDataset):
         times = [t for s in sensors if len(t := self.times_of(patch, s))]
         return min(t[0] for t in times), max(t[-1] for t in times)
 
-    def _select(self, patch: int, period: slice | None = None) -> Chosen:
+    def _select(self, patch: int, period: slice) -> Slots:
         """Slots of a patch from what was acquired in a period and can be read."""
+        first, last = (np.datetime64(time, 'ns') for time in (period.start, period.stop))
         at, times = {}, {}
         for sensor in self.series.reads(self.sensors):
             t = self.times_of(patch, sensor)
-            start, stop = _within(t, period) if period else (0, len(t))
-            bad = {p for n, s, p in self._unreadable if (n, s) == (patch, sensor)}
-            at[sensor] = [p for p in range(start, stop) if p not in bad]
-            times[sensor] = t[start:stop] if not bad else t[at[sensor]]
+            usable = (t >= first) & (t <= last)
+            usable[[p for n, s, p in self._unreadable if (n, s) == (patch, sensor)]] = False
+            at[sensor], times[sensor] = np.flatnonzero(usable).tolist(), t[usable]
         draw = crc32(f'{self.name_of(patch)} {self.epoch}'.encode())
         slots = self.series.select(times, draw)
-        return {s: [tuple(at[s][p] for p in slot) for slot in slots[s]] for s in slots}
+        return {s: tuple(tuple(at[s][p] for p in slot) for slot in slots[s]) for s in slots}
 
     def _period(self, index: int) -> slice:
         """Times of a row, its ends included: those of time_series_split do not overlap so."""
@@ -483,7 +478,7 @@ class SeriesDataset(GeoDataset):
         """Geometry of a row in the CRS of its patch, None if it is the whole patch."""
         grid, geometry = self._grid(index), self._rows.geometry.iat[index]
         inset = 0.01
-        if not same_crs(grid.crs, _crs(self.crs.srs)):
+        if not same_crs(grid.crs, crs_of(self.crs.srs)):
             inset = 0.5  # footprints are of other pixels, so centres count
             there = _transformer(self.crs.srs, grid.crs.to_wkt())
             geometry = transform(geometry, there.transform, interleaved=False)
@@ -522,11 +517,12 @@ class SeriesDataset(GeoDataset):
         """Pixels to read of a row, and which of them are its own if not all of the patch's are."""
         part, geometry = self._part(index)
         grid = part.window(*crop) if crop else part
-        if grid.width < 1 or grid.height < 1:
+        if min(grid.shape) < 1:
             raise IndexError(f'index: {index} ({self.name(index)}) holds no pixel')
         inside = None if geometry is None else _inside(geometry, grid)
         if crop and part != self._grid(index):
-            inside = _and(inside, _inside(box(*part.bounds), grid))
+            own = _inside(box(*part.bounds), grid)
+            inside = own if inside is None else inside & own
         return grid, inside
 
     def _window(self, index: Any) -> Sample:
@@ -540,7 +536,7 @@ class SeriesDataset(GeoDataset):
         if width < 1 or height < 1:
             raise IndexError(f'index: {index} holds no pixel of {x.step} x {y.step}')
         affine = Affine(x.step, 0, x.start, 0, -y.step, y.stop)
-        grid = Grid(_crs(self.crs.srs), affine, width, height)
+        grid = Grid(crs_of(self.crs.srs), affine, width, height)
         parts = []
         for row in self._rows.sindex.query(box(*grid.bounds), 'intersects', sort=True):
             own, cut = self._period(row), self._cut(row)
@@ -548,8 +544,8 @@ class SeriesDataset(GeoDataset):
             common = slice(max(period.start, own.start), min(period.stop, own.stop))
             parts.append((self._patch(row), common, inside))
         if not parts and self._slivers.intersects(box(*grid.bounds)).any():
-            canvas = _Canvas(self.series.length, self.bands, grid, several=False)
-            return canvas.sample(self.classes) | _georeference(grid, period)
+            canvas = _Canvas(self.series.length, self.bands, grid.shape, several=False)
+            return canvas.sample() | _georeference(grid, period)
         try:
             return self._sample(grid, period, parts)
         except NoSeriesError as error:
@@ -577,27 +573,29 @@ class SeriesDataset(GeoDataset):
             )
         with rasterio.Env(**GDAL_OPTIONS):
             canvas = self._filled(grid, chosen)
-        return canvas.sample(self.classes) | _georeference(grid, period)
+        return canvas.sample() | _georeference(grid, period)
 
     def _filled(self, grid: Grid, chosen: list[_Series]) -> '_Canvas':
         """Pixels of patches, around images that cannot be read."""
-        canvas = _Canvas(self.series.length, self.bands, grid, several=len(chosen) > 1)
+        canvas = _Canvas(self.series.length, self.bands, grid.shape, several=len(chosen) > 1)
         for i, series in enumerate(chosen):
             try:
-                self._fill(canvas, series)
+                self._fill(canvas, grid, series)
             except UnreadableError as error:
                 chosen[i] = self._without(series, error)
                 return self._filled(grid, chosen)  # anew, for some dates may have changed
-            canvas.add_labels(self.read_labels(series.patch, grid), series.inside)
+            labels = self.read_labels(series.patch, grid)
+            if labels is not None:
+                canvas.add_mask(self.classes.remap(labels), series.inside)
         return canvas
 
-    def _fill(self, canvas: '_Canvas', series: _Series) -> None:
+    def _fill(self, canvas: '_Canvas', grid: Grid, series: _Series) -> None:
         """Fill what a canvas lacks from one patch."""
         for sensor in self.sensors:
             times = self.times_of(series.patch, sensor)
             for t, positions in enumerate(series.slots[sensor]):
                 if positions and canvas.lacks(sensor, t):
-                    value = self._slot(series.patch, sensor, positions, canvas.grid)
+                    value = self._slot(series.patch, sensor, positions, grid)
                     time = int(times[positions[0]].astype(np.int64))
                     canvas.add(sensor, t, time, value, series.inside)
 
@@ -629,17 +627,21 @@ class SeriesDataset(GeoDataset):
 
 
 class _Canvas:
-    """What a sample is made of, filled from patches; what is there is not filled again."""
+    """What a sample is made of, filled from others; what is there is not filled again."""
 
     def __init__(
-        self, length: int, bands: Mapping[str, Sequence[str]], grid: Grid, several: bool
+        self,
+        length: int,
+        bands: Mapping[str, Sequence[str]],
+        shape: tuple[int, int],
+        several: bool,
     ) -> None:
-        self.grid, self.several = grid, several
+        self.several = several
         borders = np.cumsum([0, *map(len, bands.values())]).tolist()
         spans = zip(bands, pairwise(borders), strict=True)
         self.channels = {sensor: slice(*span) for sensor, span in spans}
-        self.image = np.empty((length, borders[-1], grid.height, grid.width), np.float32)
-        self.labels = np.full((grid.height, grid.width), np.nan)
+        self.image = np.empty((length, borders[-1], *shape), np.float32)
+        self.mask = np.full(shape, NO_LABEL)
         self.pixels: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
 
     def lacks(self, sensor: str, t: int) -> bool:
@@ -648,7 +650,7 @@ class _Canvas:
         return not seen or bool(np.isnan(self.image[t, self.channels[sensor]]).any())
 
     def add(
-        self, sensor: str, t: int, time: int, value: Array, inside: NDArray[np.bool_] | None
+        self, sensor: str, t: int, time: int, value: Array, inside: NDArray[np.bool_] | None = None
     ) -> None:
         """Fill a slot of a sensor where it has no value, within a mask if there is one."""
         if inside is not None:
@@ -670,13 +672,12 @@ class _Canvas:
             return 1
         return int((~np.isnan(value)).any(0).sum())
 
-    def add_labels(self, labels: NDArray[Any] | None, inside: NDArray[np.bool_] | None) -> None:
-        """Fill labels where there are none."""
-        if labels is not None:
-            free = np.isnan(self.labels)
-            np.copyto(self.labels, labels, where=free if inside is None else free & inside)
+    def add_mask(self, mask: NDArray[np.int64], inside: NDArray[np.bool_] | None = None) -> None:
+        """Fill classes where there are none, within a mask if there is one."""
+        free = self.mask == NO_LABEL
+        np.copyto(self.mask, mask, where=free if inside is None else free & inside)
 
-    def sample(self, classes: ClassScheme) -> Sample:
+    def sample(self) -> Sample:
         """Everything of a sample but its georeference."""
         shape = len(self.image), len(self.channels)
         times = np.full(shape, -1, np.int64)
@@ -688,7 +689,7 @@ class _Canvas:
                     self.image[t, self.channels[sensor]] = np.nan
         return {
             'image': torch.from_numpy(self.image),
-            'mask': torch.from_numpy(remap(self.labels, classes)),
+            'mask': torch.from_numpy(self.mask),
             'valid': torch.from_numpy(times >= 0),
             'acquisition_times': torch.from_numpy(times),
         }
@@ -729,8 +730,8 @@ class SeriesUnion(UnionDataset):
                 f'samples of the two data sets differ: {described[0]} and {described[1]}; give '
                 'both the same bands, classes and number of slots'
             )
-        sizes = [len(bands) for bands in described[0][0].values()]
-        super().__init__(dataset1, dataset2, partial(merge_series, sizes=sizes), transforms)
+        self._bands: Mapping[str, Sequence[str]] = described[0][0]
+        super().__init__(dataset1, dataset2, self._merge, transforms)
         self._member = '_'.join(['member', *(c for c in self.index if c.startswith('member'))])
         own = [d.index.assign(**{self._member: i}) for i, d in enumerate(self.datasets)]
         self._index, self._handed_on = pd.concat(own), True
@@ -777,6 +778,18 @@ class SeriesUnion(UnionDataset):
                 else:
                     yield dataset[index]
 
+    def _merge(self, samples: Sequence[Sample]) -> Sample:
+        """Each pixel and label of samples of one window from the first that has it."""
+        first = samples[0]
+        canvas = _Canvas(len(first['image']), self._bands, first['mask'].shape, several=True)
+        for sample in samples:
+            for s, (sensor, channels) in enumerate(canvas.channels.items()):
+                for t, time in enumerate(sample['acquisition_times'][:, s].tolist()):
+                    if time >= 0:
+                        canvas.add(sensor, t, time, sample['image'][t, channels].numpy())
+            canvas.add_mask(sample['mask'].numpy())
+        return first | canvas.sample()
+
     def __or__(self, other: GeoDataset) -> 'SeriesUnion':
         """Join with another data set of series."""
         return SeriesUnion(self, other)
@@ -809,67 +822,22 @@ def _description(dataset: GeoDataset) -> tuple[Any, ...]:
     return dataset.bands, dataset.classes.names, dataset.series.length
 
 
-def merge_series(samples: Sequence[Sample], sizes: Sequence[int]) -> Sample:
-    """Merge samples of one window: each pixel and label from the first that has it.
-
-    Args:
-        samples: Samples; of each slot the time of most pixels is told.
-        sizes: Number of bands of each sensor.
-    """
-    merged = dict(samples[0]) | {'image': torch.full_like(samples[0]['image'], torch.nan)}
-    pixels: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
-    for sample in samples:
-        image, times = sample['image'], sample['acquisition_times']
-        new = merged['image'].isnan() & ~image.isnan()
-        merged['image'] = torch.where(new, image, merged['image'])
-        for key, where in (('mask', merged['mask'] == NO_LABEL), ('valid', ~merged['valid'])):
-            merged[key] = torch.where(where, sample[key], merged[key])
-        for s, bands in enumerate(new.split(list(sizes), 1)):
-            for t, count in enumerate(bands.any(1).sum((1, 2)).tolist()):
-                pixels[t, s][int(times[t, s])] += count
-    merged['acquisition_times'] = torch.full_like(merged['acquisition_times'], -1)
-    for slot, seen in pixels.items():
-        known = Counter({time: n for time, n in seen.items() if time >= 0})
-        merged['acquisition_times'][slot] = _most(known) if known else -1
-    return merged
-
-
-def remap(labels: NDArray[np.float64], classes: ClassScheme) -> NDArray[np.int64]:
-    """Class indices of labels, 255 where there is none or no class claims it."""
-    known = ~np.isnan(labels)
-    mask: NDArray[np.int64] = classes.remap(np.where(known, labels, 0))
-    mask[~known] = NO_LABEL
-    return mask
-
-
-def _pair(res: float | tuple[float, float]) -> tuple[float, float]:
-    return res if isinstance(res, tuple) else (res, res)
+def _pair(res: float | Sequence[float]) -> tuple[float, float]:
+    xres, yres = np.broadcast_to(res, 2).tolist()
+    return xres, yres
 
 
 def _utc(time: Any) -> pd.Timestamp:
     """A time of any kind, without its zone; without one it is UTC."""
+    if isinstance(time, Real):
+        raise TypeError(f'{time!r} is no time; give a date, such as pd.Timestamp("2020-07-01")')
     stamp = pd.Timestamp(time)
     return stamp.tz_convert('UTC').tz_localize(None) if stamp.tz else stamp
 
 
-def _within(times: NDArray[np.datetime64], period: slice) -> tuple[int, int]:
-    """First and last + 1 position of sorted times within a closed period."""
-    start, stop = (np.datetime64(t, 'ns') for t in (period.start, period.stop))
-    return int(np.searchsorted(times, start)), int(np.searchsorted(times, stop, 'right'))
-
-
 def _inside(geometry: BaseGeometry, grid: Grid) -> NDArray[np.bool_]:
     """Pixels of a grid whose centre lies within a geometry."""
-    return geometry_mask([geometry], (grid.height, grid.width), grid.transform, invert=True)
-
-
-def _and(one: NDArray[np.bool_] | None, other: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    return other if one is None else one & other
-
-
-@lru_cache(maxsize=64)
-def _crs(text: str) -> rasterio.CRS:
-    return rasterio.CRS.from_user_input(text)
+    return geometry_mask([geometry], grid.shape, grid.transform, invert=True)
 
 
 @lru_cache(maxsize=64)
@@ -880,9 +848,8 @@ def _transformer(source: str, target: str) -> Transformer:
 def _georeference(grid: Grid, period: slice) -> Sample:
     xmin, ymin, xmax, ymax = grid.bounds
     xres, yres = grid.res
-    tres = period.step if period.step is not None else 1
     seconds = [np.nan if t is pd.NaT else t.timestamp() for t in (period.start, period.stop)]
-    bounds = [xmin, xmax, xres, ymin, ymax, yres, *seconds, tres]
+    bounds = [xmin, xmax, xres, ymin, ymax, yres, *seconds, period.step]
     return {
         'bounds': torch.tensor(bounds, dtype=torch.float64),
         'transform': torch.tensor(grid.transform, dtype=torch.float64),
