@@ -101,6 +101,10 @@ def test_other_settings_and_foreign_data_are_refused(tmp_path: Path, two_zones: 
         write_synthetic(two_zones)
     with pytest.raises(ValueError, match=r"\['31UDS'\]"):
         write_synthetic(root, patches={'31UDS': 1})
+    with pytest.raises(ValueError, match='size is 1; it must be 2 or more'):
+        write_synthetic(tmp_path / 'small', 1)
+    with pytest.raises(ValueError, match='31UEQ is 0; it must be 1 or more'):
+        write_synthetic(tmp_path / 'none', patches={'31UEQ': 0})
 
 
 def test_a_patch_without_november_has_no_series(tmp_path: Path) -> None:

@@ -356,6 +356,8 @@ def test_patch_without_a_date_of_the_leader(rule: Any, missing: Any) -> None:
         (EvenlySpaced, {'n': 2.5}, 'n is 2.5; it must be 1 or more, a whole number'),
         (MonthlySeries, {'months': (0, 13)}, 'expected one or more numbers 1..12'),
         (MonthlySeries, {'months': ()}, 'expected one or more numbers 1..12'),
+        (MonthlySeries, {'months': (7.5,)}, 'expected one or more numbers 1..12'),
+        (MonthlySeries, {'year': '2020'}, "year is '2020'; it must be 1 or more, a whole number"),
         (MonthlySeries, {'s1_per_slot': 0}, 's1_per_slot is 0'),
         (EvenlySpaced, {'n': 0}, 'n is 0; it must be 1 or more'),
         (RandomDates, {'n': 0}, 'n is 0; it must be 1 or more'),

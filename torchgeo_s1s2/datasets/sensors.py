@@ -1,10 +1,13 @@
 """What a sensor is, said once: its bands, and how its files' values become those of a sample."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
+from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,19 +203,22 @@ def readings(
     chosen = in_order(sensors, [*table], 'sensor')
     by_sensor = _bands_of(bands, {name: table[name].bands for name in chosen})
     units = _units(unit, table)
-    for name, what in (('nodata', nodata), ('file_bands', file_bands)):
-        if not isinstance({} if what is None else what, Mapping):
-            raise ValueError(f'{name} is {what!r}; expected it by sensor, as in {{s2: ...}}')
-        if what:
-            in_order(list(what), [*table], f'sensor in {name}')
+    none = _by_sensor('nodata', nodata, table)
+    named = _by_sensor('file_bands', file_bands, table)
+    for name, value in none.items():
+        if not isinstance(value, Real):
+            raise ValueError(f'nodata of {name} is {value!r}; expected a number')
+    for name, names in named.items():
+        if isinstance(names, str) or len({*names}) < len(names):
+            raise ValueError(f'file_bands of {name} is {names!r}; list each band once, in order')
     return {
         name: Reading(
             sensor=table[name],
             bands=by_sensor[name],
             unit=units.get(name),
             offsets=_offsets(offset) if name == 's2' else (),
-            nodata=(nodata or {}).get(name, table[name].nodata),
-            file_bands=tuple((file_bands or {}).get(name, ())),
+            nodata=none.get(name, table[name].nodata),
+            file_bands=tuple(named.get(name, ())),
             raw=raw,
         )
         for name in chosen
@@ -229,6 +235,15 @@ def in_order(chosen: Sequence[str], allowed: Sequence[str], what: str) -> tuple[
     if unknown or not chosen:
         raise ValueError(f'no such {what}: {unknown or chosen!r}; choose from {", ".join(allowed)}')
     return tuple(name for name in allowed if name in chosen)
+
+
+def _by_sensor(what: str, given: Any, table: Mapping[str, Sensor]) -> dict[str, Any]:
+    """An argument that is given by sensor, empty without it."""
+    if not isinstance({} if given is None else given, Mapping):
+        raise ValueError(f'{what} is {given!r}; expected it by sensor, as in {{s2: ...}}')
+    if given:
+        in_order(list(given), [*table], f'sensor in {what}')
+    return dict(given or {})
 
 
 def _bands_of(
@@ -260,6 +275,8 @@ def _offsets(offset: Offset | None) -> tuple[tuple[str, float], ...]:
     by_day = offset if isinstance(offset, Mapping) else {'1700-01-01': offset}
     try:
         days = {str(date.fromisoformat(str(d)[:10])): float(v) for d, v in by_day.items()}
+        if not all(map(math.isfinite, days.values())):
+            raise ValueError('not finite')
         return tuple(sorted(days.items()))
     except (TypeError, ValueError) as error:
         raise ValueError(

@@ -24,6 +24,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -40,6 +41,7 @@ from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, image_name,
 from torchgeo_s1s2.datasets.labels import label_content
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.datasets.sensors import SENSORS
+from torchgeo_s1s2.datasets.time_series import check_at_least
 from torchgeo_s1s2.files import write_json
 
 Array = NDArray[np.float64]
@@ -205,6 +207,8 @@ def write_synthetic(
     settings |= {'haze': haze, 'seed': seed, 'delay': delay, 'context': context}
     if unknown := set(patches) - set(TILES):
         raise ValueError(f'no origin is known of tiles {sorted(unknown)}; choose from {[*TILES]}')
+    for what, count in {'size': size, **patches}.items():
+        check_at_least(what, count, 2 if what == 'size' else 1)
     _claim(root, settings)
     places = _places(patches, size)
     todo = [name for name in places if not (root / LABELS / f'{name}.json').exists()]
@@ -275,10 +279,8 @@ def _write_patch(
     names: dict[str, list[str]] = {sensor: [] for sensor in SENSORS}
     for sensor in SENSORS:
         for day in rng.permutation(days[sensor]).tolist():
-            date = str(
-                np.datetime64(f'{settings["year"]}-01-01') + np.timedelta64(day, 'D')
-            ).replace('-', '')
-            names[sensor].append(image_name(name, date, sensor))
+            when = date(settings['year'], 1, 1) + timedelta(day)
+            names[sensor].append(image_name(name, f'{when:%Y%m%d}', sensor))
             if sensor == 's2':
                 image: NDArray[Any] = _reflectance(rng, scene, day, settings['haze'])
             else:

@@ -222,11 +222,13 @@ class DateRule(ABC):
             )
         return tuple(sorted(chosen[: self.s1_per_slot].tolist()))
 
-    def _too_few(self, times: Times, least: int) -> NoSeriesError:
-        leader = self.leader.upper()
-        return NoSeriesError(
-            f'fewer than {least} {leader} dates' if len(times) else f'no {leader} date'
-        )
+    def _check_count(self, times: Times, least: int) -> None:
+        """Raise an error where the leader has fewer dates than must be."""
+        if self.missing != 'keep' and len(times) < (least if self.missing == 'drop' else 1):
+            leader = self.leader.upper()
+            raise NoSeriesError(
+                f'fewer than {least} {leader} dates' if len(times) else f'no {leader} date'
+            )
 
 
 @dataclass(frozen=True)
@@ -256,8 +258,11 @@ class MonthlySeries(DateRule):
         """Check what a configuration can get wrong."""
         super().__post_init__()
         object.__setattr__(self, 'months', tuple(self.months))
-        if not self.months or not all(1 <= month <= 12 for month in self.months):
+        whole = all(isinstance(month, Integral) and 1 <= month <= 12 for month in self.months)
+        if not self.months or not whole:
             raise ValueError(f'months is {self.months}; expected one or more numbers 1..12')
+        if self.year is not None:
+            check_at_least('year', self.year, 1)
 
     @property
     def length(self) -> int:
@@ -329,10 +334,9 @@ class EvenlySpaced(DateRule):
 
     def slots(self, times: Times, span: Span, draw: int) -> list[Slot]:
         """Slots around evenly spaced targets; see DateRule."""
-        if not len(times) or (len(times) < self.n and self.missing == 'drop'):
-            if self.missing == 'keep':
-                return []
-            raise self._too_few(times, self.n)
+        self._check_count(times, self.n)
+        if not len(times):
+            return []
         # Equal steps from the first to the last, or half way if there is but one.
         shares = np.linspace(0, 1, self.n) if self.n > 1 else np.array([0.5])
         steps = ((times[-1] - times[0]).astype('timedelta64[s]') * shares).astype('timedelta64[s]')
@@ -395,8 +399,7 @@ class RandomDates(DateRule):
 
     def slots(self, times: Times, span: Span, draw: int) -> list[Slot]:
         """Slots of the dates that are drawn; see DateRule."""
-        if self.missing != 'keep' and len(times) < (self.n if self.missing == 'drop' else 1):
-            raise self._too_few(times, self.n)
+        self._check_count(times, self.n)
         rng = np.random.default_rng((self.seed, draw))
         chosen = rng.choice(len(times), min(self.n, len(times)), replace=False)
         again = rng.choice(len(times), self.n - len(chosen)) if self.missing == 'nearest' else ()
@@ -434,8 +437,7 @@ class AllDates(DateRule):
 
     def slots(self, times: Times, span: Span, draw: int) -> list[Slot]:
         """One slot for each date; see DateRule."""
-        if not len(times) and self.missing != 'keep':
-            raise self._too_few(times, 1)
+        self._check_count(times, 1)
         count = min(len(times), self.max_length)
         positions = np.linspace(0, max(len(times) - 1, 0), count).round().astype(int).tolist()
         return _slots_around(times[positions], positions, times, span)
