@@ -222,8 +222,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             ValueError: If the numbers of classes, channels or time slots or the names of the
                 classes differ, or no training pixel has a label.
         """
-        command = _command()
-        if stage != 'fit' and command and command[1] is None and not self.weights:
+        if stage != 'fit' and _command()[1] is None and not self.weights:
             _warn(
                 f'torchgeo {stage} without --ckpt_path uses initial weights, which have learned '
                 'nothing; give the checkpoint of a training'
@@ -393,11 +392,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             ``probabilities`` (B, K, H, W), and of the batch ``bounds``, ``transform``, ``crs``,
             ``index`` and ``valid``, where they are there.
         """
-        logits = self(ImageSeries.from_batch(batch))
-        probabilities = logits.softmax(1) if self._is_multiclass else logits.sigmoid()
-        place = {k: batch.get(k) for k in ('bounds', 'transform')}
         known = {k: batch[k] for k in ('crs', 'index', 'valid') if k in batch}
-        return {'probabilities': probabilities, **place, **known}
+        series = {**batch, 'image': ImageSeries.from_batch(batch)}
+        return super().predict_step(series, batch_idx) | known
 
     def on_train_epoch_end(self) -> None:
         """Log the metrics."""
@@ -427,7 +424,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         given = _mask(batch, logits[:, 0].shape if self._is_multiclass else logits.shape)
         mask = self._known(given)
         getattr(self, f'{stage}_metrics').update(logits, mask)
-        loss, weight = self._loss(logits, mask), self._loss_weight(mask)
+        loss, weight = self._loss(logits, mask)
         unknown = (mask != given) & (given != NO_LABEL)
         tally = torch.stack([weight, unknown.sum(), ~loss.isfinite()])
         self._tally[stage] = self._tally[stage].to(tally.device) + tally
@@ -477,23 +474,21 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         ignored = self.hparams['ignore_index']
         return mask.where(is_labelled(mask, self._values, ignored), ignored)
 
-    def _loss_weight(self, mask: Tensor) -> Tensor:
-        """Weight of a batch in the loss of an epoch: what its own loss was divided by.
+    def _loss(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss over the labelled pixels of a known mask, 0 where nothing counts, and its weight.
 
-        So the loss does not depend on how the pixels come in batches and processes.
+        With that weight, by which it was divided, the loss of an epoch does not depend on how the
+        pixels come in batches and processes.
         """
-        labelled = mask != self.hparams['ignore_index']
-        weight = getattr(self.criterion, 'weight', None)
-        weights = 1.0 if weight is None else weight[mask.where(labelled, 0)]
-        return labelled.float().mul(weights).sum()
-
-    def _loss(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Loss over the labelled pixels of a known mask, 0 where nothing counts."""
         loss, ignored = self.hparams['loss'], self.hparams['ignore_index']
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self.criterion.to(logits.dtype)  # its weights are of the trainer's precision
-        labelled, total = mask != ignored, self._loss_weight(mask)
-        total = total.where(total > 0, 1)
+        labelled, weights = mask != ignored, getattr(self.criterion, 'weight', None)
+        weight = labelled.float()
+        if weights is not None:
+            weight = weight * weights[mask.where(labelled, 0)]
+        weight = weight.sum()
+        total = weight.where(weight > 0, 1)
         if loss == 'ce':
             value: Tensor = self.criterion(logits, mask) / total
         elif loss == 'bce':
@@ -513,7 +508,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             logits = logits.where(labelled[:, None] if several else labelled, _NEVER)
             value = self.criterion(logits, mask.where(labelled, -1 if several else 0))
             value = value * (labelled.numel() / total) if loss == 'focal' else value
-        return value
+        return value, weight
 
     @property
     def _values(self) -> int:
@@ -564,15 +559,13 @@ def _warn(message: str) -> None:
     rank_zero_warn(message, category=S1S2Warning)
 
 
-def _command() -> tuple[list[Any], str | None] | None:
-    """Arguments and checkpoint of the command line, if there is one."""
-    calls = [frame.f_locals for frame, _ in traceback.walk_stack(sys._getframe())]
-    found = [c for c in calls if isinstance(c.get('self'), LightningCLI) and 'args' in c]
-    if not found:
-        return None
-    cli, arguments = found[0]['self'], found[0]['args']
-    path = cli.config[cli.subcommand].get('ckpt_path')
-    return (sys.argv if arguments is None else arguments), path
+def _command() -> tuple[Any, str | None]:
+    """Arguments and checkpoint of the command line; both are empty if there is none."""
+    for call in (frame.f_locals for frame, _ in traceback.walk_stack(sys._getframe())):
+        if isinstance(cli := call.get('self'), LightningCLI) and 'args' in call:
+            arguments = sys.argv if call['args'] is None else call['args']
+            return arguments, cli.config[cli.subcommand].get('ckpt_path')
+    return [], ''
 
 
 def _given_of_model() -> list[str]:
@@ -580,7 +573,5 @@ def _given_of_model() -> list[str]:
 
     What searches learning rates or batch sizes loads checkpoints of its own.
     """
-    arguments, path = _command() or ([], None)
-    if path is None:
-        return []
-    return [a for a in arguments if isinstance(a, str) and a.startswith('--model')]
+    arguments, path = _command()
+    return [a for a in arguments if path and isinstance(a, str) and a.startswith('--model')]
