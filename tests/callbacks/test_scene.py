@@ -21,6 +21,7 @@ from torchgeo.datasets import stack_samples
 
 from torchgeo_s1s2.callbacks import SceneWriter
 from torchgeo_s1s2.callbacks.geotiff import PredictedWindow
+from torchgeo_s1s2.callbacks.layers import map_layers, write_layers
 from torchgeo_s1s2.callbacks.scene import (
     BLOCK,
     BlendBuffer,
@@ -29,12 +30,9 @@ from torchgeo_s1s2.callbacks.scene import (
     Place,
     _content,
     _digest,
-    blend_weights,
     clip,
     lattice_of,
     mosaic_grid,
-    pieces,
-    write_cogs,
     write_mosaic,
 )
 from torchgeo_s1s2.datamodules.series import spread
@@ -54,10 +52,6 @@ def predicted(
     return PredictedWindow(torch.as_tensor(probabilities), corner, epsg, seen)
 
 
-def starts(size: int, window: int, stride: int, shift: int = 0) -> list[int]:
-    return [shift + s for s in range(-stride, size, stride) if shift + s + window > 0]
-
-
 def scene(size: int, classes: int = 3) -> NDArray[np.float32]:
     """Smooth random probabilities (K, size, size)."""
     noise = torch.rand(1, classes, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -75,6 +69,13 @@ def blended(folder: Path, windows: Iterable[PredictedWindow], epsg: int = 32631)
         if buffer.places:
             buffer.save(path, {})
     return Parts(filter(Path.exists, paths))
+
+
+def write_map(folder: Path, parts: Parts, epsg: int) -> Grid:
+    extent = parts.extent(epsg)
+    grid = extent.on(parts.lattices[epsg])
+    write_layers(folder, str(epsg), map_layers(SCHEME), grid, parts.pixels(extent, SCHEME.ids))
+    return grid
 
 
 def image(parts: Parts) -> list[NDArray[Any]]:
@@ -148,13 +149,6 @@ def read(folder: Path, name: str) -> NDArray[Any]:
     return read_raster(folder / name)[0]
 
 
-def test_weights_by_hand() -> None:
-    # sin^2 of 22.5 and 67.5 degrees
-    side = np.array([0.1464466, 0.8535534, 0.8535534, 0.1464466])
-    np.testing.assert_allclose(blend_weights(4, 1)[:, 0], side, rtol=1e-6)
-    np.testing.assert_allclose(blend_weights(4, 4), np.outer(side, side), rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ('length', 'size', 'expected'),
     [(256, 256, (256, 256)), (512, 256, (224, 144)), (64, 256, (64, 64)), (1024, 256, (256, 192))],
@@ -192,18 +186,6 @@ def test_other_grid_is_refused(transform: Affine, message: str) -> None:
         lattices.place(32631, Grid(crs_of(32631), transform, 2, 2))
 
 
-def test_pieces_cover_each_pixel_once() -> None:
-    place = Place(32631, -5, BLOCK - 3, 10, BLOCK + 7)
-    seen = np.zeros((10, BLOCK + 7), int)
-    for (_, row, col), (rows, cols), outside in pieces(place):
-        seen[outside] += 1
-        assert row * BLOCK + rows.start == place.row + outside[0].start
-        assert col * BLOCK + cols.start == place.col + outside[1].start
-        assert rows.stop <= BLOCK
-        assert cols.stop <= BLOCK
-    assert (seen == 1).all()
-
-
 def test_two_windows_blend_by_hand(tmp_path: Path) -> None:
     left = np.array([[[0.9] * 4] * 4, [[0.1] * 4] * 4, [[0.0] * 4] * 4], np.float32)
     right = np.array([[[0.1] * 4] * 4, [[0.9] * 4] * 4, [[0.0] * 4] * 4], np.float32)
@@ -211,22 +193,14 @@ def test_two_windows_blend_by_hand(tmp_path: Path) -> None:
     seen[0] = 0
     windows = predicted(0, 0, left, np.full((4, 4), 2)), predicted(0, 2, right, seen)
     classes, confidence, observations = image(blended(tmp_path, windows))
-    # weights in columns 2 and 3: 0.854 and 0.146 of the left, 0.146 and 0.854 of the right window
+    # sin^2 of 67.5 and 22.5 degrees, in columns 2 and 3: 0.854 and 0.146 of the left window, 0.146
+    # and 0.854 of the right one
     assert classes[1].tolist() == [1, 1, 1, 4, 4, 4]
     assert confidence[1].tolist() == [90, 90, 78, 78, 90, 90]
     assert observations[1].tolist() == [2, 2, 3, 3, 3, 3]
     assert classes[0].tolist() == [1, 1, 1, 1, 0, 0]
     assert confidence[0].tolist() == [90, 90, 90, 90, 255, 255]
     assert observations[0].tolist() == [2, 2, 2, 2, 0, 0]
-
-
-def test_constant_scene_gives_a_constant_map(tmp_path: Path) -> None:
-    constant = np.broadcast_to(np.array([0.2, 0.7, 0.1], np.float32)[:, None, None], (3, 64, 64))
-    places = starts(600, 64, 24)
-    windows = (predicted(r, c, constant) for r in places for c in places)
-    classes, confidence, _ = image(blended(tmp_path, windows))
-    assert set(np.unique(classes)) == {4}
-    assert set(np.unique(confidence)) == {70}
 
 
 def test_seams_do_not_grow(tmp_path: Path) -> None:
@@ -304,10 +278,8 @@ def test_cog_validator_accepts_all_three(tmp_path: Path) -> None:
     cogeo = pytest.importorskip('rio_cogeo.cogeo', reason='rio-cogeo is not installed')
     values = np.broadcast_to(np.array([0.2, 0.7, 0.1], np.float32)[:, None, None], (3, 1100, 1100))
     parts = blended(tmp_path, [predicted(0, 0, values)])
-    extent = parts.extent(32631)
-    grid = extent.on(parts.lattices[32631])
-    write_cogs(tmp_path, 'scene', SCHEME, grid, parts.pixels(extent, SCHEME.ids))
-    files = sorted(tmp_path.glob('scene*.tif'))
+    write_map(tmp_path, parts, 32631)
+    files = sorted(tmp_path.glob('32631*.tif'))
     assert len(files) == 3
     for file in files:
         valid, errors, warnings = cogeo.cog_validate(file, strict=True)
@@ -460,9 +432,7 @@ def test_mosaic_joins_two_zones(tmp_path: Path) -> None:
     for epsg, left, sure in ((32631, 22000, (0.6, 0.2, 0.2)), (32632, -22000, (0.05, 0.9, 0.05))):
         values = np.broadcast_to(np.array(sure, np.float32)[:, None, None], (3, 200, 200))
         parts = blended(tmp_path, [predicted(0, left, values, epsg=epsg)], epsg)
-        extent = parts.extent(epsg)
-        zones[epsg] = extent.on(parts.lattices[epsg])
-        write_cogs(tmp_path, str(epsg), SCHEME, zones[epsg], parts.pixels(extent, SCHEME.ids))
+        zones[epsg] = write_map(tmp_path, parts, epsg)
     (x,), (y,) = warp_points('EPSG:32632', 'EPSG:32631', [281000], [TOP - 1000])
     points = [(720500, TOP - 500), (x, y), (719000, TOP + 90000)]
     for epsg, size in ((32631, 10), (4326, 0.00011)):
@@ -492,10 +462,20 @@ def test_maps_of_an_earlier_run_do_not_pass_for_new_ones(tmp_path: Path) -> None
     assert len(list(maps.glob('*.tif'))) == 7
 
 
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'buffer_size': 0}, 'buffer_size is 0, expected a number of MiB'),
+        ({'mosaic': 999999}, 'mosaic is 999999, expected an EPSG code'),
+        ({'mosaic': 'EPSG:4326'}, 'mosaic is EPSG:4326, expected an EPSG code'),
+    ],
+)
+def test_settings_that_make_no_map_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MapError, match=message):
+        SceneWriter(**options)
+
+
 def test_mosaic_without_a_place_is_refused() -> None:
-    for mosaic in (999999, 'EPSG:4326'):
-        with pytest.raises(MapError, match=f'mosaic is {mosaic}, expected an EPSG code'):
-            SceneWriter(mosaic=mosaic)  # type: ignore[arg-type]
     antimeridian = Grid(crs_of(32601), from_origin(100000, 10000, 10, 10), 14000, 10)
     with pytest.raises(MapError, match='no connected place'):
         mosaic_grid(CRS.from_epsg(4326), [antimeridian])
@@ -509,8 +489,3 @@ def test_an_extent_is_clipped_to_whole_pixels_of_the_data() -> None:
     assert clip(extent, lattice, (LEFT - 1e5, TOP - 1e5, LEFT + 1e5, TOP + 1e5)) == extent
     partly = (LEFT + 14, TOP - 1000, LEFT + 986, TOP)  # a pixel that is cut stays
     assert clip(extent, lattice, partly) == Place(32631, -550000, 50001, 100, 98)
-
-
-def test_buffer_size_must_be_positive() -> None:
-    with pytest.raises(MapError, match='buffer_size is 0'):
-        SceneWriter(buffer_size=0)

@@ -116,24 +116,18 @@ class GradualUnfreezing(BaseFinetuning):
         """
         begun = [stage for stage in self.stages if stage.epoch <= epoch]
         self._unfreeze(pl_module, begun)
-        for stage in begun:
-            for part in self._parts(pl_module, stage):
-                self._optimize(part, optimizer, stage.lr_factor)
+        groups = optimizer.param_groups
+        for stage, part in ((s, part) for s in begun for part in self._parts(pl_module, s)):
+            # Lightning's unfreeze_and_add_param_group takes equal parameters for the same one.
+            known = {id(p) for group in groups for p in group['params']}
+            if new := [p for p in part.parameters() if id(p) not in known]:
+                optimizer.add_param_group({'params': new, 'lr': groups[0]['lr'] * stage.lr_factor})
 
     def _unfreeze(self, pl_module: LightningModule, stages: Sequence[Stage]) -> None:
         """Let the parts of these stages learn, and freeze all others."""
         model: Any = pl_module.model
         model.requires_grad_(False)
         _freeze_but(model, {part for stage in stages for part in self._parts(pl_module, stage)})
-
-    @staticmethod
-    def _optimize(part: nn.Module, optimizer: Optimizer, lr_factor: float) -> None:
-        # Lightning's unfreeze_and_add_param_group takes parameters of equal values for the same.
-        known = {id(p) for group in optimizer.param_groups for p in group['params']}
-        new = [p for p in part.parameters() if id(p) not in known]
-        if new:
-            lr = optimizer.param_groups[0]['lr'] * lr_factor
-            optimizer.add_param_group({'params': new, 'lr': lr})
 
     def _parts(self, pl_module: LightningModule, stage: Stage) -> list[nn.Module]:
         model: Any = pl_module.model

@@ -17,8 +17,8 @@ from torch.utils.data import Subset
 from torchgeo_s1s2.callbacks.layers import (
     CONFIDENCE,
     check_replaceable,
-    class_layer,
     classify,
+    map_layers,
     write_layers,
 )
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
@@ -156,11 +156,13 @@ class MapWriter(BasePredictionWriter):
 
     @abstractmethod
     def write(self, window: PredictedWindow, scheme: ClassScheme, dataset: Any) -> None:
-        """Write one window."""
+        """Write one window.
 
-    def folder(self, trainer: Trainer) -> Path:
-        """Folder of the maps."""
-        return self.output_dir or Path(trainer.default_root_dir) / 'maps'
+        Args:
+            window: The prediction.
+            scheme: The classes.
+            dataset: The data set that was predicted, asked for names of patches.
+        """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the folder, and in it a hidden one of this run.
@@ -170,7 +172,7 @@ class MapWriter(BasePredictionWriter):
         """
         super().setup(trainer, pl_module, stage)
         if stage == 'predict':
-            self.output_dir = self.folder(trainer)
+            self.output_dir = self.output_dir or Path(trainer.default_root_dir) / 'maps'
             if trainer.is_global_zero:
                 self._workplace = self._open(self.output_dir)
             path = self._workplace.path if self._workplace else None
@@ -334,12 +336,7 @@ class GeoTIFFWriter(MapWriter):
         self._written.clear()
 
     def write(self, window: PredictedWindow, scheme: ClassScheme, dataset: Any) -> None:
-        """Write the map of one patch.
-
-        Args:
-            window: The prediction.
-            scheme: The classes.
-            dataset: The data set, asked for the patch's name.
+        """Write the map of one patch; see :meth:`MapWriter.write`.
 
         Raises:
             MapError: If this run has written a map of that name.
@@ -353,12 +350,12 @@ class GeoTIFFWriter(MapWriter):
             )
         if not name or name != Path(name).name:
             raise MapError(f'a patch is called {name!r}, which is no file name; rename it')
-        layers = class_layer(scheme), CONFIDENCE
         values = classify(window.probabilities, window.observations, scheme.ids)
         count, grid = 2 if self.confidence else 1, window.grid
-        check_replaceable(layer.path(self._folder, name) for layer in layers[:count])
+        layers = map_layers(scheme)[:count]
+        check_replaceable(layer.path(self._folder, name) for layer in layers)
         pixels = [(Window(0, 0, grid.width, grid.height), values[:count])]
-        write_layers(self._folder, name, layers[:count], grid, pixels, self._unfinished)
+        write_layers(self._folder, name, layers, grid, pixels, self._unfinished)
         self._written.add(name)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,7 +4,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -102,14 +102,15 @@ class Layer:
         ElementTree.ElementTree(root).write(path.with_name(f'{path.name}.aux.xml'), 'utf-8')
 
 
-_LAND_COVER = 'land cover'
+LAND_COVER = Layer('', 'uint8', NO_CLASS, 'land cover', 'mode')
 CONFIDENCE = Layer('_confidence', 'uint8', NO_CONFIDENCE, 'confidence', 'average', units='%')
 OBSERVATIONS = Layer('_observations', 'uint16', None, 'number of valid observations', 'nearest')
+LAYERS = LAND_COVER, CONFIDENCE, OBSERVATIONS
 
 
-def class_layer(scheme: ClassScheme) -> Layer:
-    """Layer of class numbers with the colours and names of a scheme."""
-    return Layer('', 'uint8', NO_CLASS, _LAND_COVER, 'mode', scheme=scheme)
+def map_layers(scheme: ClassScheme) -> tuple[Layer, ...]:
+    """Class numbers with the colours and names of a scheme, confidence and observations."""
+    return replace(LAND_COVER, scheme=scheme), *LAYERS[1:]
 
 
 def write_layers(
@@ -154,11 +155,7 @@ def write_layers(
 def is_map(path: Path) -> bool:
     """Whether a file is a layer of a map that this package wrote."""
     with suppress(RasterioError), rasterio.open(path) as src:
-        return src.descriptions[0] in (
-            _LAND_COVER,
-            CONFIDENCE.description,
-            OBSERVATIONS.description,
-        )
+        return src.descriptions[0] in {layer.description for layer in LAYERS}
     return False
 
 
@@ -209,11 +206,10 @@ def _write_plain(
 def _check(path: Path, sums: Sequence[tuple[Window, int]]) -> None:
     """Read every block of a raster and of its overviews, and compare checksums of windows."""
     with rasterio.open(path) as src:
-        levels = range(len(src.overviews(1)))
-        for window, checksum in sums:
-            if _checksum(src.read(1, window=window)) != checksum:
-                raise OSError(f'{path.name} has other values than were written')
-    for options in ({}, *({'overview_level': level} for level in levels)):
+        levels = [{'overview_level': level} for level in range(len(src.overviews(1)))]
+        if any(_checksum(src.read(1, window=window)) != checksum for window, checksum in sums):
+            raise OSError(f'{path.name} has other values than were written')
+    for options in ({}, *levels):
         with rasterio.open(path, **options) as src:
             for _, window in src.block_windows(1):
                 src.read(1, window=window)

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import pandas as pd
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 # Wenger et al., Remote Sensing 2023, 15(1), 151, test tile 31UEQ: weighted F1 and Cohen's kappa.
@@ -27,7 +28,6 @@ _BACKBONES = {
     'convlstm': 'ConvLSTM-S1S2',
     'convlstm_inception': 'ConvLSTM+Inception-S1S2',
 }
-
 
 # Percent of overall accuracy (None where none is published) and mean IoU on PASTIS-R, over the five
 # test folds. The PASTIS benchmark (https://github.com/VSainteuf/pastis-benchmark) lists all but
@@ -88,15 +88,10 @@ def pastis_comparison(hparams: Any, metrics: Any) -> str:
         return f'accuracy and mean IoU are published, and the task does not log {lacking}'
     if (classes := hparams.get('num_classes', 19)) != 19:
         return f'nothing is published for {classes} classes of PASTIS, only for all 19'
-    accuracy, iou = (100 * float(metrics[name]) for name in names)
-    rows = {f'{model} (published)': values for model, values in PUBLISHED_PASTIS.items()}
-    rows[f'this test: {hparams["model"]}, {hparams["backbone"]}'] = accuracy, iou
-    width = max(map(len, rows)) + 2
-    lines = [f'{"PASTIS":<{width}}{"accuracy %":>12}{"mIoU %":>8}']
-    for name, (overall, mean) in rows.items():
-        cell = '-' if overall is None else f'{overall:.1f}'
-        lines.append(f'{name:<{width}}{cell:>12}{mean:8.1f}')
-    return '\n'.join(lines)
+    published = {f'{model} (published)': values for model, values in PUBLISHED_PASTIS.items()}
+    result = [100 * float(metrics[name]) for name in names]
+    rows = published | {f'this test: {hparams["model"]}, {hparams["backbone"]}': result}
+    return _table(rows, pd.Index(['accuracy %', 'mIoU %'], name='PASTIS'), 1)
 
 
 def comparison(hparams: Any, metrics: Any) -> str:
@@ -117,15 +112,16 @@ def comparison(hparams: Any, metrics: Any) -> str:
     suffix = hparams['backbone'][hparams['backbone'].find('convlstm') :]
     ours = _BACKBONES.get(suffix, hparams['backbone'])
     result = float(metrics['test_WeightedF1Score']), float(metrics['test_Kappa'])
-    lines = [
-        f'{"":<26}{"published (31UEQ)":>20}{"this test":>20}',
-        f'{"model":<26}' + f'{"weighted F1":>12}{"kappa":>8}' * 2,
-    ]
-    for model in dict.fromkeys((*published, ours)):
-        cells = (published.get(model), result if model == ours else None)
-        lines.append(f'{model:<26}' + ''.join(map(_scores, cells)))
-    return '\n'.join(lines)
+    titles = ['published (31UEQ)', 'this test'], ['weighted F1', 'kappa']
+    columns = pd.MultiIndex.from_product(titles, names=['', 'model'])
+    unknown = None, None
+    rows = {
+        model: (*published.get(model, unknown), *(result if model == ours else unknown))
+        for model in (*published, ours)
+    }
+    return _table(rows, columns, 4)
 
 
-def _scores(values: tuple[float, float] | None) -> str:
-    return f'{"-":>12}{"-":>8}' if values is None else f'{values[0]:12.4f}{values[1]:8.4f}'
+def _table(rows: dict[str, Any], columns: pd.Index, digits: int) -> str:
+    frame = pd.DataFrame.from_dict(rows, 'index', columns=columns, dtype=float)
+    return frame.to_string(float_format=f'{{:.{digits}f}}'.format, na_rep='-')

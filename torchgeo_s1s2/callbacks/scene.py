@@ -24,19 +24,14 @@ from rasterio.warp import calculate_default_transform, transform_bounds
 from rasterio.windows import Window
 from torchgeo.datasets import GeoDataset
 
-from torchgeo_s1s2.callbacks.geotiff import (
-    MapWriter,
-    PredictedWindow,
-    predict_datasets,
-)
+from torchgeo_s1s2.callbacks.geotiff import MapWriter, PredictedWindow, predict_datasets
 from torchgeo_s1s2.callbacks.layers import (
-    CONFIDENCE,
-    OBSERVATIONS,
+    LAYERS,
     Pixels,
     check_replaceable,
-    class_layer,
     classify,
     is_map,
+    map_layers,
     named,
     write_layers,
 )
@@ -267,16 +262,16 @@ class Parts:
             least: Number of windows to keep, so that each rank has one.
         """
         epsg, (xres, yres) = dataset.crs.to_epsg(), dataset.res
-        groups: dict[str, list[Any]] = {'probe': [], 'todo': [], 'done': []}
+        probe, todo, done = list[Any](), list[Any](), list[Any]()
         for window in windows:
             x, y = window[:2]
             height, width = round((y.stop - y.start) / yres), round((x.stop - x.start) / xres)
             corner = Affine(xres, 0, x.start, 0, -yres, y.stop)
             place = self.lattices.place(epsg, Grid(crs_of(epsg), corner, width, height))
-            done = 'done' if place in self.places else 'todo'
-            groups['probe' if place in self.probes else done].append(window)
-        some = groups['probe'] + groups['todo']
-        return some + groups['done'][: max(0, least - len(some))]
+            known = probe if place in self.probes else done
+            (known if place in self.places else todo).append(window)
+        some = probe + todo
+        return some + done[: max(0, least - len(some))]
 
     def extent(self, epsg: int) -> Place:
         """Smallest window that holds all windows of a CRS."""
@@ -334,22 +329,6 @@ def _finish(block: NDArray[np.float32], ids: Sequence[int]) -> tuple[NDArray[Any
     return classes, confidence, block[-1].astype(np.uint16)
 
 
-def write_cogs(folder: Path, name: str, scheme: ClassScheme, grid: Grid, pixels: Pixels) -> None:
-    """Write class, confidence and number of observations as Cloud-Optimized GeoTIFFs.
-
-    Args:
-        folder: Folder to write to.
-        name: Name of the map: ``NAME.tif``, ``NAME_confidence.tif``, ``NAME_observations.tif``.
-        scheme: The classes.
-        grid: Where the pixels of the map lie.
-        pixels: Windows of the grid and the values of the three layers there.
-
-    Raises:
-        MapError: If a file cannot be written.
-    """
-    write_layers(folder, name, (class_layer(scheme), CONFIDENCE, OBSERVATIONS), grid, pixels)
-
-
 def write_mosaic(folder: Path, crs: CRS, zones: Mapping[int, Grid], scheme: ClassScheme) -> None:
     """Warp the maps of all zones to one CRS: ``mosaic.tif`` and its two companions.
 
@@ -365,7 +344,7 @@ def write_mosaic(folder: Path, crs: CRS, zones: Mapping[int, Grid], scheme: Clas
         MapError: If the zones have no place in the CRS.
     """
     grid = mosaic_grid(crs, [*zones.values()])
-    write_cogs(folder, 'mosaic', scheme, grid, _warped(folder, grid, [*zones]))
+    write_layers(folder, 'mosaic', map_layers(scheme), grid, _warped(folder, grid, [*zones]))
 
 
 def mosaic_grid(crs: CRS, zones: Sequence[Grid]) -> Grid:
@@ -399,12 +378,9 @@ def mosaic_grid(crs: CRS, zones: Sequence[Grid]) -> Grid:
 
 
 def _warped(folder: Path, grid: Grid, zones: Sequence[int]) -> Pixels:
-    suffixes = '', CONFIDENCE.suffix, OBSERVATIONS.suffix
     with ExitStack() as stack:
-        sources = [
-            [stack.enter_context(rasterio.open(folder / f'{zone}{s}.tif')) for s in suffixes]
-            for zone in zones
-        ]
+        paths = [[layer.path(folder, str(zone)) for layer in LAYERS] for zone in zones]
+        sources = [[stack.enter_context(rasterio.open(path)) for path in p] for p in paths]
         maps = [[stack.enter_context(WarpedVRT(src, **vars(grid))) for src in s] for s in sources]
         for _, _, (rows, cols) in pieces(Place(0, 0, 0, grid.height, grid.width)):
             window = Window.from_slices(rows, cols)
@@ -500,12 +476,7 @@ class SceneWriter(MapWriter):
         self._dropped = []
 
     def write(self, window: PredictedWindow, scheme: ClassScheme, dataset: Any) -> None:
-        """Add a window to the sums.
-
-        Args:
-            window: The prediction.
-            scheme: The classes.
-            dataset: Not used.
+        """Add a window to the sums; see :meth:`MapWriter.write`.
 
         Raises:
             MapError: If the window lies on another pixel grid than the others, or is predicted
@@ -536,8 +507,7 @@ class SceneWriter(MapWriter):
             raise MapError('no window was predicted, so there is no map')
         zones: dict[int, Grid] = {}
         names = [*map(str, parts.lattices), *(['mosaic'] if self.mosaic else [])]
-        layers = class_layer(scheme), CONFIDENCE, OBSERVATIONS
-        check_replaceable(layer.path(folder, name) for name in names for layer in layers)
+        check_replaceable(layer.path(folder, name) for name in names for layer in LAYERS)
         first = folder / f'{min(parts.lattices)}.tif'
         with named(first), whole(first, self._unfinished) as temporary:
             for epsg, lattice in parts.lattices.items():
@@ -546,7 +516,8 @@ class SceneWriter(MapWriter):
                     extent = clip(extent, lattice, bounds)
                 zones[epsg] = extent.on(lattice)
                 pixels = parts.pixels(extent, scheme.ids)
-                write_cogs(temporary.parent, str(epsg), scheme, zones[epsg], pixels)
+                layers = map_layers(scheme)
+                write_layers(temporary.parent, str(epsg), layers, zones[epsg], pixels)
             if self.mosaic is not None:
                 write_mosaic(temporary.parent, self.mosaic, zones, scheme)
         for file in files:
