@@ -33,6 +33,11 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def compute(root: Path, series: MonthlySeries | None = None, **options: Any) -> Statistics:
+    dataset = MultiSenGE(root, 'test', series or MonthlySeries(), **options)
+    return Statistics.compute(dataset, progress=False)
+
+
 def series_in_numpy(root: Path) -> np.ndarray:
     """Channels and values (12, N) of the dates of the series, NaN without a value."""
 
@@ -50,7 +55,7 @@ def series_in_numpy(root: Path) -> np.ndarray:
 
 
 def test_mean_and_std_are_of_the_dates_of_the_series_only(noise: Path) -> None:
-    statistics = Statistics.compute(MultiSenGE(noise, 'test'), progress=False)
+    statistics = compute(noise)
     values = series_in_numpy(noise)
     np.testing.assert_allclose(statistics.mean, np.nanmean(values, 1), rtol=1e-6)
     np.testing.assert_allclose(statistics.std, np.nanstd(values, 1), rtol=1e-5)
@@ -68,28 +73,25 @@ def test_a_band_that_varies_little_around_a_large_mean(tmp_path: Path) -> None:
     """0.9 and 0.9001 in turn: a sum of squares in single precision would lose the deviation."""
     image = np.where(np.indices((8, 8)).sum(0) % 2, 9000, 9001).astype(np.int16)
     write_patch(tmp_path, '31UEQ', size=8, s2=dict.fromkeys(S2_DATES, np.stack([image] * 10)))
-    statistics = Statistics.compute(MultiSenGE(tmp_path, 'test', sensors=['s2']), progress=False)
+    statistics = compute(tmp_path, sensors=['s2'])
     assert statistics.std[0] == pytest.approx(0.00005, rel=1e-3)
 
 
-def test_class_weights_by_hand() -> None:
-    """1/1, 1/2 and 1/4 have the sum 7/4, so the weights are 1000 * (4, 2, 1) / 7."""
-    statistics = Statistics((), (), (), (100, 200, 0, 400))
-    expected = torch.tensor([4000 / 7, 2000 / 7, 0, 1000 / 7])
-    torch.testing.assert_close(statistics.class_weights, expected)
+PUBLISHED = 365.65572762, 42.46117546, 71.36785131, 350.52613946, 168.5718001, 1.41730604
+"""The weights of Wenger et al. 2023 for 6 classes."""
 
 
-def test_class_weights_have_the_scale_of_the_published_ones() -> None:
-    """The weights of Wenger et al. 2023 for 6 classes, from pixels in the proportion 1/weight."""
-    published = torch.tensor(
-        [365.65572762, 42.46117546, 71.36785131, 350.52613946, 168.5718001, 1.41730604]
-    )
-    pixels = (1e9 / published.double()).round().long()
-    weights = Statistics((), (), (), tuple(pixels.tolist())).class_weights
-    torch.testing.assert_close(weights, published, rtol=1e-6, atol=0)
-
-
-def test_without_any_label_the_weights_say_so() -> None:
+@pytest.mark.parametrize(
+    ('pixels', 'expected'),
+    [
+        # 1/1, 1/2 and 1/4 have the sum 7/4.
+        ((100, 200, 0, 400), (4000 / 7, 2000 / 7, 0, 1000 / 7)),
+        (tuple(round(1e9 / weight) for weight in PUBLISHED), PUBLISHED),
+    ],
+)
+def test_class_weights_by_hand(pixels: tuple[int, ...], expected: tuple[float, ...]) -> None:
+    weights = Statistics((), (), (), pixels).class_weights
+    torch.testing.assert_close(weights, torch.tensor(expected), rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match='no training pixel has a label'):
         _ = Statistics((), (), (), (0, 0)).class_weights
 
@@ -175,7 +177,7 @@ def test_statistics_follow_the_files_that_made_them(
     after = Statistics.beside(MultiSenGE(tmp_path, 'test'))
     assert {shape[0] for shape in windows_read} == bands
     assert (after != before) == bool(bands)
-    assert after == Statistics.compute(MultiSenGE(tmp_path, 'test'), progress=False)
+    assert after == compute(tmp_path)
 
 
 def test_a_link_to_nothing_is_left_out(tmp_path: Path) -> None:
@@ -218,8 +220,7 @@ def test_statistics_are_made_window_by_window(
     tmp_path: Path, windows_read: list[tuple[int, ...]]
 ) -> None:
     write_patch(tmp_path, '31UEQ', size=600)
-    series = MonthlySeries(months=(7,))
-    statistics = Statistics.compute(MultiSenGE(tmp_path, 'test', series), progress=False)
+    statistics = compute(tmp_path, MonthlySeries(months=(7,)))
     sizes = {shape[1:] for shape in windows_read}
     assert sizes == {(512, 512), (512, 88), (88, 512), (88, 88)}
     # Columns are 0..599, times 1e-4: the mean is 299.5, the variance (600 ** 2 - 1) / 12.
@@ -254,7 +255,7 @@ def test_a_band_without_a_value_is_named(tmp_path: Path) -> None:
     dark = np.stack([np.ones((8, 8), np.float32), np.zeros((8, 8), np.float32)])
     write_patch(tmp_path, '31UEQ', size=8, s1=dict.fromkeys(S1_DATES, dark))
     with pytest.raises(ValueError, match=r"bands \['VH'\] have no value in the 1 training patches"):
-        Statistics.compute(MultiSenGE(tmp_path, 'test'), progress=False)
+        compute(tmp_path)
 
 
 def fields(rng: np.random.Generator) -> dict[str, dict[str, np.ndarray]]:
@@ -343,8 +344,8 @@ def test_implausible_values_are_refused_with_advice_that_helps(
         write_patch(tmp_path, '31UEQ', x, 0, 8, **images)  # type: ignore[arg-type]
     series = MonthlySeries(year=2022)
     with pytest.raises(ImplausibleValuesError, match=advice):
-        Statistics.compute(MultiSenGE(tmp_path, 'test', series, **given), progress=False)
-    Statistics.compute(MultiSenGE(tmp_path, 'test', series, **mended), progress=False)
+        compute(tmp_path, series, **given)
+    compute(tmp_path, series, **mended)
 
 
 @pytest.mark.parametrize('days', [S2_DATES, S2_DATES[:1]])
@@ -355,5 +356,4 @@ def test_usual_values_of_any_ground_are_taken(tmp_path: Path, days: tuple[str, .
     for low, high in grounds.values():
         image = {d: rng.integers(low, high, (10, 8, 8)).astype(np.int16) for d in days}
         write_patch(tmp_path, '31UEQ', size=8, s2=image)
-        series = MonthlySeries(months=(7,)) if len(days) == 1 else MonthlySeries()
-        Statistics.compute(MultiSenGE(tmp_path, 'test', series), progress=False)
+        compute(tmp_path, MonthlySeries(months=(7,)) if len(days) == 1 else MonthlySeries())

@@ -114,13 +114,10 @@ class SeriesDataModule(NonGeoDataModule):
             )
         check_at_least('batch_size', batch_size, 1)
         check_at_least('num_workers', num_workers, 0)
-        self.patch_size = _pair(patch_size)
+        self.patch_size = _pair('patch_size', patch_size)
         self.predict_split = predict_split
-        self.predict_patch_size = _pair(predict_patch_size)
-        self.predict_stride = _pair(predict_stride)
-        for name in ('patch_size', 'predict_patch_size', 'predict_stride'):
-            if (size := getattr(self, name)) is not None:
-                check_at_least(name, min(size), 1)
+        self.predict_patch_size = _pair('predict_patch_size', predict_patch_size)
+        self.predict_stride = _pair('predict_stride', predict_stride)
         window = self.predict_patch_size or (0, 0)
         if any(s > n for s, n in zip(self.predict_stride or (0, 0), window, strict=True)):
             raise ValueError(
@@ -193,26 +190,19 @@ class SeriesDataModule(NonGeoDataModule):
             ValueError: If there are fewer training samples than a batch holds.
         """
         if stage == 'fit':
-            self.train_dataset = self._dataset('train')
-            self._train_samples: Any = self.train_dataset
-            if self.patch_size:
-                self._train_samples = RandomCrops(self._dataset('train'), self.patch_size)
-            self._check_batch_size()
-            self._follow_epochs()
+            self.statistics = None  # of another run; a checkpoint brings its own after this
+            self._setup_train()
         if stage in ('fit', 'validate'):
             self.val_dataset = self._dataset('val')
         if stage == 'test':
             self.test_dataset = self._dataset('test')
         if stage == 'predict':
             self._setup_predict()
-        if stage == 'fit':
-            self.statistics = None  # of another run; a checkpoint brings its own after this
         if stage == 'fit' or self.trainer is None:
             self._share_statistics()
         if stage == 'fit':
             self._check_labels()
-            train = self._dataset('train')
-            rank_zero_info(f'{train.title}: {train.report}')
+            rank_zero_info(f'{self._dataset("train").title}: {self._dataset("train").report}')
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Loader of the training patches; it starts to read in the epoch that comes next."""
@@ -222,26 +212,23 @@ class SeriesDataModule(NonGeoDataModule):
 
     def predict_dataloader(self) -> Any:
         """Loader of the patches, or one of the windows of each UTM zone."""
-        if self.predict_sampler is None:
-            return super().predict_dataloader()
         self._share_statistics()
-        datasets: Any = self.predict_dataset
+        dataset: Any = self._valid_attribute('predict_dataset')
+        if self.predict_sampler is None:
+            return self._loader(dataset, batch_size=self.batch_size)
         return [
-            self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
-            for dataset, sampler in zip(datasets, self.predict_sampler, strict=True)
+            self._loader(zone, batch_size=self.batch_size, sampler=sampler)
+            for zone, sampler in zip(dataset, self.predict_sampler, strict=True)
         ]
 
     def _loader(self, dataset: Any, **options: Any) -> DataLoader[Sample]:
-        workers = self.num_workers
-        return DataLoader(dataset, num_workers=workers, collate_fn=self.collate_fn, **options)
+        options |= {'num_workers': self.num_workers, 'collate_fn': self.collate_fn}
+        return DataLoader(dataset, **options)
 
     def _dataloader_factory(self, split: str) -> DataLoader[Sample]:
-        """As TorchGeo's, with every patch in training too; prediction takes any sampler."""
-        # A checkpoint has brought its statistics by now, if there is one.
-        self._share_statistics()
-        if split == 'predict':
-            return super()._dataloader_factory(split)
-        dataset: Any = self._valid_attribute(f'{split}_dataset', 'dataset')
+        """As TorchGeo's, with every patch in training too."""
+        self._share_statistics()  # a checkpoint has brought its own by now, if there is one
+        dataset: Any = self._valid_attribute(f'{split}_dataset')
         if split == 'train':
             dataset = self._train_samples
         overfit = getattr(self.trainer, 'overfit_batches', 0) > 0  # always the same batches
@@ -330,11 +317,6 @@ class SeriesDataModule(NonGeoDataModule):
         every = {split: None for stage in splits.values() for split in stage}
         return splits.get(self.trainer.state.fn if self.trainer else None, tuple(every))
 
-    def _follow_epochs(self) -> None:
-        callbacks = getattr(self.trainer, 'callbacks', None)
-        if callbacks is not None and not any(isinstance(c, _FollowEpochs) for c in callbacks):
-            callbacks.append(_FollowEpochs())
-
     def _dataset(self, split: str) -> SeriesDataset:
         """Patches of a split, chosen once."""
         if split not in self._datasets:
@@ -342,6 +324,21 @@ class SeriesDataModule(NonGeoDataModule):
             dataset.check()
             self._datasets[split] = dataset
         return self._datasets[split]
+
+    def _setup_train(self) -> None:
+        train = self._dataset('train')
+        crops = RandomCrops(train, self.patch_size) if self.patch_size else None
+        self.train_dataset, self._train_samples = train, crops or train
+        if len(self._train_samples) < self.batch_size:
+            what = 'crops' if crops else 'patches'
+            raise ValueError(
+                f'batch_size is {self.batch_size}, but {train.title} has only '
+                f'{len(self._train_samples)} {what} with a full series; make it '
+                f'{len(self._train_samples)} or less'
+            )
+        callbacks = getattr(self.trainer, 'callbacks', None)
+        if callbacks is not None and not any(isinstance(c, _FollowEpochs) for c in callbacks):
+            callbacks.append(_FollowEpochs())
 
     def _setup_predict(self) -> None:
         dataset = self._dataset(self.predict_split)
@@ -372,15 +369,6 @@ class SeriesDataModule(NonGeoDataModule):
         if found is None:
             raise RuntimeError('the data module has no data set yet; call setup(stage) first')
         return found[0] if isinstance(found, list) else found
-
-    def _check_batch_size(self) -> None:
-        samples = len(self._train_samples)
-        if samples < self.batch_size:
-            what = 'crops' if self.patch_size else 'patches'
-            raise ValueError(
-                f'batch_size is {self.batch_size}, but {self._dataset("train").title} has only '
-                f'{samples} {what} with a full series; make it {samples} or less'
-            )
 
     def _check_labels(self) -> None:
         """Warn of labels without a class and classes without a label; an error if none has one."""
@@ -481,5 +469,13 @@ def spread(length: int, size: int) -> tuple[int, int]:
     return best[1:]
 
 
-def _pair(size: Size | None) -> tuple[int, int] | None:
-    return (size, size) if isinstance(size, int) else size
+def _pair(name: str, size: Size | None) -> tuple[int, int] | None:
+    """Height and width, which may be given as one number."""
+    if size is None:
+        return None
+    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(pair) != 2:
+        raise ValueError(f'{name} is {size}; give one number of pixels, or height and width')
+    for number in pair:
+        check_at_least(name, number, 1)
+    return pair

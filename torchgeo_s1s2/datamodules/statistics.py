@@ -5,6 +5,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from torchgeo_s1s2.datamodules.plausible import Floor, check_values
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE
 from torchgeo_s1s2.datasets.classes import ClassScheme
-from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
+from torchgeo_s1s2.datasets.series import SeriesDataset
 from torchgeo_s1s2.errors import DataError, warn
 from torchgeo_s1s2.files import stamps, write_json
 
@@ -103,7 +104,10 @@ class Statistics:
         else:
             content['labels'] = count_labels(dataset, num_workers)
         if content != kept:
-            _keep(path, content)
+            try:
+                write_json(path, content, indent=1)
+            except OSError as error:
+                warn(f'{path} cannot be written ({error}); it is computed anew')
         return cls._of(content, dataset.classes)
 
     @classmethod
@@ -193,24 +197,30 @@ def _image_statistics(
 ) -> dict[str, Any]:
     """Bands, mean and standard deviation; checked against what the sensors can measure."""
     bands = [band for names in dataset.bands.values() for band in names]
+    sizes = [len(names) for names in dataset.bands.values()]
     count, total, squares = torch.zeros(3, len(bands), dtype=torch.float64)
-    lowest, highest = torch.full((2, len(bands)), torch.inf)
-    floors = list[Floor]()
+    lowest = torch.full((len(bands),), torch.inf)
+    highest, floors = -lowest, list[Floor]()
     windows = _Windows(dataset, labels=False)
     for sample in windows.read('Computing statistics', num_workers, progress):
-        values = sample['image'].transpose(0, 1).flatten(1).double()
+        image = sample['image']
+        values = image.transpose(0, 1).flatten(1).double()
         count += values.isfinite().sum(1)
         total += values.nansum(1)
         squares += values.square().nansum(1)
-        least = sample['image'].nan_to_num(torch.inf).amin((2, 3))
-        lowest = torch.minimum(lowest, least.amin(0))
-        highest = torch.minimum(highest, (-sample['image']).nan_to_num(torch.inf).amin((0, 2, 3)))
-        floors += _floors(dataset, sample, least)
-    _check_seen(bands, count, dataset)
+        low = image.nan_to_num(torch.inf).amin((2, 3))
+        high = image.nan_to_num(-torch.inf).amax((2, 3))
+        lowest, highest = lowest.minimum(low.amin(0)), highest.maximum(high.amax(0))
+        floors += _floors(dataset, sample['acquisition_times'], low, high)
+    unseen = [band for band, n in zip(bands, count, strict=True) if not n]
+    if unseen:
+        raise DataError(
+            f'bands {unseen} have no value in the {len(dataset)} training patches of '
+            f'{dataset.title}; leave them out with bands or sensors'
+        )
     mean = total / count
     std = (squares / count - mean**2).clamp(min=1e-12).sqrt()
-    sizes = [len(names) for names in dataset.bands.values()]
-    parts = zip(*(x.split(sizes) for x in (mean, lowest, -highest)), strict=True)
+    parts = zip(*(x.split(sizes) for x in (mean, lowest, highest)), strict=True)
     means, span = {}, {}
     for sensor, (average, low, high) in zip(dataset.sensors, parts, strict=True):
         means[sensor] = average.tolist()
@@ -220,18 +230,13 @@ def _image_statistics(
     return {'bands': bands, 'mean': mean.tolist(), 'std': std.tolist()}
 
 
-def _floors(dataset: SeriesDataset, sample: Sample, least: Tensor) -> Iterator[Floor]:
+def _floors(dataset: SeriesDataset, times: Tensor, low: Tensor, high: Tensor) -> Iterator[Floor]:
     """Of each Sentinel-2 image that is not uniform."""
-    if 's2' not in dataset.sensors:
-        return
-    column, channels = dataset.sensors.index('s2'), len(dataset.bands['s2'])
-    for t, time in enumerate(sample['acquisition_times'][:, column].tolist()):
-        values = sample['image'][t, :channels]
-        if (
-            time >= 0
-            and float(values.nan_to_num(-torch.inf).max() - least[t, :channels].min()) > 0.05
-        ):
-            yield Floor(time, float(least[t, :channels].min()))
+    if 's2' in dataset.sensors:
+        column, channels = dataset.sensors.index('s2'), len(dataset.bands['s2'])
+        lowest, highest = low[:, :channels].amin(1), high[:, :channels].amax(1)
+        seen = (times[:, column] >= 0) & (highest - lowest > 0.05)
+        yield from map(Floor, times[seen, column].tolist(), lowest[seen].tolist())
 
 
 def count_labels(
@@ -254,19 +259,10 @@ def count_labels(
 
 def _kept(path: Path) -> dict[str, Any]:
     """What a file holds, nothing if it is missing or damaged."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        Statistics._of(content)
-        return content
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _keep(path: Path, content: Mapping[str, Any]) -> None:
-    try:
-        write_json(path, content, indent=1)
-    except OSError as error:
-        warn(f'{path} cannot be written ({error}); it is computed anew', stacklevel=3)
+    with suppress(OSError, DataError):
+        Statistics.load(path)
+        return dict(json.loads(path.read_text()))
+    return {}
 
 
 def _digest(paths: Iterable[Path]) -> str:
@@ -275,12 +271,3 @@ def _digest(paths: Iterable[Path]) -> str:
     for path, stamp in stamps(paths):
         digest.update(f'{path.name} {stamp}\n'.encode())
     return digest.hexdigest()
-
-
-def _check_seen(bands: Iterable[str], count: Tensor, dataset: SeriesDataset) -> None:
-    unseen = [band for band, n in zip(bands, count, strict=True) if not n]
-    if unseen:
-        raise DataError(
-            f'bands {unseen} have no value in the {len(dataset)} training patches of '
-            f'{dataset.title}; leave them out with bands or sensors'
-        )
