@@ -119,18 +119,15 @@ def check_maps(folder: Path, tile: str = '31UEQ', count: int = 2) -> None:
     ('subcommand', 'options', 'message'),
     [
         ('fit', ['--data.init_args.root=empty', '--data.init_args.source=null'], "folder 's2'; .*"),
-        ('fit', ['--data.init_args.classes=7'], r'no scheme of 7 classes; choose one of \(6, 10'),
         ('predict', ['--data.init_args.predict_split=tset'], "no split 'tset'; choose one of tra"),
-        ('fit', [SERIES, '--data.init_args.series.init_args.months=[1, 2]'], 'none of the 4 patc'),
         ('fit', ['--model.init_args.num_classes=14'], 'num_classes=14, the data have 10 classes'),
-        ('fit', ['--model.init_args.weights=gone.ckpt'], 'there is no checkpoint gone.ckpt; corr'),
     ],
 )
 def test_bad_input_is_named_before_training(
     data: Path, subcommand: str, options: list[str], message: str
 ) -> None:
     (data / 'empty').mkdir()
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(ValueError, match=message):
         command(data, subcommand, *options)
     assert not (data / 'outputs' / 'metrics.csv').exists()
 
