@@ -57,7 +57,7 @@ def test_the_same_number_of_classes_loads_the_head_too(tmp_path: Path, kind: str
     else:
         torch.save(state if kind == 'model' else unet_to_fuselstm(state), path)
     with warnings.catch_warnings(action='error'):
-        target = task_of(10, backbone=VGG, weights=str(path), class_weights=[1.0] * 10)
+        target = task_of(10, backbone=VGG, weights=path, class_weights=[1.0] * 10)
     assert equal_parts(source, target) == {'encoder', 'decoder', 'segmentation_head'}
 
 
@@ -124,6 +124,13 @@ def test_nothing_fitting_is_an_error(tmp_path: Path) -> None:
     ('name', 'error', 'message'),
     [
         ('x.pt', ValueError, r'x.pt is neither .* it holds a'),
+        (
+            'list.pt',
+            ValueError,
+            r'list.pt holds no weights by name \(list\); give the checkpoint of',
+        ),
+        ('notes.txt', ValueError, r'notes.txt holds no weights by name \(KeyError'),
+        ('.', ValueError, r'holds no weights by name \(IsADirectoryError'),
         ('gone.ckpt', FileNotFoundError, r'no checkpoint .*gone.ckpt; correct the path in weights'),
     ],
 )
@@ -131,5 +138,7 @@ def test_files_of_something_else_and_missing_ones_are_named(
     tmp_path: Path, name: str, error: type[Exception], message: str
 ) -> None:
     torch.save({'a': torch.zeros(1)}, tmp_path / 'x.pt')
+    torch.save([torch.zeros(1)], tmp_path / 'list.pt')
+    (tmp_path / 'notes.txt').write_text('hello')
     with pytest.raises(error, match=message):
-        task_of(2, weights=str(tmp_path / name))
+        task_of(2, weights=tmp_path / name)

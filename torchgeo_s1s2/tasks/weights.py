@@ -16,7 +16,7 @@ from torchgeo_s1s2.models.fuselstm import PREFIXES
 from torchgeo_s1s2.models.norm import share_with_steps
 
 
-def load_weights(model: Any, weights: WeightsEnum | str) -> list[str] | None:
+def load_weights(model: Any, weights: WeightsEnum | str | Path) -> list[str] | None:
     """Load weights into a model of smp.
 
     Everything of a checkpoint that fits by name and shape is loaded; what does not is said.
@@ -32,10 +32,11 @@ def load_weights(model: Any, weights: WeightsEnum | str) -> list[str] | None:
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If nothing in the checkpoint fits.
+        ValueError: If the checkpoint cannot be read, or nothing in it fits.
     """
+    weights = str(weights) if isinstance(weights, Path) else weights
     if isinstance(weights, str) and Path(weights).exists():
-        checkpoint = torch.load(weights, map_location='cpu', weights_only=True)
+        checkpoint = _read(weights)
         _load_fitting(model, _named_as_in(model, checkpoint, weights), weights)
         return trained_classes(checkpoint)
     if isinstance(weights, str) and weights.endswith(('.ckpt', '.pt', '.pth')):
@@ -56,6 +57,20 @@ def trained_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
     """Names of the classes that a checkpoint of the task was trained on, if it says so."""
     names = checkpoint.get('classes') or checkpoint.get('hyper_parameters', {}).get('labels')
     return list(names) if names else None
+
+
+def _read(path: str) -> Mapping[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if isinstance(checkpoint, Mapping):
+            return checkpoint
+        found = type(checkpoint).__name__
+    except Exception as error:  # whatever the bytes of another kind of file lead to
+        found = f'{type(error).__name__}: {error}'.partition('\n')[0]
+    raise ValueError(
+        f'{path} holds no weights by name ({found}); give the checkpoint of a task, or what '
+        'torch.save wrote of model.state_dict()'
+    )
 
 
 def _named_as_in(model: Any, checkpoint: Mapping[str, Any], path: str) -> dict[str, Tensor]:
