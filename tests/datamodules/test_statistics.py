@@ -34,8 +34,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compute(root: Path, series: MonthlySeries | None = None, **options: Any) -> Statistics:
-    dataset = MultiSenGE(root, 'test', series or MonthlySeries(), **options)
-    return Statistics.compute(dataset, progress=False)
+    return Statistics.compute(MultiSenGE(root, 'test', series, **options), progress=False)
 
 
 def series_in_numpy(root: Path) -> np.ndarray:

@@ -1,4 +1,5 @@
 import inspect
+import json
 import math
 from collections import Counter
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from conftest import Waits, quiet_trainer, write_patch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from numpy.typing import NDArray
@@ -49,6 +51,10 @@ def passing(**options: Any) -> S1S2SemanticSegmentation:
 def small(**options: Any) -> S1S2SemanticSegmentation:
     defaults: dict[str, Any] = {'backbone': 'resnet18_convlstm_inception', 'num_classes': 3}
     return S1S2SemanticSegmentation(**(defaults | options))
+
+
+def tiny(**options: Any) -> S1S2SemanticSegmentation:
+    return small(model='fcn', num_filters=1, **options)
 
 
 def batch_of(confusion: NDArray[np.int_], unlabelled: int = 20) -> dict[str, Tensor]:
@@ -232,6 +238,24 @@ def test_weights_with_which_no_training_pixel_counts_are_refused(
         quiet_trainer(tmp_path).fit(small(class_weights=[0.0, 0.0, 1.0]), data_of(root))
 
 
+@pytest.mark.parametrize('pixels', [{}, {'pixels': (1, 2)}])
+@pytest.mark.parametrize('weights', [None, [1.0, 2.0, 3.0], 'balanced'])
+def test_statistics_that_tell_no_labels_serve_but_for_balanced_weights(
+    root: Path, tmp_path: Path, weights: Any, pixels: dict[str, Any]
+) -> None:
+    """A file of mean and standard deviation alone, and one that counts other classes."""
+    data, path = data_of(root), tmp_path / 'mine.json'
+    data.setup('fit')
+    known = {key: getattr(data.statistics, key) for key in ('bands', 'mean', 'std')}
+    path.write_text(json.dumps(known | pixels))
+    data = MultiSenGEDataModule(
+        root, batch_size=2, classes=CLASSES, splits=data.kwargs['splits'], statistics=path
+    )
+    refused = pytest.raises(ValueError, match=r'no training pixel .* as far as the statistics tell')
+    with refused if weights == 'balanced' else nullcontext():
+        quiet_trainer(tmp_path, fast_dev_run=True).fit(tiny(class_weights=weights), data)
+
+
 def test_a_fit_may_follow_a_test(root: Path, tmp_path: Path) -> None:
     """With what the test made, in inference mode."""
     task, data = small(), data_of(root)
@@ -244,6 +268,21 @@ def test_a_fit_may_follow_a_test(root: Path, tmp_path: Path) -> None:
 def test_balanced_weights_need_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'needs a data module that computes them.* give a list'):
         quiet_trainer(tmp_path).fit(passing(class_weights='balanced'), loader(batch_of(CONFUSION)))
+
+
+@pytest.mark.parametrize('weights', ['balanced', None, [2.0, 1.0, 1.0]])
+def test_a_balanced_checkpoint_serves_other_data_and_tasks(
+    root: Path, tmp_path: Path, weights: Any
+) -> None:
+    """Whose loss has the weights of the checkpoint, if it has any."""
+    trainer = quiet_trainer(tmp_path, fast_dev_run=True)
+    trainer.fit(tiny(class_weights='balanced'), data_of(root))
+    trainer.save_checkpoint(tmp_path / 'balanced.ckpt')
+    task = tiny(class_weights=weights)
+    quiet_trainer(tmp_path).test(
+        task, loader(images()), ckpt_path=tmp_path / 'balanced.ckpt', verbose=False
+    )
+    assert getattr(task.criterion.weight, 'tolist', list)() == ([500, 500, 0] if weights else [])
 
 
 WEIGHTS = r"class_weights=.*for loss='ce' and task='multiclass'"
@@ -260,6 +299,7 @@ RECOMPUTE = r'recompute_gates=True with .*, expected a backbone that reads'
         ({'loss': 'crossentropy'}, "loss is 'crossentropy', expected one of ce, bce, focal"),
         ({'class_weights': [1.0, -1.0, 1.0]}, 'expected finite numbers from 0'),
         ({'class_weights': [1.0, math.nan, 1.0]}, 'expected finite numbers from 0'),
+        ({'class_weights': [[1.0, 1.0, 1.0]] * 3}, 'expected finite numbers from 0'),
         ({'model': 'fcn', 'freeze_backbone': True, 'weights': True}, 'no freeze_backbone, weights'),
         ({'weights': 'imagenot'}, "weights is 'imagenot', expected 'imagenet', the path"),
         ({'loss': 'bce'}, "loss='bce' with task='multiclass': 'ce' is for"),
@@ -480,18 +520,30 @@ def test_true_on_the_command_line_is_imagenet(
     assert asked['encoder_weights'] is None
 
 
-@pytest.mark.parametrize(('path', 'given'), [(None, []), ('a.ckpt', ['--model.lr=1'])])
-def test_only_a_run_that_goes_on_with_a_checkpoint_overrides(path: Any, given: list[str]) -> None:
+ARGUMENTS = ['--model.lr=1', '--data.root=x']
+
+
+@pytest.mark.parametrize(
+    ('path', 'args', 'given'),
+    [
+        (None, ARGUMENTS, []),
+        ('a.ckpt', ARGUMENTS, ARGUMENTS[:1]),
+        ('a.ckpt', Namespace(subcommand='test'), []),
+    ],
+)
+def test_only_a_run_that_goes_on_with_a_checkpoint_overrides(
+    path: str | None, args: Any, given: list[str]
+) -> None:
     """And not one that loads what a search of learning rates or batch sizes saved."""
     cli: Any = LightningCLI.__new__(LightningCLI)
     cli.subcommand, cli.config = 'fit', {'fit': {'ckpt_path': path}}
 
-    def run(self: Any, args: list[str]) -> list[str]:
+    def run(self: Any, args: Any) -> list[str]:
         with nullcontext() if path else pytest.warns(S1S2Warning, match='without --ckpt_path'):
             small().setup('test')
         return _given_of_model()
 
-    assert run(cli, ['--model.lr=1', '--data.root=x']) == given
+    assert run(cli, args) == given
 
 
 @pytest.mark.parametrize('key', ['valid', 'length'])

@@ -70,6 +70,8 @@ class Statistics:
         if classes is not None and labels:
             counts = dict(labels)
             pixels = [sum(counts.get(v, 0) for v in c.labels) for c in classes.classes]
+        elif classes is not None and len(pixels) != len(classes):
+            pixels = ()  # of other classes
         mean, std = (tuple(map(float, content[key])) for key in ('mean', 'std'))
         bands = tuple(map(str, content['bands']))
         if not len(bands) == len(mean) == len(std):
@@ -144,8 +146,8 @@ class Statistics:
         pixels = torch.tensor(self.pixels, dtype=torch.float64)
         if not pixels.any():
             raise DataError(
-                'no training pixel has a label, so there are no class weights; give class_weights, '
-                'or check ground_reference and the class scheme'
+                'no training pixel has a label, as far as the statistics tell, so there are no '
+                'class weights; give class_weights, or check ground_reference and the class scheme'
             )
         inverse = torch.where(pixels > 0, 1 / pixels, 0.0)
         return (1000 * inverse / inverse.sum()).float()

@@ -228,8 +228,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                 'nothing; give the checkpoint of a training'
             )
         data = self._data
+        balanced = self.hparams['class_weights'] == 'balanced'
         if data is None:
-            if self.hparams['class_weights'] == 'balanced':
+            if balanced and stage == 'fit':
                 raise ValueError(
                     "class_weights='balanced' needs a data module that computes them, such as "
                     'MultiSenGEDataModule; give a list of weights'
@@ -238,9 +239,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         self._check_data(data)
         if self._is_multiclass:
             self._take_names(list(data.classes.names), fit=stage == 'fit')
-        if stage == 'fit':
+        if stage == 'fit' and (balanced or data.knows_labels):
             weights = data.class_weights  # an error without a labelled training pixel
-            if self.hparams['class_weights'] == 'balanced':
+            if balanced:
                 self.criterion.weight = weights.to(self.device)
             elif (given := self._class_weights()) is not None and not given[weights > 0].any():
                 raise ValueError(
@@ -292,9 +293,15 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the names of the classes, and say what the checkpoint overrides.
 
+        Weights of the loss are those of the checkpoint if it has some and the task, too.
+
         Raises:
             ValueError: If the data have other classes than the checkpoint.
         """
+        state, own = checkpoint['state_dict'], self.criterion.state_dict(prefix='criterion.')
+        theirs = {name for name in state if name.startswith('criterion.')}
+        if theirs != own.keys():
+            checkpoint['state_dict'] = {k: v for k, v in state.items() if k not in theirs} | own
         self._classes = trained_classes(checkpoint)
         if self._data and self._is_multiclass:
             self._check_classes(list(self._data.classes.names))
@@ -345,7 +352,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         weight = torch.ones(classes) if named else torch.as_tensor(weights, dtype=torch.float32)
         if len(weight) != classes:
             raise ValueError(f'class_weights has {len(weight)} weights for num_classes={classes}')
-        if not (weight.isfinite() & (weight >= 0)).all():
+        if weight.ndim != 1 or not (weight.isfinite() & (weight >= 0)).all():
             raise ValueError(f'class_weights is {weights}, expected finite numbers from 0')
         return weight
 
@@ -559,12 +566,13 @@ def _warn(message: str) -> None:
     rank_zero_warn(message, category=S1S2Warning)
 
 
-def _command() -> tuple[Any, str | None]:
+def _command() -> tuple[list[Any], str | None]:
     """Arguments and checkpoint of the command line; both are empty if there is none."""
     for call in (frame.f_locals for frame, _ in traceback.walk_stack(sys._getframe())):
         if isinstance(cli := call.get('self'), LightningCLI) and 'args' in call:
             arguments = sys.argv if call['args'] is None else call['args']
-            return arguments, cli.config[cli.subcommand].get('ckpt_path')
+            path = cli.config[cli.subcommand].get('ckpt_path')
+            return (arguments if isinstance(arguments, list) else []), path
     return [], ''
 
 
