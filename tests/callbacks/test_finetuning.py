@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,6 +145,7 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
         ([Stage(0, [])], 'needs a list of names in train'),
         ([Stage(0, 'decoder')], 'needs a list of names in train'),
         ([Stage(0, ['decoder']), Stage(1, ['encoder'], 0)], 'an lr_factor above 0'),
+        ([Stage(0, ['decoder']), Stage(1, ['encoder'], math.nan)], 'an lr_factor above 0'),
         ([Stage(0, ['decoder'], 0.5)], 'is the first stage: give the task its rate as lr'),
     ],
 )

@@ -67,7 +67,9 @@ def mapping(probabilities: Tensor) -> dict[str, Any]:
 def predict(
     root: Path, *callbacks: Any, dataset: Any = None, give: Any = mapping, **options: Any
 ) -> Any:
-    loader = DataLoader(Patches() if dataset is None else dataset, 2, collate_fn=stack_samples)
+    loader: Any = DataLoader(dataset or Patches(), 2, collate_fn=stack_samples)
+    if isinstance(dataset, dict):
+        loader = {k: DataLoader(d, 2, collate_fn=stack_samples) for k, d in dataset.items()}
     return quiet_trainer(root, callbacks=list(callbacks), **options).predict(Task(give), loader)
 
 
@@ -119,6 +121,12 @@ def test_gis_programs_find_the_names_of_the_classes(tmp_path: Path) -> None:
     assert names == ['No data', 'Town', None, None, 'Field & meadow', None, None, 'Water']
 
 
+def test_the_folder_may_lie_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    predict(tmp_path / 'elsewhere', GeoTIFFWriter('~/maps'))
+    assert len(maps(tmp_path)) == 3
+
+
 def test_a_confidence_of_an_earlier_run_is_told_apart(tmp_path: Path) -> None:
     predict(tmp_path, GeoTIFFWriter(confidence=True))
     with pytest.warns(S1S2Warning, match='3 files in .* earlier run .*31UEQ_0_0_confidence.tif'):
@@ -128,6 +136,12 @@ def test_a_confidence_of_an_earlier_run_is_told_apart(tmp_path: Path) -> None:
 def test_numbers_of_a_subset_are_those_of_the_data_set(tmp_path: Path) -> None:
     predict(tmp_path, GeoTIFFWriter(), dataset=Subset(Patches(), [2, 1]))
     assert maps(tmp_path) == ['31UEQ_257_0', '31UEQ_514_0']
+
+
+def test_loaders_may_have_names(tmp_path: Path) -> None:
+    parts = {'one': Subset(Patches(), [0]), 'other': Subset(Patches(), [2, 1])}
+    predict(tmp_path, GeoTIFFWriter(), dataset=parts)
+    assert len(maps(tmp_path)) == 3
 
 
 def test_tensor_of_a_stock_task_is_enough(tmp_path: Path) -> None:

@@ -49,4 +49,6 @@ def test_the_figures_of_pastis_are_marked_as_published() -> None:
     assert 'U-TAE, S2+S1 late (published) 84.2 66.3' in rows
     assert 'Exchanger+U-Net, S2 (published) - 66.8' in rows
     assert rows[-1] == 'this test: unet, vgg16_convlstm_s2 81.3 50.0'
+    stock = pastis_comparison({'model': 'convlstm', 'num_classes': 19}, metrics)
+    assert stock.splitlines()[-1].split()[:3] == ['this', 'test:', 'convlstm']
     assert sum('(published)' in row for row in rows) == len(rows) - 2

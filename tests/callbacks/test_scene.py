@@ -468,6 +468,11 @@ def test_maps_of_an_earlier_run_do_not_pass_for_new_ones(tmp_path: Path) -> None
         ({'buffer_size': 0}, 'buffer_size is 0, expected a number of MiB'),
         ({'mosaic': 999999}, 'mosaic is 999999, expected an EPSG code'),
         ({'mosaic': 'EPSG:4326'}, 'mosaic is EPSG:4326, expected an EPSG code'),
+        (
+            {'mosaic': 4978},
+            'expected an EPSG code of maps or of degrees',
+        ),  # from the earth's centre
+        ({'mosaic': 5773}, 'expected an EPSG code of maps or of degrees'),  # heights
     ],
 )
 def test_settings_that_make_no_map_are_refused(options: dict[str, Any], message: str) -> None:

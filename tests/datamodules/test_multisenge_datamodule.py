@@ -228,6 +228,7 @@ def test_a_scene_smaller_than_a_window_has_one(root: Path) -> None:
 
 
 def test_what_is_known_of_the_data(root: Path) -> None:
+    assert datamodule(Path('~/data')).root == Path.home() / 'data'
     data = datamodule(root, classes=6, bands=['B08', 'VV', 'B04'])
     with pytest.raises(RuntimeError, match='call setup'):
         _ = data.channels

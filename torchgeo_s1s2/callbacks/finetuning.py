@@ -65,7 +65,7 @@ class GradualUnfreezing(BaseFinetuning):
         if self.stages[0].lr_factor != 1:
             raise ValueError(f'{self.stages[0]} is the first stage: give the task its rate as lr')
         for stage in stages:
-            if not stage.train or isinstance(stage.train, str) or stage.lr_factor <= 0:
+            if not stage.train or isinstance(stage.train, str) or not stage.lr_factor > 0:
                 raise ValueError(
                     f'{stage} needs a list of names in train, and an lr_factor above 0'
                 )

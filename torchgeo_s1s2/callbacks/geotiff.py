@@ -10,6 +10,7 @@ import torch
 from affine import Affine
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import CombinedLoader
 from rasterio.windows import Window
 from torch import Tensor
 from torch.utils.data import Subset
@@ -148,7 +149,7 @@ class MapWriter(BasePredictionWriter):
             classes: Class scheme, or number of classes; that of the data set unless given.
         """
         super().__init__(write_interval='batch')
-        self.output_dir = Path(output_dir) if output_dir is not None else None
+        self.output_dir = Path(output_dir).expanduser() if output_dir is not None else None
         self.classes = class_scheme(classes) if classes is not None else None
         self._workplace: Workplace | None = None
         self._unfinished: Path | None = None
@@ -292,9 +293,8 @@ def _is_unknown(window: PredictedWindow) -> bool:
 
 def predict_datasets(trainer: Trainer) -> list[Any]:
     """Data sets behind the loaders, whose numbers the batches hold."""
-    loaders: Any = trainer.predict_dataloaders
     datasets = []
-    for loader in loaders if isinstance(loaders, Sequence) else [loaders]:
+    for loader in CombinedLoader(trainer.predict_dataloaders).flattened:
         dataset = getattr(loader, 'dataset', None)
         while isinstance(dataset, Subset):
             dataset = dataset.dataset

@@ -77,7 +77,7 @@ def pastis_comparison(hparams: Any, metrics: Any) -> str:
     """Table of the published figures of PASTIS and of a test.
 
     Args:
-        hparams: ``model``, ``backbone`` and ``num_classes`` of the task.
+        hparams: ``num_classes`` of the task, and its ``model`` and ``backbone`` if it has them.
         metrics: ``test_OverallAccuracy`` and ``test_AverageJaccardIndex``.
 
     Returns:
@@ -90,7 +90,8 @@ def pastis_comparison(hparams: Any, metrics: Any) -> str:
         return f'nothing is published for {classes} classes of PASTIS, only for all 19'
     published = {f'{model} (published)': values for model, values in PUBLISHED_PASTIS.items()}
     result = [100 * float(metrics[name]) for name in names]
-    rows = published | {f'this test: {hparams["model"]}, {hparams["backbone"]}': result}
+    ours = ', '.join(str(hparams[key]) for key in ('model', 'backbone') if key in hparams)
+    rows = published | {f'this test: {ours}': result}
     return _table(rows, pd.Index(['accuracy %', 'mIoU %'], name='PASTIS'), 1)
 
 
@@ -104,9 +105,10 @@ def comparison(hparams: Any, metrics: Any) -> str:
     Returns:
         Lines of text; the result stands in the row of its model, or in one of its own.
     """
-    published = PUBLISHED.get(hparams['num_classes'])
+    classes = hparams.get('num_classes')
+    published = PUBLISHED.get(classes)
     if published is None:
-        return f'nothing is published for {hparams["num_classes"]} classes, only for 6 and 10'
+        return f'nothing is published for {classes} classes, only for 6 and 10'
     if 'test_WeightedF1Score' not in metrics:
         return 'weighted F1 and kappa are published, which the task S1S2SemanticSegmentation logs'
     suffix = hparams['backbone'][hparams['backbone'].find('convlstm') :]

@@ -438,6 +438,8 @@ class SceneWriter(MapWriter):
             self.mosaic = None if mosaic is None else CRS.from_epsg(mosaic)
         except ValueError as error:
             raise MapError(f'mosaic is {mosaic}, expected an EPSG code: {error}') from error
+        if self.mosaic and not (self.mosaic.is_projected or self.mosaic.is_geographic):
+            raise MapError(f'mosaic is {mosaic}, expected an EPSG code of maps or of degrees')
         self.resume = resume
         self.buffer_size = buffer_size
         self._buffer = BlendBuffer()

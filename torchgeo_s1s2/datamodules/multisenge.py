@@ -68,7 +68,7 @@ class MultiSenGEDataModule(SeriesDataModule):
         Raises:
             ValueError: If a number is out of range.
         """
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         sources = [source] if isinstance(source, Source) else source
         self.sources: list[Source] = list(sources or ())
         self._catalog: Catalog | None = None
