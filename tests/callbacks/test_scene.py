@@ -2,6 +2,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from rasterio.transform import Affine, from_origin
 from rasterio.warp import transform as warp_points
 from torch.utils.data import DataLoader, Dataset
 from torchgeo.datasets import stack_samples
+from torchgeo.samplers import GriddedPatchSampler
 
 from torchgeo_s1s2.callbacks import SceneWriter
 from torchgeo_s1s2.callbacks.geotiff import PredictedWindow
@@ -425,6 +427,27 @@ def test_sampler_of_the_datamodule_gives_what_remains(tmp_path: Path) -> None:
     assert seen[0] == list(Windows.places)
     assert seen[1] == [Windows.places[0], *Windows.places[8:]]
     assert (read(tmp_path, '32631.tif')[:, 16:] > 0).all()
+
+
+def test_loaders_of_one_zone_share_its_map(two_zones: Path, tmp_path: Path) -> None:
+    """Each has one of two patches of 32 pixels, between which lies one pixel."""
+
+    class Even(LightningModule):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return torch.full((1, 3, *batch['image'].shape[-2:]), 1 / 3)
+
+    zone = MultiSenGE(two_zones, 'all').zones()[0]
+    one, other = copy(zone), copy(zone)
+    one.index, other.index = zone.index[:1], zone.index[1:]
+    loaders = [
+        DataLoader(part, sampler=GriddedPatchSampler(part, size=16), collate_fn=stack_samples)
+        for part in (one, other)
+    ]
+    writer = SceneWriter(tmp_path, classes=SCHEME)
+    quiet_trainer(callbacks=[writer]).predict(Even(), loaders)
+    seen = read(tmp_path, '32631_observations.tif') > 0
+    assert seen.shape == (32, 65)
+    assert np.argwhere(~seen.all(0)).tolist() == [[32]]
 
 
 def test_mosaic_joins_two_zones(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import rasterio
 import torch
 from affine import Affine
@@ -514,7 +515,7 @@ class SceneWriter(MapWriter):
         with named(first), whole(first, self._unfinished) as temporary:
             for epsg, lattice in parts.lattices.items():
                 extent = parts.extent(epsg)
-                for bounds in _bounds_of_data(trainer, epsg):  # one, that of the zone
+                if (bounds := _bounds_of_data(trainer, epsg)) is not None:
                     extent = clip(extent, lattice, bounds)
                 zones[epsg] = extent.on(lattice)
                 pixels = parts.pixels(extent, scheme.ids)
@@ -618,10 +619,8 @@ def _content(dataset: Any) -> Iterator[Any]:
         yield str(file), *stamp
 
 
-def _bounds_of_data(trainer: Trainer, epsg: int) -> list[tuple[float, float, float, float]]:
+def _bounds_of_data(trainer: Trainer, epsg: int) -> tuple[float, float, float, float] | None:
     """Bounds of the data sets of a CRS, where they are TorchGeo's."""
-    return [
-        tuple(dataset.index.total_bounds)
-        for dataset in predict_datasets(trainer)
-        if isinstance(dataset, GeoDataset) and dataset.crs.to_epsg() == epsg
-    ]
+    datasets = [dataset for dataset in predict_datasets(trainer) if isinstance(dataset, GeoDataset)]
+    indexes = [dataset.index for dataset in datasets if dataset.crs.to_epsg() == epsg]
+    return tuple(pd.concat(indexes).total_bounds) if indexes else None
