@@ -15,6 +15,7 @@ import pytest
 import rasterio
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
@@ -229,6 +230,22 @@ def quiet_trainer(root: Path | None = None, **options: Any) -> Trainer:
     return Trainer(default_root_dir=root, **(defaults | dict.fromkeys(quiet, False) | options))
 
 
+class Board(CSVLogger):
+    """A logger that takes figures, as TensorBoard's does."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, name='', version='')
+        self.figures: list[tuple[str, int]] = []
+
+    @property
+    def experiment(self) -> Any:
+        writer = super().experiment
+        writer.add_figure = lambda name, figure, global_step: self.figures.append(
+            (name, global_step)
+        )
+        return writer
+
+
 WAITING = 'nonzero', 'is_nonzero', '_local_scalar_dense', 'bincount', '_unique2', 'masked_select'
 
 
@@ -303,6 +320,13 @@ def run_script(folder: Path, script: str) -> str:
 def results(folder: Path) -> list[dict[str, Any]]:
     """Rows that a benchmark has written."""
     return list(json.loads((folder / 'results.json').read_text())['results'])
+
+
+def random_images(rng: np.random.Generator, size: int, most: int = 9000) -> dict[str, Any]:
+    """Noise of both sensors, as arguments of ``write_patch``."""
+    s2 = {d: rng.integers(1, most, (10, size, size)).astype(np.int16) for d in S2_DATES}
+    s1 = {d: rng.uniform(0.01, 1, (2, size, size)).astype(np.float32) for d in S1_DATES}
+    return {'s2': s2, 's1': s1}
 
 
 @pytest.fixture

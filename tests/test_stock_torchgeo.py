@@ -6,8 +6,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-from matplotlib.figure import Figure
 from torchgeo.main import main
 
 pytestmark = pytest.mark.filterwarnings(
@@ -31,26 +29,6 @@ class Recorder(Callback):
         self.runs.append(self)
 
 
-class FigureLogger(DummyLogger):
-    """Takes figures, as TensorBoard does, so that the task draws them."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = str(folder)
-        self.figures: list[Figure] = []
-
-    @property
-    def save_dir(self) -> str:
-        return self.folder
-
-    @property
-    def experiment(self) -> Any:
-        return self
-
-    def add_figure(self, tag: str, figure: Figure, global_step: int) -> None:
-        self.figures.append(figure)
-
-
 @pytest.fixture(scope='module')
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp('synthetic')
@@ -63,8 +41,8 @@ def run(command: str, name: str, data: Path, folder: Path) -> Any:
             f'--config={CONF / name}.yaml',
             f'--data.init_args.root={data}',
             f'--trainer.default_root_dir={folder}',
-            f'--trainer.logger={__name__}.FigureLogger',
-            f'--trainer.logger.init_args.folder={folder}',
+            '--trainer.logger=conftest.Board',
+            f'--trainer.logger.init_args.root={folder}',
             f'--trainer.callbacks={__name__}.Recorder',
         ]
     )

@@ -5,10 +5,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import quiet_trainer
+from conftest import Board, quiet_trainer
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from torchgeo.tasks import SemanticSegmentation
@@ -39,22 +39,6 @@ class Data(LightningDataModule):
     def plot(self, sample: dict[str, Any]) -> Figure:
         assert sample['prediction'].shape == sample['mask'].shape == (32, 32)
         return Figure(figsize=(1, 1))
-
-
-class Board(CSVLogger):
-    """A logger that takes figures, as TensorBoard's does."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root, name='', version='')
-        self.figures: list[tuple[str, int]] = []
-
-    @property
-    def experiment(self) -> Any:
-        writer = super().experiment
-        writer.add_figure = lambda name, figure, global_step: self.figures.append(
-            (name, global_step)
-        )
-        return writer
 
 
 def small(stock: bool = False, **changes: Any) -> SemanticSegmentation:

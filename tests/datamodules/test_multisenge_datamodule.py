@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import S1_DATES, S2_DATES, quiet_trainer, read_raster, write_patch
+from conftest import S2_DATES, quiet_trainer, random_images, read_raster, write_patch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -37,11 +37,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four training patches and two others, of noise with a hole in one date."""
     root, rng = tmp_path_factory.mktemp('data'), np.random.default_rng(0)
     for tile, x in (*(('31UEQ', 13 * i) for i in range(4)), ('32ULU', 0), ('32ULU', 13)):
-        s2 = {d: rng.integers(1, 9000, (10, SIZE, SIZE)).astype(np.int16) for d in S2_DATES}
-        s1 = {d: rng.uniform(0.01, 1, (2, SIZE, SIZE)).astype(np.float32) for d in S1_DATES}
-        s2[S2_DATES[1]][:, :3] = -10000
+        images = random_images(rng, SIZE)
+        images['s2'][S2_DATES[1]][:, :3] = -10000
         labels = rng.integers(1, 15, (SIZE, SIZE)).astype(np.uint8)
-        write_patch(root, tile, x, 0, SIZE, s2, s1, labels)
+        write_patch(root, tile, x, 0, SIZE, **images, labels=labels)
     return root
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import ORIGINS, S1_DATES, S2_DATES, write_patch, write_raster
+from conftest import ORIGINS, S1_DATES, S2_DATES, random_images, write_patch, write_raster
 
 from torchgeo_s1s2.callbacks.scene import _content
 from torchgeo_s1s2.datamodules.statistics import Statistics, count_labels, statistics_path
@@ -23,8 +23,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two patches of noise with holes, and a date that the series does not use."""
     root, rng = tmp_path_factory.mktemp('noise'), np.random.default_rng(0)
     for x in (0, 9):
-        s2 = {d: rng.integers(1, 9000, (10, 8, 8)).astype(np.int16) for d in S2_DATES}
-        s1 = {d: rng.uniform(0.01, 1, (2, 8, 8)).astype(np.float32) for d in S1_DATES}
+        s2, s1 = random_images(rng, 8).values()
         s2[S2_DATES[1]][:, :3] = -10000
         s1[S1_DATES[2]][1, 5:] = 0
         s2['20200730'] = np.full((10, 8, 8), 30000, np.int16)
@@ -166,10 +165,7 @@ def test_statistics_follow_the_files_that_made_them(
     change: Callable[[Path], None],
     bands: set[int],
 ) -> None:
-    rng = np.random.default_rng(0)
-    s2 = {d: rng.integers(1, 4000, (10, 8, 8)).astype(np.int16) for d in S2_DATES}
-    s1 = {d: rng.uniform(0.01, 1, (2, 8, 8)).astype(np.float32) for d in S1_DATES}
-    write_patch(tmp_path, '31UEQ', size=8, s2=s2, s1=s1)
+    write_patch(tmp_path, '31UEQ', size=8, **random_images(np.random.default_rng(0), 8, 4000))
     before = Statistics.beside(MultiSenGE(tmp_path, 'test'))
     change(tmp_path)
     del windows_read[:]
