@@ -21,6 +21,7 @@ from rasterio.crs import CRS
 from rasterio.transform import from_origin
 from shapely import MultiPolygon, box
 from shapely.geometry import mapping
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchgeo.main import main
 
@@ -294,6 +295,19 @@ def full_disk(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def learnt(
+    model: nn.Module, *inputs: Tensor, call: Callable[..., Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Output, gradients and buffers after a training step without the optimizer."""
+    output = (model if call is None else call)(*inputs)
+    # Weights that differ from pixel to pixel: batch norm has no gradient of a mere sum.
+    scale = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
+    (output * scale.view_as(output)).sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    results = {f'gradient of {name}': value for name, value in gradients.items()}
+    return {'output': output.detach(), **results, **dict(model.named_buffers())}
 
 
 def torchgeo(folder: Path, *arguments: str) -> None:

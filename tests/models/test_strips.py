@@ -5,11 +5,12 @@ from itertools import product
 
 import pytest
 import torch
+from conftest import learnt
 from torch import Tensor, nn
 
 from benchmarks.model import held
-from benchmarks.plain import PlainConvLSTM, PlainFuseLSTM
-from torchgeo_s1s2.models import ConvLSTM, FuseLSTM, strips
+from benchmarks.plain import PlainConvLSTM
+from torchgeo_s1s2.models import ConvLSTM, strips
 
 
 @pytest.fixture(autouse=True)
@@ -20,17 +21,6 @@ def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_series(b: int, t: int, c: int, *size: int) -> Tensor:
     return torch.randn(b, t, *size, c, dtype=torch.double)
-
-
-def run(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    """Output, gradients and batch-norm statistics."""
-    output = model(*inputs)
-    # Weights that differ from pixel to pixel: batch norm has no gradient of a mere sum.
-    scale = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
-    (output * scale).sum().backward()
-    results = {'output': output.detach()} | dict(model.named_buffers())
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return results | {f'gradient of {name}': value for name, value in gradients.items()}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], names: int) -> None:
@@ -51,7 +41,7 @@ def test_learning(b: int, t: int, training: bool, recompute: bool) -> None:
     layer = ConvLSTM(2, recompute_gates=recompute).double().train(training)
     layer.load_state_dict(plain.state_dict())
     series = make_series(b, t, 2, 11, 13)
-    assert_same(run(layer, series.movedim(-1, 2)), run(plain, series), names=1 + 3 + 4)
+    assert_same(learnt(layer, series.movedim(-1, 2)), learnt(plain, series), names=1 + 3 + 4)
 
 
 @pytest.mark.parametrize('kernel', [3, 5])
@@ -79,20 +69,6 @@ def test_an_empty_slot_before_the_first_image_changes_no_bit() -> None:
             assert layer(longer, valid).equal(layer(x))
 
 
-def test_whole_model() -> None:
-    torch.manual_seed(0)
-    plain = PlainFuseLSTM(3)
-    model = FuseLSTM(3, freeze_encoder=False, recompute_gates=True)
-    model.load_state_dict(plain.state_dict())
-    x_s2, x_s1 = make_series(2, 4, 10, 64, 32), make_series(2, 4, 2, 64, 32)
-    inputs = x_s2, x_s1, torch.cat([x_s2[:, 0], x_s1[:, 0]], dim=-1)
-    actual = run(model.double(), *inputs)
-    plain.register_forward_hook(lambda module, inputs, logits: logits.softmax(1))
-    expected = run(plain.double(), *inputs)
-    parameters, buffers = len(list(model.parameters())), len(list(model.buffers()))
-    assert_same(actual, expected, names=1 + buffers + parameters)
-
-
 def test_single_precision_is_as_close_as_that_of_the_plain_model() -> None:
     torch.manual_seed(0)
     plain = PlainConvLSTM(2).eval()
@@ -114,9 +90,9 @@ def test_mixed_precision_is_as_close_as_that_of_the_plain_model(recompute: bool)
     layer.load_state_dict(plain.state_dict())
     series = make_series(2, 5, 2, 33, 33)
     with torch.autocast('cpu', torch.bfloat16):
-        mixed = run(layer, series.float().movedim(-1, 2)), run(plain, series.float())
+        mixed = learnt(layer, series.float().movedim(-1, 2)), learnt(plain, series.float())
     layer.load_state_dict(plain.state_dict())
-    exact = run(layer.double(), series.movedim(-1, 2))
+    exact = learnt(layer.double(), series.movedim(-1, 2))
     for name in exact.keys() - {'batchnorm.num_batches_tracked'}:
         value = exact[name]
         errors = [((results[name] - value).norm() / value.norm()).item() for results in mixed]
