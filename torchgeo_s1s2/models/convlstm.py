@@ -11,6 +11,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
 
 from .norm import (
+    Affine,
     MaskedBatchNorm2d,
     Moments,
     has_steps,
@@ -130,16 +131,15 @@ class ConvLSTM(Unscripted):
             self.__prepare_scriptable__()
         if suits_strips(self, x):
             return read_in_strips(self, x, valid)
-        by_step = has_steps(self.batchnorm)
-        if by_step and valid is not None and self.batchnorm.training:
+        if has_steps(self.batchnorm) and valid is not None and self.batchnorm.training:
             valid, x = seen_first(valid, x)
-        steps = _steps(x, valid) if by_step else None
+        affine = _affine(self.batchnorm, x, valid)
         size = x.shape[0], self.hidden_channels, *x.shape[-2:]
         zero = x.new_zeros(()).expand(size)
         # The gradients of PyTorch's loop are wrong.
         underivable = torch.compiler.is_exporting() or not torch.is_grad_enabled()
         if torch.compiler.is_compiling() and underivable and not self.training and x.shape[1]:
-            return self._loop(x, valid, steps, zero)
+            return self._loop(x, valid, affine, zero)
         h, c = zero, zero
         for t in range(x.shape[1]):
             mask = None
@@ -149,7 +149,8 @@ class ConvLSTM(Unscripted):
             # The hidden state is still zero: of a plain convolution that part can be left out. In
             # evaluation it is not, so that empty slots before the first image change no bit.
             first = t == 0 and self.training and is_plain(self.conv)
-            slot = arrange(x[:, t]), mask, None if steps is None else steps[:, t], h, c, first
+            now = affine and (affine[0][:, t], affine[1][:, t])
+            slot = arrange(x[:, t]), mask, now, h, c, first
             if self.recompute_gates and torch.is_grad_enabled():
                 h, c, moments = recomputed(self, self._next, *slot)
             else:
@@ -158,19 +159,16 @@ class ConvLSTM(Unscripted):
                 track(self.batchnorm, moments, t)
         return h
 
-    def _loop(self, x: Tensor, valid: Tensor | None, steps: Tensor | None, zero: Tensor) -> Tensor:
+    def _loop(self, x: Tensor, valid: Tensor | None, affine: Affine | None, zero: Tensor) -> Tensor:
         """The last hidden state, by a loop that a graph holds, so that T stays free."""
         # A prototype in PyTorch, imported from where it lives, and only by who needs it.
         from torch._higher_order_ops.while_loop import while_loop
 
         def body(t: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-            now = affine and [a if steps is None else _slot(a, t) for a in affine]
-            h, c, _ = self._next(_slot(x, t), _slot(mask, t), _slot(steps, t), h, c, affine=now)
+            now = affine and (_slot(affine[0], t), _slot(affine[1], t))
+            h, c, _ = self._next(_slot(x, t), mask if mask is None else _slot(mask, t), now, h, c)
             return t + 1, h, c
 
-        # Before the loop, whose graph cannot hold a norm's eps where numbers are dynamic.
-        norm = self.batchnorm
-        affine = [*scale_and_shift(norm, steps)] if is_affine(norm) else None
         mask = None if valid is None else valid[..., None, None, None]
         start = torch.zeros((), dtype=torch.long, device=x.device), zero.clone(), zero.clone()
         h: Tensor = while_loop(lambda t, h, c: t < x.shape[1], body, start)[1]
@@ -180,16 +178,12 @@ class ConvLSTM(Unscripted):
         self,
         x: Tensor,
         mask: Tensor | None,
-        step: Tensor | None,
+        affine: Affine | None,
         h: Tensor,
         c: Tensor,
         first: bool = False,
-        affine: list[Any] | None = None,
     ) -> tuple[Tensor, Tensor, Moments | None]:
-        """States after one slot of the samples in *mask* (all if None); the others keep theirs.
-
-        Where the batch norm is known as *affine*, scale and shift, it is not called.
-        """
+        """States after one slot of the samples in *mask* (all if None); the others keep theirs."""
         if mask is not None:
             # What an unread slot holds, NaN for instance, must not reach the weight's gradient.
             x = x.where(mask, 0)
@@ -201,10 +195,7 @@ class ConvLSTM(Unscripted):
         i, f, g, o = gates.chunk(4, dim=1)
         c_new = f.sigmoid() * c + i.sigmoid() * arrange(g).tanh()
         h_new = o.sigmoid() * c_new.tanh()
-        if affine:
-            h_new, moments = torch.addcmul(affine[1], h_new, affine[0]).to(h_new.dtype), None
-        else:
-            h_new, moments = normalize(self.batchnorm, h_new, mask, step)
+        h_new, moments = normalize(self.batchnorm, h_new, mask, affine)
         if h_new.requires_grad and is_eager_on_cpu(h_new):
             h_new.register_hook(arrange)
         if mask is not None:
@@ -215,14 +206,8 @@ class ConvLSTM(Unscripted):
 def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call a part of a module so that the backward pass calls it again, with the same weights.
 
-    Args:
-        module: The module.
-        function: What to call.
-        *args: Its arguments.
-        **options: Those of :func:`torch.utils.checkpoint.checkpoint`.
-
-    Returns:
-        What it returns. Under torch.func, which has no checkpoints, it is called once.
+    Options are those of :func:`torch.utils.checkpoint.checkpoint`. Under torch.func, which has no
+    checkpoints, it is called once.
     """
     if torch.compiler.is_compiling():
         return checkpoint(function, *args, use_reentrant=False, **options)
@@ -240,16 +225,24 @@ def _call_with(
         return function(*args)
 
 
-def _slot(series: Tensor | None, t: Tensor) -> Any:
-    """Slot t of a series (B, T, ...), if there is one, in a way that graphs can hold."""
-    return None if series is None else series.index_select(1, t[None])[:, 0]
+def _slot(series: Tensor, t: Tensor) -> Tensor:
+    """Slot t of a series (B, T, ...), in a way that graphs can hold."""
+    return series.index_select(1, t[None])[:, 0]
 
 
-def _steps(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Number of valid slots before each one (B, T)."""
-    if valid is None:
-        return torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-    return (valid.long().cumsum(1) - 1).clamp(min=0)
+def _affine(norm: Any, x: Tensor, valid: Tensor | None) -> Affine | None:
+    """What a batch norm in evaluation mode does at each slot, of shape (B or 1, T, C, 1, 1).
+
+    It is known before the loop, whose graph cannot hold eps where numbers are dynamic.
+    """
+    if not is_affine(norm):
+        return None
+    if not has_steps(norm):
+        scale, shift = scale_and_shift(norm)
+        return scale.expand(1, x.shape[1], -1, -1, -1), shift.expand(1, x.shape[1], -1, -1, -1)
+    # The step is the number of valid slots before.
+    seen = x.new_ones(x.shape[:2]) if valid is None else valid
+    return scale_and_shift(norm, (seen.long().cumsum(1) - 1).clamp(min=0))
 
 
 def seen_first(valid: Tensor, *series: Tensor) -> tuple[Tensor, ...]:

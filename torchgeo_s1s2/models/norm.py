@@ -16,6 +16,10 @@ class Moments(NamedTuple):
     number: Tensor
 
 
+Affine = tuple[Tensor, Tensor]
+"""What features are multiplied with, and what is added, of shape (..., C, 1, 1)."""
+
+
 class MaskedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose statistics are those of the samples that count.
 
@@ -41,22 +45,20 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
                 self.register_buffer(name, buffer.repeat(steps, *[1] * buffer.ndim))
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, mask: Tensor | None = None, step: Tensor | None = None
+        self, x: Tensor, mask: Tensor | None = None, affine: Affine | None = None
     ) -> tuple[Tensor, Moments | None]:
         """Normalise features.
 
         Args:
             x: Features of shape (B, C, H, W).
             mask: Samples that count, booleans of shape (B, 1, 1, 1); all of them if None.
-            step: Step of each sample, integers of shape (B,), if each has statistics of its own.
+            affine: What :func:`scale_and_shift` says, which evaluation mode needs.
 
         Returns:
             Features of shape (B, C, H, W), of which those of the other samples have no meaning, and
             the moments, None in evaluation mode.
         """
-        if self.training or self.running_mean is None:
-            return batch_norm(self, x, mask)
-        return (super().forward(x) if step is None else _normalize_by_step(self, x, step)), None
+        return batch_norm(self, x, mask) if affine is None else (_apply(affine, x), None)
 
 
 def has_steps(norm: Any) -> bool:
@@ -66,13 +68,9 @@ def has_steps(norm: Any) -> bool:
 
 
 def is_affine(norm: Any) -> bool:
-    """Whether a module is a batch norm in evaluation mode, and nothing hangs on it."""
-    return (
-        type(norm) in (nn.BatchNorm2d, MaskedBatchNorm2d)
-        and not norm.training
-        and norm.running_mean is not None
-        and not has_hooks(norm)
-    )
+    """Whether a module is a batch norm that :func:`scale_and_shift` tells all about."""
+    known = isinstance(norm, MaskedBatchNorm2d) or type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+    return known and not norm.training and norm.running_mean is not None
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -80,16 +78,8 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def scale_and_shift(norm: Any, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What a batch norm in evaluation mode multiplies with, and what it adds.
-
-    Args:
-        norm: The module.
-        step: Steps (...), from 0, if each has running statistics of its own.
-
-    Returns:
-        Two tensors of shape (..., C, 1, 1).
-    """
+def scale_and_shift(norm: Any, step: Tensor | None = None) -> Affine:
+    """What a batch norm does in evaluation mode; at steps (...), from 0, if they have their own."""
     mean, var = norm.running_mean, norm.running_var
     if step is not None:
         last = (norm.num_batches_tracked > 0).sum() - 1
@@ -102,9 +92,8 @@ def scale_and_shift(norm: Any, step: Tensor | None = None) -> tuple[Tensor, Tens
     return scale[..., None, None], shift[..., None, None]
 
 
-def _normalize_by_step(norm: Any, x: Tensor, step: Tensor) -> Tensor:
-    scale, shift = scale_and_shift(norm, step)
-    return torch.addcmul(shift, x, scale).to(x.dtype)
+def _apply(affine: Affine, x: Tensor) -> Tensor:
+    return torch.addcmul(affine[1], x, affine[0]).to(x.dtype)
 
 
 def share_with_steps(value: Tensor, own: Tensor) -> Tensor:
@@ -121,25 +110,18 @@ def share_with_steps(value: Tensor, own: Tensor) -> Tensor:
 
 
 def normalize(
-    norm: Any, x: Tensor, mask: Tensor | None, step: Tensor | None = None
+    norm: Any, x: Tensor, mask: Tensor | None, affine: Affine | None
 ) -> tuple[Tensor, Moments | None]:
-    """Call the norm of a layer: a :class:`MaskedBatchNorm2d`, or what was put in its place.
+    """Call the norm of a layer as a :class:`MaskedBatchNorm2d`, whatever was put in its place.
 
-    Args:
-        norm: The module. Of nn.SyncBatchNorm, into which Lightning converts each batch norm, the
-            statistics are those of the samples of all processes that count.
-        x: Features of shape (B, C, H, W).
-        mask: Samples that count, booleans of shape (B, 1, 1, 1); all of them if None.
-        step: Step of each sample (B,), if each step has running statistics of its own.
-
-    Returns:
-        Features and moments as from :class:`MaskedBatchNorm2d`.
+    Of nn.SyncBatchNorm, into which Lightning converts each batch norm, the statistics are those of
+    the samples of all processes that count.
     """
     if isinstance(norm, MaskedBatchNorm2d):
-        return norm(x, mask, step)
+        return norm(x, mask, affine)
     if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
         return batch_norm(norm, x, mask)
-    return (norm(x) if step is None else _normalize_by_step(norm, x, step)), None
+    return norm(x) if affine is None or has_hooks(norm) else _apply(affine, x), None
 
 
 def batch_norm(norm: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Moments]:

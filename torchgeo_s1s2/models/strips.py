@@ -40,7 +40,8 @@ def suits_strips(layer: Any, x: Tensor) -> bool:
         x.dtype in (torch.float32, torch.float64)
         and forward_ad._current_level < 0
         and is_plain(layer.conv)
-        and (is_affine(norm) or (type(norm) is nn.Identity and not has_hooks(norm)))
+        and (is_affine(norm) or type(norm) is nn.Identity)
+        and not has_hooks(norm)
     )
 
 
@@ -63,14 +64,7 @@ def is_transformed() -> bool:
 
 
 def arrange(x: Tensor) -> Tensor:
-    """Bring an image on a CPU into the layout in which convolutions are fastest there.
-
-    Args:
-        x: Image of shape (B, C, H, W).
-
-    Returns:
-        The image, copied if need be.
-    """
+    """Bring an image on a CPU into the layout in which convolutions are fastest there."""
     return x.contiguous(memory_format=torch.channels_last) if is_eager_on_cpu(x) else x
 
 
