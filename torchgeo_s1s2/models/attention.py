@@ -204,8 +204,8 @@ class AttentionEncoder(SeriesEncoder):
         """
         super().__init__(sensors, day_of_year, full_resolution or spatial_encoder == UTAE)
         self.groups = {name: [name] for name in sensors} if late else {'series': [*sensors]}
-        self.recompute = False
-        self._output_stride = min(output_stride, 2**depth)
+        self.recompute_gates = False
+        self.output_stride = min(output_stride, 2**depth)
         self.spatial, self.attention = nn.ModuleDict(), nn.ModuleDict()
         self.stem, self.coarser = nn.ModuleDict(), nn.ModuleList()
         for group, members in self.groups.items():
@@ -219,36 +219,14 @@ class AttentionEncoder(SeriesEncoder):
             self.attention[group] = TemporalAttention(encoder.out_channels[-1])
             if self.full_resolution and encoder.out_channels[0] == bands:
                 self.stem[group] = _stem(bands, STEM)
-        if spatial_encoder == UTAE:
-            self._add_coarser(depth)
-
-    def _add_coarser(self, depth: int) -> None:
-        for level in range(len(WIDTHS), depth + 1):
-            stride = 2 if 2**level <= self._output_stride else 1
-            self.coarser.append(_Halve(self.out_channels[-1], WIDTHS[-1], stride))
-
-    @property
-    def out_channels(self) -> list[int]:  # type: ignore[override]
-        """Number of channels of each feature map."""
-        each = [list(encoder.out_channels) for encoder in self.spatial.values()]
+        each: Any = [encoder.out_channels for encoder in self.spatial.values()]
+        self.out_channels = [sum(level) for level in zip(*each, strict=True)]
         if self.stem:
-            each = [[STEM, *channels[1:]] for channels in each]
-        return [sum(level) for level in zip(*each, strict=True)] + [WIDTHS[-1]] * len(self.coarser)
-
-    @property
-    def output_stride(self) -> int:
-        """Stride of the last feature map."""
-        return self._output_stride
-
-    def set_recompute_gates(self, recompute_gates: bool = True) -> None:
-        """Choose whether the backward pass encodes the dates again, a few at a time.
-
-        Where the spatial encoder trains a batch norm, all dates are encoded at once.
-
-        Args:
-            recompute_gates: Whether to.
-        """
-        self.recompute = recompute_gates
+            self.out_channels[0] = STEM * len(self.stem)
+        for level in range(len(WIDTHS), depth + 1) if spatial_encoder == UTAE else ():
+            stride = 2 if 2**level <= self.output_stride else 1
+            self.coarser.append(_Halve(self.out_channels[-1], WIDTHS[-1], stride))
+            self.out_channels.append(WIDTHS[-1])
 
     def _spatial_parts(self) -> list[tuple[str, Any, dict[str, int]]]:
         return [
@@ -273,11 +251,12 @@ class AttentionEncoder(SeriesEncoder):
     ) -> list[Tensor]:
         """Features of one group of sensors, without the dates."""
         members = self.groups[group]
-        bands = [series[n][:, :, : self._bands(n)] for n in members]
-        masks = [seen[n][..., None, None, None] for n in members]
-        images = torch.cat([x.where(m, 0) for x, m in zip(bands, masks, strict=True)], dim=2)
-        valid = torch.stack([seen[n] for n in members], -1).any(-1)
-        positions = self._positions(members, series, seen, days)
+        bands = [
+            series[n][:, :, : self._bands(n)].where(seen[n][..., None, None, None], 0)
+            for n in members
+        ]
+        images, each = torch.cat(bands, dim=2), torch.stack([seen[n] for n in members], -1)
+        valid, positions = each.any(-1), self._positions(members, series, each, days)
         if not self._is_dense(group, images) and not valid.all():
             valid, images, positions = seen_first(valid, images, positions)
             longest = max(1, int(valid.sum(1).max()))
@@ -289,17 +268,11 @@ class AttentionEncoder(SeriesEncoder):
         return [*(weigh(features, weights) for features in finer), attended]
 
     def _positions(
-        self,
-        members: list[str],
-        series: dict[str, Tensor],
-        seen: dict[str, Tensor],
-        days: Tensor | None,
+        self, members: list[str], series: dict[str, Tensor], valid: Tensor, days: Tensor | None
     ) -> Tensor:
         """Days (B, T) of the first sensor that saw a slot, or the number of slots before it."""
-        valid = torch.stack([seen[n] for n in members], -1)
         if days is not None:
-            columns = [[*self.sensors].index(n) for n in members]
-            known = days[..., None].expand_as(valid) if days.ndim == 2 else days[..., columns]
+            known = days[..., [[*self.sensors].index(n) for n in members]]
         elif self.planes:
             planes = torch.stack([series[n][:, :, -2:, 0, 0] for n in members], -1).float()
             days = torch.atan2(planes[:, :, 0], planes[:, :, 1]) * (365.25 / (2 * math.pi))
@@ -330,13 +303,15 @@ class AttentionEncoder(SeriesEncoder):
     def _encode_parts(self, group: str, images: Tensor) -> list[Tensor]:
         """Encode a few dates at a time, if that saves memory and changes no number."""
         spatial, learning = self.spatial[group], torch.is_grad_enabled()
-        recompute = self.recompute and learning and not torch.compiler.is_compiling()
+        recompute = self.recompute_gates and learning and not torch.compiler.is_compiling()
         at_once = len(images)
         if (recompute or not learning) and not _has_batch_statistics(spatial):
             at_once = max(1, PIXELS // (images.shape[-2] * images.shape[-1]))
         call: Any = self._levels
         if recompute:
-            call = partial(recomputed, self, call, context_fn=partial(_contexts, spatial))
+            call = partial(
+                recomputed, self, call, context_fn=lambda: (nullcontext(), _BuffersKept(spatial))
+            )
         parts = [call(group, part) for part in images.split(at_once)]
         return [torch.cat(level) for level in zip(*parts, strict=True)]
 
@@ -357,10 +332,6 @@ def _has_batch_statistics(
     module: nn.Module, kind: type[nn.Module] = nn.modules.batchnorm._BatchNorm
 ) -> bool:
     return any(isinstance(part, kind) and part.training for part in module.modules())
-
-
-def _contexts(module: nn.Module) -> tuple[Any, Any]:
-    return nullcontext(), _BuffersKept(module)
 
 
 class _BuffersKept:

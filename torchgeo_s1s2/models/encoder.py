@@ -7,10 +7,9 @@ from typing import Any, NamedTuple, Self
 
 import segmentation_models_pytorch as smp
 import torch
-from segmentation_models_pytorch.encoders import TimmUniversalEncoder
 from torch import Tensor, nn
 
-from torchgeo_s1s2.transforms.series import day_of_year
+from torchgeo_s1s2.transforms.series import day_of_year, unpadded
 
 from .convlstm import ConvLSTM, Norm, Unscripted
 from .inception import Inception
@@ -62,21 +61,12 @@ class ImageSeries(NamedTuple):
         Raises:
             ValueError: If there is a ``length``, and the image does not tell its slots.
         """
-        image, valid, length = batch['image'], batch.get('valid'), batch.get('length')
-        if length is not None:
-            if image.ndim != 5:
-                raise ValueError(
-                    'the batch has the length of its series and an image of shape '
-                    f'{tuple(image.shape)}, which does not tell slots from channels; give it as '
-                    '(B, T, C, H, W)'
-                )
-            inside = torch.arange(image.shape[1], device=image.device) < length[:, None]
-            if valid is None:
-                valid = inside
-            else:
-                valid = valid & inside.view(*inside.shape, *[1] * (valid.ndim - 2))
-        times = batch.get('acquisition_times')
-        return cls(image, valid, None if times is None else _days(times))
+        valid, times = batch.get('valid'), batch.get('acquisition_times')
+        if batch.get('length') is not None:
+            inside = unpadded(batch)
+            own = inside if valid is None else valid
+            valid = own & inside.view(*inside.shape, *[1] * (own.ndim - 2))
+        return cls(batch['image'], valid, None if times is None else _days(times))
 
 
 def _days(times: Tensor) -> Tensor:
@@ -103,6 +93,9 @@ class SeriesEncoder(Unscripted):
 
     spatial: Any
     out_channels: list[int]
+    """Number of channels of each feature map."""
+    output_stride: int
+    """Stride of the last feature map."""
 
     def __init__(
         self, sensors: Mapping[str, int], day_of_year: bool, full_resolution: bool
@@ -122,18 +115,18 @@ class SeriesEncoder(Unscripted):
         self.channels = sum(self.sensors.values())
         self.full_resolution = full_resolution
 
-    @property
-    def output_stride(self) -> int:
-        """Stride of the last feature map."""
-        return int(self.spatial.output_stride)
-
     def set_recompute_gates(self, recompute_gates: bool = True) -> None:
         """Choose whether the backward pass computes again what is large: less memory, more time.
+
+        That is the gates of recurrent layers, or the features of the dates, a few at a time; where
+        the spatial encoder trains a batch norm, all dates are encoded at once.
 
         Args:
             recompute_gates: Whether to; the numbers are the same.
         """
-        raise NotImplementedError
+        for part in self.modules():
+            if hasattr(part, 'recompute_gates'):
+                part.recompute_gates = recompute_gates  # type: ignore[assignment]
 
     def _features(
         self, series: dict[str, Tensor], seen: dict[str, Tensor], days: Tensor | None
@@ -163,15 +156,11 @@ class SeriesEncoder(Unscripted):
             )
 
     def make_dilated(self, output_stride: int) -> None:
-        """Replace strides of the spatial encoder with dilation.
+        """Keep the spatial encoder, which is built dilated; smp calls it.
 
         Args:
-            output_stride: Wanted stride of the last feature map, 8 or 16.
+            output_stride: Stride of the last feature map, 8 or 16.
         """
-        for _, spatial, _ in self._spatial_parts():
-            # timm builds them dilated, and so is U-TAE's.
-            if not isinstance(spatial, TimmUniversalEncoder) and hasattr(spatial, 'make_dilated'):
-                spatial.make_dilated(output_stride)
 
     def forward(
         self, x: Tensor | ImageSeries, valid: Tensor | None = None, days: Tensor | None = None
@@ -196,12 +185,8 @@ class SeriesEncoder(Unscripted):
         if isinstance(x, ImageSeries):
             x, valid, days = x
         series = self._split(x)
-        shape = *next(iter(series.values())).shape[:2], len(series)
-        if days is not None and days.shape not in (shape, shape[:2]):
-            raise ValueError(
-                f'the days or acquisition times have shape {tuple(days.shape)}, expected (B, T, S) '
-                f'= {shape}, a column for each sensor ({", ".join(series)}), or (B, T)'
-            )
+        if days is not None:
+            days = _columns('the days or acquisition times have', days, series)
         return self._features(series, self._seen(series, valid), days)
 
     def load_state_dict(
@@ -220,17 +205,25 @@ class SeriesEncoder(Unscripted):
 
         Returns:
             Missing and unexpected keys where known.
+
+        Raises:
+            ValueError: If the weights are for bands of a sensor that the encoder does not read.
         """
         if any(key.startswith('encoder.spatial.') for key in state_dict):
             state_dict = rename(state_dict, {'encoder.': ''})
         if any(key.startswith('spatial.') for key in state_dict):
             return super().load_state_dict(state_dict, strict, assign)
-        result = None
-        for _, spatial, bands in self._spatial_parts():
-            own = spatial.state_dict()
-            if (fitted := _fit_channels(state_dict, own, bands)) is not None:
-                result = _load(spatial, fitted, strict)
-        return result
+        results = [
+            _load(spatial, fitted, strict)
+            for _, spatial, bands in self._spatial_parts()
+            if (fitted := _fit_channels(state_dict, spatial.state_dict(), bands)) is not None
+        ]
+        if not results:
+            raise ValueError(
+                'no weight can be loaded: they are for 10 bands of s2 or 2 of s1, and the encoder '
+                f'reads {self._describe_sensors()}'
+            )
+        return results[-1]
 
     def spatial_weights(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Weights of a spatial encoder alone by their names here, for the bands that are read."""
@@ -245,16 +238,9 @@ class SeriesEncoder(Unscripted):
         if valid is None:
             bands = {name: s[:, :, : s.shape[2] - self.planes] for name, s in series.items()}
             return {name: (s != 0).flatten(2).any(dim=-1) for name, s in bands.items()}
-        slots = next(iter(series.values())).shape[:2]
-        if valid.ndim == 2:
-            valid = valid[..., None].expand(-1, -1, len(series))
-        if valid.shape != (*slots, len(series)) or valid.dtype != torch.bool:
-            raise ValueError(
-                f'valid has shape {tuple(valid.shape)} and type {valid.dtype}, expected booleans '
-                f'of shape (B, T, S) or (B, T) with B, T = {tuple(slots)} and a column for each '
-                f'sensor ({", ".join(series)})'
-            )
-        return dict(zip(series, valid.unbind(-1), strict=True))
+        if valid.dtype != torch.bool:
+            raise ValueError(f'valid has type {valid.dtype}, expected booleans')
+        return dict(zip(series, _columns('valid has', valid, series).unbind(-1), strict=True))
 
     def _split(self, x: Tensor) -> dict[str, Tensor]:
         """Series of each sensor, of shape (B, T, channels, H, W)."""
@@ -270,6 +256,17 @@ class SeriesEncoder(Unscripted):
 
     def _describe_sensors(self) -> str:
         return ' + '.join(f'{channels} {name}' for name, channels in self.sensors.items())
+
+
+def _columns(what: str, value: Tensor, series: Mapping[str, Tensor]) -> Tensor:
+    """What is known of each sensor (B, T, S), or of all of them alike (B, T), as the former."""
+    shape = *next(iter(series.values())).shape[:2], len(series)
+    if value.shape not in (shape, shape[:2]):
+        raise ValueError(
+            f'{what} shape {tuple(value.shape)}, expected (B, T, S) = {shape}, a column for each '
+            f'sensor ({", ".join(series)}), or (B, T)'
+        )
+    return value if value.ndim == 3 else value[..., None].expand(shape)
 
 
 class ConvLSTMInceptionEncoder(SeriesEncoder):
@@ -330,37 +327,20 @@ class ConvLSTMInceptionEncoder(SeriesEncoder):
             depth=depth,
             output_stride=output_stride,
         )
-
-    @property
-    def out_channels(self) -> list[int]:  # type: ignore[override]
-        """Number of channels of each feature map."""
-        channels = list(self.spatial.out_channels)
-        return [self.front_channels, *channels[1:]] if self.full_resolution else channels
-
-    def set_recompute_gates(self, recompute_gates: bool = True) -> None:
-        """Choose whether the recurrent layers compute their gates again in the backward pass.
-
-        Args:
-            recompute_gates: As in :class:`ConvLSTM`.
-        """
-        for layer in self.convlstm.modules():
-            if isinstance(layer, ConvLSTM):
-                layer.recompute_gates = recompute_gates
+        self.output_stride = self.spatial.output_stride
+        first = self.front_channels if full_resolution else self.spatial.out_channels[0]
+        self.out_channels = [first, *self.spatial.out_channels[1:]]
 
     def _features(
         self, series: dict[str, Tensor], seen: dict[str, Tensor], days: Tensor | None
     ) -> list[Tensor]:
-        front = self._front(series, seen)
-        features: list[Tensor] = self.spatial(front)
-        return [front, *features[1:]] if self.full_resolution else features
-
-    def _front(self, series: dict[str, Tensor], seen: dict[str, Tensor]) -> Tensor:
-        """Input of the spatial encoder."""
         parts = [layer(series[name], seen[name]) for name, layer in self.convlstm.items()]
         if self.inception is not None:
-            first = [first_valid(series[name], seen[name]) for name in self.sensors]
+            first = [_first_valid(series[name], seen[name]) for name in self.sensors]
             parts.append(self.inception(arrange(torch.cat(first, dim=1))))
-        return torch.cat([arrange(part) for part in parts], dim=1)
+        front = torch.cat([arrange(part) for part in parts], dim=1)
+        features: list[Tensor] = self.spatial(front)
+        return [front, *features[1:]] if self.full_resolution else features
 
     def _spatial_parts(self) -> list[tuple[str, Any, dict[str, int]]]:
         return [('spatial', self.spatial, {})]
@@ -371,59 +351,36 @@ def _fit_channels(
 ) -> dict[str, Any] | None:
     """Weights of images for other channels; None if they are of a sensor that is not read.
 
-    Args:
-        weights: Weights of a spatial encoder.
-        own: Those that it has here.
-        bands: Number of bands of each sensor that it reads; empty if it reads features.
+    Bands are those of each sensor that the encoder, with its *own* weights, reads; none if it reads
+    features.
     """
     fitted = dict(weights)
     for key, like in own.items():
         weight = weights.get(key)
         if weight is None or weight.ndim != 4 or weight.shape[1] == like.shape[1]:
             continue
-        sensor, columns = PRETRAINED.get(weight.shape[1], ('', []))
-        if not bands or SENSORS.get(sensor) is None:
-            fitted[key] = _repeat_channels(weight, like.shape[1])
+        old, new = weight.shape[1], like.shape[1]
+        sensor, columns = PRETRAINED.get(old, ('', []))
+        if not bands or not sensor:  # as smp does
+            fitted[key] = weight[:, torch.arange(new) % old] * (old / new)
         elif bands.get(sensor) != len(columns):
             return None
         else:
-            start = sum(n for s, n in bands.items() if [*bands].index(s) < [*bands].index(sensor))
+            start = sum([*bands.values()][: [*bands].index(sensor)])
             fitted[key] = torch.zeros_like(like)
             fitted[key][:, start : start + len(columns)] = weight[:, columns]
     return fitted
 
 
-def _repeat_channels(weight: Tensor, channels: int) -> Tensor:
-    """Repeat a convolution's input channels up to a number, as smp does."""
-    old = weight.shape[1]
-    return weight[:, torch.arange(channels) % old] * (old / channels)
-
-
-def first_valid(series: Tensor, valid: Tensor) -> Tensor:
-    """Select the first valid slot of each sample.
-
-    Args:
-        series: Series of shape (B, T, C, H, W).
-        valid: Booleans of shape (B, T).
-
-    Returns:
-        Images of shape (B, C, H, W); 0 where no slot is valid.
-    """
+def _first_valid(series: Tensor, valid: Tensor) -> Tensor:
+    """First valid slot (B, C, H, W) of each sample of a series, 0 where no slot is valid."""
     first = valid.int().argmax(dim=1)
     image = series[torch.arange(series.shape[0], device=series.device), first]
     return image.where(valid.any(1)[:, None, None, None], 0)
 
 
 def rename(state_dict: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[str, Any]:
-    """Take the weights whose names start with one of some prefixes, under other names.
-
-    Args:
-        state_dict: Weights.
-        prefixes: Beginnings of their names, and what stands there afterwards.
-
-    Returns:
-        The renamed weights, without all others.
-    """
+    """Weights whose names begin with some prefixes, with what stands for each prefix instead."""
     return {
         new + key.removeprefix(old): value
         for key, value in state_dict.items()

@@ -82,17 +82,13 @@ class FuseLSTM(nn.Module):
         _check_shape('x_s2', x_s2, '(B, T2, H, W, 10)', 5, 10)
         _check_shape('x_s1', x_s1, '(B, T1, H, W, 2)', 5, 2)
         _check_shape('x_stack', x_stack, '(B, H, W, 12)', 4, 12)
-        logits: Tensor = self.unet(self._front(x_s2, x_s1, x_stack))
-        return logits
-
-    def _front(self, x_s2: Tensor, x_s1: Tensor, x_stack: Tensor) -> Tensor:
-        """Input of the U-Net."""
         features = [
             self.convLSTM_s2(x_s2.movedim(-1, 2)),
             self.convLSTM_s1(x_s1.movedim(-1, 2)),
             self.inception(arrange(x_stack.movedim(-1, 1))),
         ]
-        return torch.cat([arrange(feature) for feature in features], dim=1)
+        logits: Tensor = self.unet(torch.cat([arrange(feature) for feature in features], dim=1))
+        return logits
 
 
 def _check_shape(name: str, x: Tensor, expected: str, ndim: int, channels: int) -> None:

@@ -25,28 +25,6 @@ class NoWeights(WeightsEnum):
     """No weights are published for the backbones."""
 
 
-class _Names(dict[Any, Any]):
-    """Dictionary of a library that also knows names which it does not list."""
-
-    def __init__(self, listed: Mapping[Any, Any], resolve: Callable[[Any], Any]) -> None:
-        super().__init__(listed)
-        self._resolve = resolve
-
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or self._resolve(key) is not None
-
-    def __missing__(self, key: Any) -> Any:
-        if (value := self._resolve(key)) is None:
-            raise KeyError(key)
-        return value
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        try:
-            return self[key]
-        except KeyError:
-            return default
-
-
 @dataclass(frozen=True)
 class Backbone:
     """What a name of a backbone says.
@@ -77,7 +55,13 @@ class Backbone:
 
     @property
     def name(self) -> str:
-        """The name, which :func:`parse_name` reads."""
+        """The name, which :func:`parse_name` reads.
+
+        For instance 'vgg16_convlstm_inception', 'vgg16_convlstm_s1',
+        'vgg16_convlstm_inception_s2x4_s1_doy', 'resnet18_convlstm_inception_h64_t16',
+        'vgg16_convlstm_inception_stepnorm_fullres', 'resnet18_attention_late_fullres' or
+        'utae_late'.
+        """
         # smp looks at the start of a name: 'tu-' goes to timm, 'vgg' gets a centre block in the
         # U-Net.
         parts = [re.sub('^tu-', 'timm_', self.spatial_encoder)]
@@ -135,27 +119,6 @@ def spatial_encoders() -> list[str]:
         for name, entry in smp.encoders.encoders.items()
         if not issubclass(entry['encoder'], SeriesEncoder) and not name.startswith('timm-')
     ]
-
-
-def backbone_name(
-    spatial_encoder: str, sensors: Mapping[str, int] = SENSORS, *args: Any, **options: Any
-) -> str:
-    """Name of a combination of options of :class:`Backbone`.
-
-    For instance 'vgg16_convlstm_inception', 'vgg16_convlstm_s1', 'vgg16_convlstm_inception_doy',
-    'vgg16_convlstm_inception_s2x4_s1', 'resnet18_convlstm_inception_h64_t16',
-    'vgg16_convlstm_inception_stepnorm_fullres', 'resnet18_attention_late_fullres' or 'utae_late'.
-    """
-    return _combine(spatial_encoder, sensors, *args, **options).name
-
-
-def _combine(
-    spatial_encoder: str, sensors: Mapping[str, int], *args: Any, **options: Any
-) -> Backbone:
-    backbone = Backbone(spatial_encoder, dict(sensors), *args, **options)
-    if spatial_encoder == UTAE:  # always at full resolution, which the name need not say
-        backbone = replace(backbone, front='attention', full_resolution=False)
-    return replace(backbone, inception=False) if backbone.front == 'attention' else backbone
 
 
 @cache
@@ -231,7 +194,11 @@ def register_encoder(
         )
     if not sensors or min(sensors.values()) < 1:
         raise ValueError(f'sensors is {dict(sensors)}, expected at least one with its band count')
-    backbone = _combine(spatial_encoder, sensors, *args, **options)
+    backbone = Backbone(spatial_encoder, dict(sensors), *args, **options)
+    if spatial_encoder == UTAE:  # always at full resolution, which the name need not say
+        backbone = replace(backbone, front='attention', full_resolution=False)
+    if backbone.front == 'attention':
+        backbone = replace(backbone, inception=False)
     name = backbone.name
     if parse_name(name) != backbone:
         raise ValueError(
@@ -292,6 +259,33 @@ def register_encoders() -> None:
         register_encoder(UTAE, late=late)
 
 
+class _Names(dict[Any, Any]):
+    """Dictionary of a library that also knows names which it does not list."""
+
+    def __init__(self, listed: Mapping[Any, Any], value: Callable[[Backbone], Any]) -> None:
+        super().__init__(listed)
+        self._value = value
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or self._parse(key) is not None
+
+    def __missing__(self, key: Any) -> Any:
+        if (backbone := self._parse(key)) is None:
+            raise KeyError(key)
+        return self._value(backbone)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    @staticmethod
+    def _parse(key: Any) -> Backbone | None:
+        """Backbone of a name, or of what :func:`_builder` gives for it."""
+        return parse_name(key.args[0] if isinstance(key, partial) and key.args else key)
+
+
 def _tables() -> list[_Names]:
     """Dictionaries from which smp and TorchGeo take names, made to know ours.
 
@@ -299,12 +293,12 @@ def _tables() -> list[_Names]:
     ``segmentation_models_pytorch.encoders.encoders``, and of the private ``_model`` and
     ``_model_weights`` of ``torchgeo.models.api``.
     """
-    places: list[tuple[Any, str, Callable[[Any], Any]]] = [
+    places: list[tuple[Any, str, Callable[[Backbone], Any]]] = [
         (smp.encoders, 'encoders', _entry),
         (torchgeo.models.api, '_model', _builder),
-        (torchgeo.models.api, '_model_weights', _weights),
+        (torchgeo.models.api, '_model_weights', lambda _: NoWeights),
     ]
-    for module, name, resolve in places:
+    for module, name, value in places:
         table = getattr(module, name, None)
         if not isinstance(table, dict):
             raise RuntimeError(
@@ -312,16 +306,12 @@ def _tables() -> list[_Names]:
                 'the names of its backbones; install the versions named in its pyproject.toml'
             )
         if not isinstance(table, _Names):
-            setattr(module, name, _Names(table, resolve))
+            setattr(module, name, _Names(table, value))
     return [getattr(module, name) for module, name, _ in places]
 
 
-@cache
-def _entry(name: object) -> dict[str, Any] | None:
+def _entry(backbone: Backbone) -> dict[str, Any]:
     """What smp wants to know of an encoder."""
-    backbone = parse_name(name)
-    if backbone is None:
-        return None
     spatial = dict.get(smp.encoders.encoders, backbone.spatial_encoder, {})  # listed ones only
     return {
         'encoder': _ENCODERS[backbone.front],
@@ -330,15 +320,5 @@ def _entry(name: object) -> dict[str, Any] | None:
     }
 
 
-@cache
-def _builder(name: object) -> Callable[..., nn.Module] | None:
-    backbone = parse_name(name)
-    if backbone is None:
-        return None
-    return partial(smp.encoders.get_encoder, name, in_channels=backbone.channels)
-
-
-def _weights(key: object) -> type[WeightsEnum] | None:
-    """Weights of a name or of what builds it."""
-    name = key.args[0] if isinstance(key, partial) and key.args else key
-    return None if parse_name(name) is None else NoWeights
+def _builder(backbone: Backbone) -> Callable[..., nn.Module]:
+    return partial(smp.encoders.get_encoder, backbone.name, in_channels=backbone.channels)

@@ -1,6 +1,7 @@
 """Features at full resolution for the head of every smp model."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,16 +54,13 @@ class FullResolution(nn.Module):
         return joined
 
 
+@cache
 def watch_models() -> None:
     """Build models of smp with :class:`FullResolution`, if their encoder says ``full_resolution``.
 
     smp has no place for that, so this uses PyTorch's hook for modules that become parts of others.
     """
-    if not _watched:
-        _watched.append(register_module_module_registration_hook(_on_part))
-
-
-_watched: list[Any] = []
+    register_module_module_registration_hook(_on_part)
 
 
 def _on_part(model: nn.Module, name: str, head: Any) -> None:

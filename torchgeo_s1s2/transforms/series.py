@@ -1,7 +1,7 @@
 """Normalisation and augmentation of batches of series."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,9 +51,7 @@ class NormalizeSeries(nn.Module):
         """
         image = batch['image']
         if 'length' in batch:
-            slots = torch.arange(image.shape[1], device=image.device)
-            padded = slots >= batch['length'][:, None]
-            image = image.masked_fill(padded[..., None, None, None], torch.nan)
+            image = image.where(unpadded(batch)[..., None, None, None], torch.nan)
         if 'valid' in batch:
             parts = image.split(list(channels), 2)
             seen = torch.stack([~part.isnan().flatten(2).all(2) for part in parts], 2)
@@ -223,6 +221,22 @@ def _first_day(year: Tensor) -> Tensor:
 
 def _randint(high: int) -> int:
     return int(torch.randint(high, ()))
+
+
+def unpadded(batch: Mapping[str, Any]) -> Tensor:
+    """Slots before the ``length`` (B,) from which on TorchGeo pads series, booleans (B, T).
+
+    Raises:
+        ValueError: If the image does not tell its slots.
+    """
+    image = batch['image']
+    if image.ndim != 5:
+        raise ValueError(
+            'the batch has the length of its series and an image of shape '
+            f'{tuple(image.shape)}, which does not tell slots from channels; give it as '
+            '(B, T, C, H, W)'
+        )
+    return torch.arange(image.shape[1], device=image.device) < batch['length'][:, None]
 
 
 def count_observations(image: Tensor, channels: Sequence[int]) -> Tensor:
