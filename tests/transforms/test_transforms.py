@@ -45,10 +45,12 @@ def test_normalize_agrees_with_numpy_and_fills_with_the_mean() -> None:
     assert out['mask'] is batch['mask']
 
 
-@pytest.mark.parametrize('std', [[1.0], [1.0, 0.0], [1.0, np.nan]])
-def test_normalize_refuses_what_does_not_normalise(std: list[float]) -> None:
-    with pytest.raises(ValueError, match='expected as many, with std above 0'):
-        NormalizeSeries([0.0, 0.0], std)
+@pytest.mark.parametrize(
+    ('mean', 'std'), [(0, [1]), (0, [1, 0]), (0, [1, np.nan]), (0, [1, np.inf]), (np.nan, [1, 1])]
+)
+def test_normalize_refuses_what_does_not_normalise(mean: float, std: list[float]) -> None:
+    with pytest.raises(ValueError, match='expected as many, finite and with std above 0'):
+        NormalizeSeries([0.0, mean], std)
 
 
 def test_normalize_tells_what_holds_nothing() -> None:
@@ -61,6 +63,9 @@ def test_normalize_tells_what_holds_nothing() -> None:
     assert out['valid'].tolist() == [[[True, True], [True, False], [False, True]]]
     assert out['acquisition_times'].tolist() == [[[10, 11], [20, -1], [-1, 31]]]
     assert batch['valid'][0, 2, 0]
+    del batch['acquisition_times']
+    again = NormalizeSeries([0.0] * 4, [1.0] * 4)(batch, (3, 1))
+    assert again['valid'].equal(out['valid'])
 
 
 def test_padded_slots_are_missing() -> None:

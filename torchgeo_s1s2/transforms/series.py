@@ -28,14 +28,18 @@ class NormalizeSeries(nn.Module):
             std: Standard deviation of each channel, above 0.
 
         Raises:
-            ValueError: If they differ in number, or a standard deviation is not above 0.
+            ValueError: If they differ in number, are not finite, or a standard deviation is not
+                above 0.
         """
         super().__init__()
         for name, value in (('mean', mean), ('std', std)):
             channels = torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(name, channels, persistent=False)
-        if len(self.mean) != len(self.std) or not (self.std > 0).all():
-            raise ValueError(f'mean is {mean}, std {std}: expected as many, with std above 0')
+        finite = self.mean.isfinite().all() and self.std.isfinite().all()
+        if len(self.mean) != len(self.std) or not finite or not (self.std > 0).all():
+            raise ValueError(
+                f'mean is {mean}, std {std}: expected as many, finite and with std above 0'
+            )
 
     def forward(self, batch: dict[str, Any], channels: Sequence[int]) -> dict[str, Any]:
         """Normalise the image of a batch.
@@ -130,9 +134,9 @@ def keep_observations(
 
 
 def _only(batch: dict[str, Any], keep: Tensor) -> dict[str, Tensor]:
-    """``valid`` and ``acquisition_times`` of a batch without the other observations."""
-    valid = keep & batch['valid']
-    return {'valid': valid, 'acquisition_times': batch['acquisition_times'].where(valid, -1)}
+    """``valid`` and, if it has them, ``acquisition_times`` of a batch without the others."""
+    valid, name = keep & batch['valid'], 'acquisition_times'
+    return {'valid': valid} | ({name: batch[name].where(valid, -1)} if name in batch else {})
 
 
 class DayOfYear(nn.Module):
