@@ -144,10 +144,10 @@ class Run:
         content: dict[str, dict[str, str]] = json.loads((self.folder / 'settings.json').read_text())
         return content
 
-    def predictions(self) -> dict[str, NDArray[np.uint8]]:
-        """``prediction`` and ``mask`` (N, H, W) of the test split."""
+    def predictions(self) -> dict[str, NDArray[Any]]:
+        """``prediction`` and ``mask`` (N, H, W) of the test split, and number of ``classes``."""
         with np.load(self.folder / PREDICTIONS) as content:
-            return {name: content[name] for name in ('prediction', 'mask')}
+            return dict(content)
 
     def fit(self) -> Row:
         """What was measured in training."""
@@ -159,9 +159,10 @@ class Run:
         """Best weighted F1 of the validation."""
         return max(epoch['f1'] for epoch in self.fit()['history'])
 
-    def confusions(self, classes: int) -> NDArray[np.int64]:
+    def confusions(self) -> NDArray[np.int64]:
         """Confusion matrix of each test patch, (N, K, K)."""
-        return confusions(**self.predictions(), classes=classes)
+        found = self.predictions()
+        return confusions(found['prediction'], found['mask'], int(found['classes']))
 
     def result(self, scheme: ClassScheme, matrices: NDArray[np.int64]) -> Row:
         """Scores of the confusion matrices of the test patches, and costs of the training."""
@@ -217,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def compare_contestants(args: argparse.Namespace) -> None:
     """Train and test every contestant."""
     on_pastis = args.data == 'pastis'
-    data = prepare_pastis(args.root) if on_pastis else prepare(args.root, **SETTINGS[args.setting])
+    small = SETTINGS['small']
+    data = prepare_pastis(args.root) if on_pastis else prepare(args.root, args.setting, **small)
     folder = CONF / 'pastis' if on_pastis else CONF
     configs = args.configs or sorted(p for p in folder.glob('*.yaml') if p.name != BASE.name)
     more = (folder / BASE.name,) if on_pastis else ()
@@ -247,19 +249,18 @@ def write_comparison(runs: Sequence[Run], output: Path, about: Mapping[str, Any]
     That is ``table.md``, ``results.json``, ``results.csv``, ``maps.png``, ``curves.png`` and
     ``cost.png``.
     """
-    with np.load(runs[0].folder / PREDICTIONS) as content:
-        classes = int(content['classes'])
+    expected = runs[0].predictions()
+    classes = int(expected['classes'])
     scheme = PASTIS_CLASSES if classes == len(PASTIS_CLASSES) else class_scheme(classes)
-    expected = runs[0].predictions()['mask']
     for run in runs:
-        if not np.array_equal(run.predictions()['mask'], expected):
+        if not np.array_equal(run.predictions()['mask'], expected['mask']):
             raise ValueError(
                 f'{run.folder} was tested on other patches than {runs[0].folder}; give all '
                 'contestants the same data, split and series'
             )
     results, matrices = list[Row](), dict[str, list[NDArray[np.int64]]]()
     for run in runs:
-        own = run.confusions(len(scheme))
+        own = run.confusions()
         results.append(run.result(scheme, own))
         matrices.setdefault(run.title, []).append(own)
     text = tables(results, scheme, resampled(matrices))
@@ -397,9 +398,15 @@ def _costs(results: Sequence[Row]) -> Figure:
     return figure
 
 
-def prepare(root: Path, **options: Any) -> str:
-    """Write the synthetic data set where no data set is; what to call the data."""
-    if (root / MARKER).exists():
+def prepare(root: Path, setting: str | None, **options: Any) -> str:
+    """Write the synthetic data of a *setting*, or of *options* where no data are; their name.
+
+    Raises:
+        ValueError: If there are other data than those of a *setting*.
+    """
+    if setting:
+        write_synthetic(root, **SETTINGS[setting])
+    elif (root / MARKER).exists():
         write_synthetic(root, **json.loads((root / MARKER).read_text()))
     elif not (root / LABELS).is_dir():
         write_synthetic(root, **options)
@@ -415,7 +422,7 @@ def prepare_pastis(root: Path) -> str:
 
 def compare_conditions(args: argparse.Namespace) -> None:
     """Train without and with dropout, and map under every condition."""
-    data = prepare(args.root, incomplete=0)
+    data = prepare(args.root, None, incomplete=0)
     if not (args.root / MARKER).exists():
         raise ValueError(f'{args.root} is not synthetic, so its seasons cannot be shifted')
     configs = args.configs or [CONF / f'{name}.yaml' for name in ('inception', 'utae')]
@@ -459,7 +466,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, prog='python -m benchmarks.accuracy')
     parser.add_argument('--data', choices=['multisenge', 'pastis'], default='multisenge')
     parser.add_argument('--root', type=Path, default=Path('data/benchmark'), help='data set')
-    parser.add_argument('--setting', choices=SETTINGS, default='small', help='of synthetic data')
+    parser.add_argument(
+        '--setting', choices=SETTINGS, help='of synthetic data; small in a new root'
+    )
     parser.add_argument('--output', type=Path, default=Path('outputs/accuracy'))
     parser.add_argument('--seeds', type=int, default=3, help='number of seeds')
     parser.add_argument('--rates', type=float, nargs='+', default=RATES, help='learning rates')

@@ -2,14 +2,14 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.model --slots 4 32 --sizes 256
 
-On a GPU if there is one. Random numbers for images. Times are medians of turns with the plain
-model: a forward pass in evaluation mode, and a training step (cross-entropy, backward pass, Adam).
+On a GPU if there is one. Random numbers for images. Times are medians of turns, which all models
+take: a forward pass in evaluation mode, and a training step (cross-entropy, backward pass, Adam).
 Memory is that of tensors, without weights and inputs (but with weights cast to bfloat16): what
 autograd holds for the backward pass, and the most that a forward pass and a step have at once.
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -162,17 +162,10 @@ def peak(call: Callable[[], object], device: str) -> float:
     return highest / MIB
 
 
-def measure(name: str, slots: int, size: int, rounds: int, device: str) -> Row:
-    """Measure a model in turns with the plain one, and nothing else in memory."""
-    found = measure_together({PLAIN, name}, slots, size, rounds, device)
-    row = beside(found[name], found[PLAIN])
-    return {'T': slots, 'pixels': size, 'model': name, **row}
-
-
-def measure_together(
-    names: set[str], slots: int, size: int, rounds: int, device: str
+def measure(
+    names: Iterable[str], slots: int, size: int, rounds: int, device: str
 ) -> dict[str, dict[str, float]]:
-    """Measure models in turns."""
+    """Measure models in turns, all of them in memory."""
     jobs = {name: Job({**MODES, **OTHERS}[name], slots, size, device) for name in names}
     found: dict[str, dict[str, float]] = {name: {} for name in jobs}
     clock = processor_seconds if device == 'cpu' else timer
@@ -204,12 +197,15 @@ def beside(values: Mapping[str, float], plain: Mapping[str, float]) -> dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write ``table.md`` and ``results.json`` after each row."""
+    """Measure, and write ``table.md`` and ``results.json`` after each size."""
     args = _parser().parse_args(arguments)
     names = dict.fromkeys([PLAIN, *args.models, *(OTHERS if args.others else ())])
     rows: list[Row] = []
-    for slots, size, name in product(args.slots, args.sizes, names):
-        rows.append(measure(name, slots, size, args.rounds, args.device))
+    for slots, size in product(args.slots, args.sizes):
+        found = measure(names, slots, size, args.rounds, args.device)
+        for name, values in found.items():
+            ratios = beside(values, found[PLAIN])
+            rows.append({'T': slots, 'pixels': size, 'model': name, **ratios})
         about = {**provenance(), 'device': args.device, 'turns': args.rounds}
         report(args.output, 'Speed and memory of models', about, rows)
 

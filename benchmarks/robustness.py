@@ -23,7 +23,7 @@ from torchgeo_s1s2.datasets.series import Sample
 from torchgeo_s1s2.datasets.synthetic import MARKER, write_synthetic
 from torchgeo_s1s2.datasets.time_series import Slot, Span, Times
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
-from torchgeo_s1s2.transforms import SeriesDropout
+from torchgeo_s1s2.transforms import NormalizeSeries, SeriesDropout
 from torchgeo_s1s2.transforms.series import keep_observations
 
 CLASSES = 10
@@ -139,8 +139,7 @@ class Mapper:
 
     def __init__(self, checkpoint: Path) -> None:
         statistics = torch.load(checkpoint, 'cpu', weights_only=False)['MultiSenGEDataModule']
-        mean, std = (torch.tensor(statistics[key])[:, None, None] for key in ('mean', 'std'))
-        self.normalize = lambda image: ((image - mean) / std).nan_to_num(0)
+        self.normalize = NormalizeSeries(statistics['mean'], statistics['std'])
         self.task = S1S2SemanticSegmentation.load_from_checkpoint(
             checkpoint, 'cpu', weights_only=False
         ).eval()
@@ -148,5 +147,5 @@ class Mapper:
     @torch.inference_mode()
     def __call__(self, batch: Sample) -> Tensor:
         """Classes (B, H, W) of a batch as the data set gives it."""
-        parts = self.normalize(batch['image']).split(4)
+        parts = self.normalize(batch, CHANNELS)['image'].split(4)
         return torch.cat([self.task(part).argmax(1) for part in parts])

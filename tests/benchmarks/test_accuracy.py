@@ -222,6 +222,11 @@ def test_other_test_patches_are_refused(output: Path, tmp_path: Path) -> None:
         accuracy.write_comparison([run, other], tmp_path, {'data': 'Synthetic data'})
 
 
+def test_another_setting_than_that_of_the_data_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(ValueError, match='written with other settings'):
+        accuracy.main([*arguments, '--setting', 'small'])
+
+
 def test_time_to_a_target() -> None:
     history = [{'seconds': 3.0, 'f1': 0.5}, {'seconds': 6.0, 'f1': 0.7}, {'seconds': 9.0, 'f1': 1}]
     assert accuracy.seconds_to(history, 0.7) == 6
