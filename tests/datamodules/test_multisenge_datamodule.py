@@ -447,7 +447,7 @@ def test_a_configuration_describes_data_of_ones_own(root: Path) -> None:
     ('classes', 'message'),
     [
         ('7', 'no scheme of 7 classes; choose one of (6, 10, 14)'),
-        (OWN_CLASSES.replace('[6]', '[5]'), 'label [5] is given to more than one class'),
+        (OWN_CLASSES.replace('[6]', '[5]'), 'label [5] is of more than one class'),
     ],
 )
 def test_a_mistake_in_the_classes_of_a_configuration_is_named(
