@@ -23,6 +23,7 @@ from torchgeo_s1s2.callbacks.layers import OBSERVATIONS, classify, write_layers
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.errors import MapError, S1S2Warning
 from torchgeo_s1s2.files import Workplace, whole
+from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
 
 
 class Patches(Dataset[dict[str, Any]]):
@@ -294,6 +295,15 @@ def test_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / 'maps').write_text('a file')
     with pytest.raises(MapError, match='Give output_dir a folder'):
         predict(tmp_path, GeoTIFFWriter())
+
+
+def test_a_map_of_several_labels_a_pixel_is_refused(tmp_path: Path) -> None:
+    task = S1S2SemanticSegmentation(
+        'unet', 'resnet18', None, 3, task='multilabel', num_labels=2, loss='bce'
+    )
+    trainer = quiet_trainer(tmp_path, callbacks=[GeoTIFFWriter()])
+    with pytest.raises(MapError, match='one class a pixel, and the task is multilabel'):
+        trainer.predict(task, DataLoader(Patches()))
 
 
 def test_only_files_of_dead_runs_are_removed(tmp_path: Path) -> None:

@@ -260,6 +260,7 @@ def test_what_is_known_of_the_data(root: Path) -> None:
         ({'splits': {'val': ['32ULU']}}, "no split 'train'; choose one of val, all"),
         ({'splits': SPLITS | {'val': ['31UFP']}}, "split 'val' has no patch"),
         ({'sensors': ['s3']}, 'no such sensor'),
+        ({'source': 'synthetic'}, "source is 'synthetic'; expected Synthetic"),
     ],
 )
 def test_bad_settings(root: Path, options: dict[str, Any], message: str) -> None:

@@ -147,9 +147,9 @@ def test_pieces_have_names_of_their_own_and_bad_numbers_are_refused(tmp_path: Pa
     assert names == {'31UEQ_0_0'}
     names = {*part(root, BlockSplits(80, {'train': 1.0}), 'train').index['name']}
     assert names == {f'31UEQ_0_0_{n}' for n in range(1, 10)}
-    for shares in ({'train': 0.5, 'test': 0.4}, {'train': 1.0, 'test': 0}, {}):
+    for shares in ({'train': 0.5, 'test': 0.4}, {'train': 1.0, 'test': 0}, {}, ['train']):
         with pytest.raises(ValueError, match=r'shares are .* give each split one above 0, 1 t'):
-            BlockSplits(80, shares)
+            BlockSplits(80, shares)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='size is 0; give the side of a block in metres'):
         BlockSplits(0, SHARES)
     with pytest.raises(ValueError, match='seed is -1; give a whole number from 0'):

@@ -169,10 +169,12 @@ class MapWriter(BasePredictionWriter):
         """Make the folder, and in it a hidden one of this run.
 
         Raises:
-            MapError: If they cannot be made.
+            MapError: If they cannot be made, or the task is multilabel.
         """
         super().setup(trainer, pl_module, stage)
         if stage == 'predict':
+            if getattr(pl_module, 'hparams', {}).get('task') == 'multilabel':
+                raise MapError('a map holds one class a pixel, and the task is multilabel')
             self.output_dir = self.output_dir or Path(trainer.default_root_dir) / 'maps'
             if trainer.is_global_zero:
                 self._workplace = self._open(self.output_dir)

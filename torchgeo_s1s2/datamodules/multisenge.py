@@ -12,7 +12,7 @@ from torchgeo_s1s2.datasets.ground import GroundSplits
 from torchgeo_s1s2.datasets.multisenge import MultiSenGE, Splits
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.sources import Source, Wanted
-from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
+from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, check_kind
 from torchgeo_s1s2.errors import NoPatchesError
 
 
@@ -69,8 +69,9 @@ class MultiSenGEDataModule(SeriesDataModule):
             ValueError: If a number is out of range.
         """
         self.root = Path(root).expanduser()
-        sources = [source] if isinstance(source, Source) else source
-        self.sources: list[Source] = list(sources or ())
+        self.sources = list(source or ()) if isinstance(source, list | tuple | None) else [source]
+        for given in self.sources:
+            check_kind('source', given, Source, 'Synthetic(), Download(), Copy(...) or a list')
         self._catalog: Catalog | None = None
         super().__init__(
             dataset_class,

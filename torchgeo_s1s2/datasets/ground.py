@@ -66,7 +66,7 @@ class BlockSplits(GroundSplits):
             raise ValueError(f'buffer is {self.buffer}; give 0 or more, and less than {self.size}')
         if self.seed < 0:
             raise ValueError(f'seed is {self.seed}; give a whole number from 0')
-        shares = [*(self.shares or {}).values()]
+        shares = [*self.shares.values()] if isinstance(self.shares, dict) else []
         if not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1):
             raise ValueError(
                 f'shares are {self.shares}; give each split one above 0, 1 together, such as '

@@ -17,7 +17,7 @@ from torchgeo_s1s2.datasets.ground import GroundSplits
 from torchgeo_s1s2.datasets.rasters import Grid, read_image, read_labels
 from torchgeo_s1s2.datasets.sensors import SENSOR_BANDS, SENSORS, Array, Offset, in_order, readings
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
-from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
+from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries, check_kind
 from torchgeo_s1s2.errors import NoPatchesError, warn
 
 Splits = Mapping[str, Sequence[str]]
@@ -124,6 +124,10 @@ class MultiSenGE(SeriesDataset):
         """
         self.root = self.paths = Path(root)
         self.split = split
+        check_kind('series', series, DateRule, 'a date rule, such as MonthlySeries()')
+        check_kind('catalog', catalog, Catalog, 'a Catalog(root)')
+        example = "tiles by split, as in {'train': ['31UEQ']}, or BlockSplits(...)"
+        check_kind('splits', splits, (Mapping, GroundSplits), example)
         own = splits if isinstance(splits, GroundSplits) else dict(splits or type(self).splits)
         self.splits = own  # type: ignore[misc,assignment]
         self.download = download

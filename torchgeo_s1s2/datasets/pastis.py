@@ -22,7 +22,7 @@ from torchgeo_s1s2.datasets.classes import ClassScheme, LandCoverClass
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of, onto
 from torchgeo_s1s2.datasets.sensors import PASTIS_SENSORS, Array, in_order, readings
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
-from torchgeo_s1s2.datasets.time_series import AllDates, DateRule
+from torchgeo_s1s2.datasets.time_series import AllDates, DateRule, check_kind
 from torchgeo_s1s2.errors import DataError, NoPatchesError, UnreadableError, warn
 
 FOLDS = (1, 2, 3, 4, 5)
@@ -129,6 +129,7 @@ class PASTISSeries(SeriesDataset):
         if isinstance(folds, int) or not folds or not {*folds} <= {*FOLDS}:
             raise ValueError(f'folds is {folds!r}; expected some of {FOLDS}')
         self.folds = tuple(folds)
+        check_kind('series', series, DateRule, 'a date rule, such as AllDates(max_length=61)')
         series = series or AllDates(max_length=61)
         in_order([series.leader], [*PASTIS_SENSORS], 'sensor to lead the series')
         # Theia's products of these years have no offset, so nobody need look for one.

@@ -231,7 +231,9 @@ def in_order(chosen: Sequence[str], allowed: Sequence[str], what: str) -> tuple[
     Raises:
         ValueError: If there is none, or no such name.
     """
-    unknown = chosen if isinstance(chosen, str) else [n for n in chosen if n not in allowed]
+    if isinstance(chosen, str):
+        raise ValueError(f'no such {what}: {chosen!r}; give a list, as in {[chosen]}')
+    unknown = [name for name in chosen if name not in allowed]
     if unknown or not chosen:
         raise ValueError(f'no such {what}: {unknown or chosen!r}; choose from {", ".join(allowed)}')
     return tuple(name for name in allowed if name in chosen)
@@ -261,12 +263,13 @@ def _bands_of(
 def _units(unit: str | Mapping[str, str] | None, table: Mapping[str, Sensor]) -> dict[str, str]:
     """Unit by sensor; a single one is that of the sensors that have it."""
     if isinstance(unit, str):
-        unit = {s: unit for s in table if unit in table[s].units} or {'unit': unit}
-    for sensor, value in (unit or {}).items():
-        if sensor not in table or value not in table[sensor].units:
-            known = '; '.join(f'{s}: {", ".join(sensor.units)}' for s, sensor in table.items())
-            raise ValueError(f'no such unit: {unit!r}; choose from {known}')
-    return dict(unit or {})
+        units = {s: unit for s in table if unit in table[s].units}
+    else:
+        units = _by_sensor('unit', unit, table)
+    if (unit and not units) or any(value not in table[s].units for s, value in units.items()):
+        known = '; '.join(f'{s}: {", ".join(sensor.units)}' for s, sensor in table.items())
+        raise ValueError(f'no such unit: {unit!r}; choose from {known}')
+    return units
 
 
 def _offsets(offset: Offset | None) -> tuple[tuple[str, float], ...]:

@@ -823,8 +823,10 @@ def _description(dataset: GeoDataset) -> tuple[Any, ...]:
 
 
 def _pair(res: float | Sequence[float]) -> tuple[float, float]:
-    xres, yres = np.broadcast_to(res, 2).tolist()
-    return xres, yres
+    pair = tuple(res) if isinstance(res, Sequence) else (res, res)
+    if len(pair) != 2 or not all(isinstance(r, Real) and 0 < r < np.inf for r in pair):
+        raise ValueError(f'res is {res!r}; give width and height of a pixel, numbers above 0')
+    return pair
 
 
 def _utc(time: Any) -> pd.Timestamp:

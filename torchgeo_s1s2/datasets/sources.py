@@ -115,11 +115,11 @@ class Copy(Source):
     def fill(self, root: Path, wanted: Wanted) -> None:
         """Copy what is missing or has changed."""
         for dataset in wanted.splits(root):
-            copy_series(dataset, self.folder, self.num_workers)
+            copy_series(dataset, self.place(root), self.num_workers)
 
     def place(self, root: Path) -> Path:
         """The copy."""
-        return Path(self.folder)
+        return Path(self.folder).expanduser()
 
 
 class VectorLabels(Source):

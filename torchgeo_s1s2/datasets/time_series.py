@@ -600,6 +600,12 @@ def _days_or_reason(
     }
 
 
+def check_kind(name: str, value: object, kinds: type | tuple[type, ...], example: str) -> None:
+    """Raise a ValueError that names a value of another kind, and what to give instead."""
+    if value is not None and not isinstance(value, kinds):
+        raise ValueError(f'{name} is {value!r}; expected {example}')
+
+
 def check_at_least(name: str, value: int, least: int) -> None:
     """Raise a ValueError that names a value that is no whole number, or below the least one."""
     if not isinstance(value, Integral) or value < least:
