@@ -48,17 +48,19 @@ def whole(path: str | os.PathLike[str], within: Path | None = None) -> Iterator[
             file.replace(path.parent / file.name)
 
 
-def stamp(path: Path) -> tuple[int, int, int]:
+def stamp(file: Path | os.DirEntry[str]) -> tuple[int, int, int]:
     """Bytes of a file and the ns of its modification and change: whether it is as it was."""
-    status = path.stat()
+    status = file.stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def stamps(files: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[Path, tuple[int, int, int]]]:
+def stamps[F: (Path, os.DirEntry[str])](
+    files: Iterable[F],
+) -> Iterator[tuple[F, tuple[int, int, int]]]:
     """Files, each with its stamp, without links to nothing."""
-    for path in map(Path, files):
+    for file in files:
         with suppress(FileNotFoundError):
-            yield path, stamp(path)
+            yield file, stamp(file)
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = None) -> None:

@@ -615,7 +615,7 @@ def _content(dataset: Any) -> Iterator[Any]:
     if isinstance(dataset, SeriesDataset):  # whose root holds more than the images
         rows = map(dataset.files_of, range(len(dataset)))
         files = [file for row in rows for sensor in dataset.sensors for file in row[sensor]]
-    for file, stamp in stamps(files):
+    for file, stamp in stamps(map(Path, files)):
         yield str(file), *stamp
 
 

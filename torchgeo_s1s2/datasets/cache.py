@@ -1,5 +1,6 @@
 """A table kept as GeoParquet beside the data that it describes."""
 
+import os
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -93,7 +94,8 @@ def wait_for_next_tick(state: State) -> None:
 
 def _stamp_all(folder: Path) -> list[int]:
     """Newest times of the files in a folder, and a digest of all their names, times and sizes."""
-    stamped = {path.name: _times_first(own) for path, own in stamps(folder.iterdir())}
+    with os.scandir(folder) as files:
+        stamped = {file.name: _times_first(own) for file, own in stamps(files)}
     digest = sha256(repr(sorted(stamped.items())).encode()).digest()
     newest = [max((times[i] for times in stamped.values()), default=0) for i in range(2)]
     return [*newest, int.from_bytes(digest[:8])]
