@@ -128,11 +128,18 @@ def test_folders_behind_links_are_read_and_hidden_files_are_not(two_zones: Path)
 
 
 @pytest.mark.parametrize(
-    'date', ['20201331', '00000000', '00010101', '99991231', '20200706T250000']
+    ('date', 'ending'),
+    [
+        *((d, 'tif') for d in ('20201331', '00000000', '00010101', '99991231', '20200706T250000')),
+        *(('20200710', ending) for ending in ('jp2', 'tif.gz', 'vrt')),
+    ],
 )
-def test_images_without_a_date_are_counted_and_left_out(two_zones: Path, date: str) -> None:
-    path = two_zones / 's2' / f'31UEQ_{date}_S2_0_0.tif'
+def test_images_without_a_date_or_of_another_format_are_counted_and_left_out(
+    two_zones: Path, date: str, ending: str
+) -> None:
+    path = two_zones / 's2' / f'31UEQ_{date}_S2_0_0.{ending}'
     shutil.copy(two_zones / 's2' / '31UEQ_20200706_S2_0_0.tif', path)
+    (two_zones / 's2' / '31UEQ_20200706_S2_0_0.png').write_bytes(b'a picture of an image')
     with pytest.warns(S1S2Warning, match=f'1 files in s2 have other names.* {path.name}, and'):
         dataset = MultiSenGE(two_zones, 'all', AllDates())
     assert int(dataset[0]['valid'][:, 0].sum()) == 4

@@ -368,7 +368,8 @@ def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[
     kind = 'gr' if folder == GROUND_REFERENCE else folder
     for where, every in walk(root, folder):
         rasters = sorted(name for name in every if name.lower().endswith(('.tif', '.tiff')))
-        beside = {m['stem'] for m in map(_SIDECAR.fullmatch, {*every} - {*rasters}) if m}
+        others = {name: _SIDECAR.fullmatch(name) for name in {*every} - {*rasters}}
+        beside = {match['stem'] for match in others.values() if match}
         stems = set[str]()
         for name in rasters:
             match = pattern.fullmatch(name)
@@ -385,6 +386,10 @@ def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[
             if stem not in stems:
                 stems.add(stem)
                 found[f'{match["tile"]}_{match["place"]}'].append(image)
+        for name in (name for name, match in others.items() if not match):
+            stem = name.partition('.')[0]  # an image of another format, such as JPEG 2000
+            if stem not in stems and pattern.fullmatch(f'{stem}.tif'):
+                odd.append(name)
     return found, _notes(folder, odd, doubles, found.values())
 
 
