@@ -60,6 +60,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Synthetic data: pixels that need their surroundings, and enough patches to test on."""
 RATES = (3e-4, 1e-3, 3e-3)
+_COLORS = [*map(tuple, plt.colormaps['tab20'](range(20)))]
 TARGET_F1 = 0.7
 """Validation F1 to which the training time is measured."""
 
@@ -375,6 +376,7 @@ def _maps(runs: Sequence[Run], scheme: ClassScheme, data: str, patches: int = 4)
 def _curves(results: Sequence[Row]) -> Figure:
     """F1 of the validation over the epochs, the mean over the seeds."""
     figure, ax = plt.subplots(figsize=(9, 5), layout='constrained')
+    ax.set_prop_cycle(color=_COLORS)
     for title, group in pd.DataFrame(results).groupby('title', sort=False):
         f1 = pd.DataFrame([[epoch['f1'] for epoch in h] for h in group['history']]).mean()
         ax.plot(f1.index + 1, f1, '.-' if len(f1) == 1 else '-', label=str(title))
@@ -388,6 +390,7 @@ def _costs(results: Sequence[Row]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout='constrained')
     titles = {'gflop': 'GFLOP to map a patch', 'seconds': 'training (s)'}
     for ax, (key, label) in zip(axes, titles.items(), strict=True):
+        ax.set_prop_cycle(color=_COLORS)
         for title, group in pd.DataFrame(results).groupby('title', sort=False):
             # Trees have no operations; a point that is none keeps the colours of the others.
             x = group[key].mean() or float('nan')

@@ -125,7 +125,7 @@ def test_the_table_says_what_it_was_made_of(output: Path) -> None:
 
 def test_a_contestant_has_one_colour_and_its_own_cost() -> None:
     """Trees have no operations, and are in the second picture only."""
-    cost = {'Trees': (0, 7, 0.7), 'U-TAE': (3.2, 140, 0.8)}
+    cost = {'Trees': (0, 7, 0.7), **{f'U-TAE {i}': (3.2, 140 + i, 0.8) for i in range(10)}}
     rows = [dict(zip(('gflop', 'seconds', 'f1'), v, strict=True), title=k) for k, v in cost.items()]
     panels = [ax.lines for ax in accuracy._costs(rows).axes]
     for left, right, (title, (gflop, seconds, f1)) in zip(*panels, cost.items(), strict=True):
@@ -133,6 +133,7 @@ def test_a_contestant_has_one_colour_and_its_own_cost() -> None:
         assert left.get_label() == right.get_label() == title
         np.testing.assert_equal(left.get_data(), ([gflop or np.nan], [f1]))
         np.testing.assert_equal(right.get_data(), ([seconds], [f1]))
+    assert len({line.get_color() for line in panels[1]}) == len(cost)
 
 
 def test_only_what_is_unfinished_runs_again(output: Path, arguments: list[str]) -> None:
