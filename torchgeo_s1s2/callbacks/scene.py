@@ -511,7 +511,7 @@ class SceneWriter(MapWriter):
         zones: dict[int, Grid] = {}
         names = [*map(str, parts.lattices), *(['mosaic'] if self.mosaic else [])]
         check_replaceable(layer.path(folder, name) for name in names for layer in LAYERS)
-        first = folder / f'{min(parts.lattices)}.tif'
+        layers, first = map_layers(scheme), folder / f'{min(parts.lattices)}.tif'
         with named(first), whole(first, self._unfinished) as temporary:
             for epsg, lattice in parts.lattices.items():
                 extent = parts.extent(epsg)
@@ -519,7 +519,6 @@ class SceneWriter(MapWriter):
                     extent = clip(extent, lattice, bounds)
                 zones[epsg] = extent.on(lattice)
                 pixels = parts.pixels(extent, scheme.ids)
-                layers = map_layers(scheme)
                 write_layers(temporary.parent, str(epsg), layers, zones[epsg], pixels)
             if self.mosaic is not None:
                 write_mosaic(temporary.parent, self.mosaic, zones, scheme)

@@ -207,7 +207,8 @@ class SeriesDataModule(NonGeoDataModule):
             self._share_statistics()
         if stage == 'fit':
             self._check_labels()
-            rank_zero_info(f'{self._dataset("train").title}: {self._dataset("train").report}')
+            train = self._dataset('train')
+            rank_zero_info(f'{train.title}: {train.report}')
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Loader of the training patches; it starts to read in the epoch that comes next."""

@@ -25,6 +25,7 @@ from torchgeo_s1s2.files import stamps, write_json
 
 WINDOW = 512
 """Height and width of the windows that patches are read in."""
+_MALFORMED = ValueError, KeyError, TypeError, AttributeError
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Statistics:
         """
         try:
             return cls._of(json.loads(Path(path).read_text()), classes)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except _MALFORMED as error:
             raise DataError(
                 f'{path} is not a file of statistics ({error!r}); delete it and it is computed anew'
             ) from error
@@ -261,9 +262,10 @@ def count_labels(
 
 def _kept(path: Path) -> dict[str, Any]:
     """What a file holds, nothing if it is missing or damaged."""
-    with suppress(OSError, DataError):
-        Statistics.load(path)
-        return dict(json.loads(path.read_text()))
+    with suppress(OSError, *_MALFORMED):
+        content: dict[str, Any] = json.loads(path.read_text())
+        Statistics._of(content)
+        return content
     return {}
 
 
