@@ -298,7 +298,7 @@ def full_disk(size: int) -> Iterator[None]:
 
 
 def learnt(
-    model: nn.Module, *inputs: Tensor, call: Callable[..., Tensor] | None = None
+    model: nn.Module, *inputs: Any, call: Callable[..., Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Output, gradients and buffers after a training step without the optimizer."""
     output = (model if call is None else call)(*inputs)
