@@ -17,8 +17,8 @@ class PlainConvLSTM(nn.Module):
     def forward(self, series: Tensor) -> Tensor:
         """Read (B, T, H, W, C), return the last hidden state (B, 32, H, W)."""
         batch, dates, height, width, _ = series.shape
-        hidden = torch.zeros(batch, 32, height, width, dtype=series.dtype)
-        cell = torch.zeros(batch, 32, height, width, dtype=series.dtype)
+        hidden = series.new_zeros(batch, 32, height, width)
+        cell = series.new_zeros(batch, 32, height, width)
         states = []
         for date in range(dates):
             image = series[:, date].permute(0, 3, 1, 2)
