@@ -66,11 +66,12 @@ class TemporalAttention(nn.Module):
             add up to 1, or to 0 where no date counts.
         """
         values = self.embed(x.movedim(2, -1))
-        values = values + self._encode(positions)[:, :, None, None].to(values.dtype)
+        precise = torch.promote_types(values.dtype, torch.float32)
+        values = values + self._encode(positions.to(precise))[:, :, None, None].to(values.dtype)
         keys = self.key(values).unflatten(-1, self.query.shape)
         scores = (keys * self.query).sum(-1) * self.query.shape[1] ** -0.5
         counts = seen[:, :, None, None, None]
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores.to(precise)
         scores = scores.masked_fill(~counts, torch.finfo(torch.float32).min)
         weights = scores.softmax(1).to(values.dtype) * counts
         heads = values.unflatten(-1, (self.heads, self.width // self.heads))
@@ -80,7 +81,7 @@ class TemporalAttention(nn.Module):
     def _encode(self, positions: Tensor) -> Tensor:
         """Sines and cosines of the positions (B, T, width), the same for all heads."""
         pairs = self.width // self.heads // 2
-        exponents = torch.arange(pairs, device=positions.device) / pairs
+        exponents = torch.arange(pairs, dtype=positions.dtype, device=positions.device) / pairs
         angles = positions[..., None] * 1000**-exponents
         return torch.cat([angles.sin(), angles.cos()], -1).repeat(1, 1, self.heads)
 
