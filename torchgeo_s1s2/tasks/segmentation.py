@@ -123,7 +123,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         recompute_gates = bool(recompute_gates or checkpoint)
         self._classes: list[str] | None = None
         self._pretrained_classes: list[str] | None = None
-        self._tally = {stage: torch.zeros(3) for stage in _STAGES}
+        self._tally: dict[str, Tensor] = {}
         super().__init__(weights=weights)  # TorchGeo takes all arguments from this call's frame
         for name, value, remedy in (
             ('figures', figures, 'give it to the callback torchgeo_s1s2.callbacks.Report instead'),
@@ -434,7 +434,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         loss, weight = self._loss(logits, mask)
         unknown = (mask != given) & (given != NO_LABEL)
         tally = torch.stack([weight, unknown.sum(), ~loss.isfinite()])
-        self._tally[stage] = self._tally[stage].to(tally.device) + tally
+        self._tally[stage] = tally + self._tally.get(stage, 0)
         # The scheduler of every process has to see the same validation loss.
         self.log(
             f'{stage}_loss',
@@ -447,8 +447,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
 
     def _say_what_counted(self, stage: str) -> None:
         """Warn of losses that are no number, of values that are no class, and if none counted."""
-        tally: Any = self.trainer.strategy.reduce(self._tally[stage], reduce_op='sum')
-        self._tally[stage] = torch.zeros_like(tally)
+        own = self._tally.pop(stage, torch.zeros(3, device=self.device))
+        tally: Any = self.trainer.strategy.reduce(own, reduce_op='sum')
         weight, unknown, broken = tally.tolist()
         if broken:
             _warn(
