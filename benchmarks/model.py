@@ -102,14 +102,14 @@ OTHERS: Mapping[str, Mode] = {
 class Job:
     """A model, and what it is fed with."""
 
-    def __init__(self, mode: Mode, slots: int, size: int, device: str) -> None:
+    def __init__(self, mode: Mode, slots: int, size: int, device: str, batch: int = 1) -> None:
         torch.manual_seed(0)
         self.bf16 = mode.bf16
         self.model = mode.build(slots).to(device)
         if mode.compiled:
             self.model.compile()
-        self.image = torch.randn(1, slots, CHANNELS, size, size).to(device)
-        self.mask = torch.randint(CLASSES, (1, size, size)).to(device)
+        self.image = torch.randn(batch, slots, CHANNELS, size, size).to(device)
+        self.mask = torch.randint(CLASSES, (batch, size, size)).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
 
     def logits(self) -> Tensor:
@@ -163,10 +163,10 @@ def peak(call: Callable[[], object], device: str) -> float:
 
 
 def measure(
-    names: Iterable[str], slots: int, size: int, rounds: int, device: str
+    names: Iterable[str], slots: int, size: int, rounds: int, device: str, batch: int = 1
 ) -> dict[str, dict[str, float]]:
     """Measure models in turns, all of them in memory."""
-    jobs = {name: Job({**MODES, **OTHERS}[name], slots, size, device) for name in names}
+    jobs = {name: Job({**MODES, **OTHERS}[name], slots, size, device, batch) for name in names}
     found: dict[str, dict[str, float]] = {name: {} for name in jobs}
     clock = processor_seconds if device == 'cpu' else timer
     for what in ('forward', 'step'):
@@ -202,11 +202,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = dict.fromkeys([PLAIN, *args.models, *(OTHERS if args.others else ())])
     rows: list[Row] = []
     for slots, size in product(args.slots, args.sizes):
-        found = measure(names, slots, size, args.rounds, args.device)
+        found = measure(names, slots, size, args.rounds, args.device, args.batch)
         for name, values in found.items():
             ratios = beside(values, found[PLAIN])
             rows.append({'T': slots, 'pixels': size, 'model': name, **ratios})
-        about = {**provenance(), 'device': args.device, 'turns': args.rounds}
+        about = {'device': args.device, 'turns': args.rounds, 'images a batch': args.batch}
+        about = {**provenance(), **about}
         report(args.output, 'Speed and memory of models', about, rows)
 
 
@@ -215,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--output', type=Path, default=Path('outputs/model'))
     parser.add_argument('--slots', type=int, nargs='+', default=[4], help='numbers of slots T')
     parser.add_argument('--sizes', type=int, nargs='+', default=[256], help='pixels')
+    parser.add_argument('--batch', type=int, default=1, help='images a batch')
     parser.add_argument(
         '--models', nargs='*', default=[*MODES], choices=[*MODES, *OTHERS], help='beside plain'
     )

@@ -50,14 +50,14 @@ def test_attention_against_numpy() -> None:
     layer = TemporalAttention(6, heads=2, key_channels=3, width=8).double()
     x = torch.randn(2, 3, 6, 2, 2).double()
     seen = torch.tensor([[True, False, True], [False, False, False]])
-    days = torch.tensor([[3.0, 77.0, 250.0], [1.0, 2.0, 3.0]])
+    days = torch.tensor([[3.0, 77.0, 250.0], [1.0, 2.0, 3.0]]).double()
     with torch.no_grad():
         features, weights = layer(x, seen, days)
     for b, i, j in np.ndindex(2, 2, 2):
         inputs = x[b, :, :, i, j].numpy(), seen[b].numpy(), days[b].numpy()
         expected = attend(layer, *inputs)
-        np.testing.assert_allclose(features[b, :, i, j], expected[0], atol=1e-6)
-        np.testing.assert_allclose(weights[b, :, :, i, j], expected[1], atol=1e-6)
+        np.testing.assert_allclose(features[b, :, i, j], expected[0], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(weights[b, :, :, i, j], expected[1], rtol=0, atol=1e-12)
     torch.testing.assert_close(weights.sum(1)[0], torch.ones(2, 2, 2).double())
 
 

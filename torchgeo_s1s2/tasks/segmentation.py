@@ -426,7 +426,11 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         return logits.max(1).indices if self._is_multiclass else (logits > 0).long()
 
     def _step(self, stage: str, batch: Sample) -> tuple[Tensor, Tensor]:
-        """Loss and logits of a batch, logged; nothing here makes the host wait for its device."""
+        """Loss and logits of a batch, logged.
+
+        Nothing here makes the host wait for its device, but for the forward pass of attention,
+        which encodes the dates that were seen and no others.
+        """
         logits = self(ImageSeries.from_batch(batch)).squeeze(1)
         given = _mask(batch, logits[:, 0].shape if self._is_multiclass else logits.shape)
         mask = self._known(given)
