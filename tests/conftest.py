@@ -23,6 +23,7 @@ from shapely import MultiPolygon, box
 from shapely.geometry import mapping
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchgeo.main import main
 
 import benchmarks.run
@@ -251,7 +252,7 @@ WAITING = 'nonzero', 'is_nonzero', '_local_scalar_dense', 'bincount', '_unique2'
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU."""
+    """Counts what makes the host wait for a GPU, as do copies between devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +263,11 @@ class Waits(TorchDispatchMode):
         masks = (t for t in args[1] if t is not None) if name == 'index' else ()
         if name in WAITING or any(mask.dtype == torch.bool for mask in masks):
             self.found[name] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        tensors = (x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor))
+        if len({x.device for x in tensors}) > 1:
+            self.found['copy'] += 1
+        return result
 
 
 @contextmanager

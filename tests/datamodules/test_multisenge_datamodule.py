@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import S2_DATES, quiet_trainer, random_images, read_raster, write_patch
+from conftest import S2_DATES, Waits, quiet_trainer, random_images, read_raster, write_patch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -128,6 +128,24 @@ def test_the_first_process_finds_the_statistics_for_all(
         monkeypatch.setattr(Statistics, 'beside', None)  # the others neither read nor compute
     assert sent == [first.statistics, None]
     assert other.statistics == first.statistics is not None
+
+
+def test_a_gpu_waits_for_no_copy_of_the_statistics(root: Path) -> None:
+    """Batches lie in pinned memory, and only the first takes the statistics to the device."""
+    data = datamodule(root)
+    data.setup('fit')
+    batch = next(iter(data.train_dataloader()))
+    batch = {name: torch.as_tensor(batch[name]).to('meta') for name in ('image', 'valid')}
+    copies = []
+    for _ in range(2):
+        with Waits() as mode:
+            data.on_after_batch_transfer(dict(batch), 0)
+        copies.append(mode.found)
+    assert copies == [{'copy': 2}, {}]
+    for device in ('cpu', 'cuda'):
+        strategy = SimpleNamespace(root_device=torch.device(device))
+        data.trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+        assert data._loader([]).pin_memory == (device == 'cuda')
 
 
 def test_crops_are_read_and_of_training_only(

@@ -131,6 +131,17 @@ def test_a_training_step_never_makes_the_host_wait(tmp_path: Path, options: Any)
     assert waits == [Counter(), Counter()]
 
 
+def test_a_step_copies_nothing_to_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = small(class_weights=[1.0, 2.0, 0.0]).to('meta')
+    monkeypatch.setattr(task, 'log', lambda *_, **options: None)
+    batch = images(valid=torch.rand(2, 4, 2) > 0.5)
+    batch = {name: value.to('meta') for name, value in batch.items()}
+    with Waits() as mode:
+        for stage in ('train', 'val'):
+            task._step(stage, batch)
+    assert not mode.found
+
+
 @pytest.mark.parametrize('kind', [list, torch.tensor])
 def test_the_weighted_loss_of_an_epoch_does_not_depend_on_its_batches(
     tmp_path: Path, kind: Any

@@ -228,8 +228,10 @@ class SeriesDataModule(NonGeoDataModule):
         ]
 
     def _loader(self, dataset: Any, **options: Any) -> DataLoader[Sample]:
+        # From pinned memory a GPU fetches a batch while it computes another.
+        pinned = self.trainer is not None and self.trainer.strategy.root_device.type == 'cuda'
         options |= {'num_workers': self.num_workers, 'collate_fn': self.collate_fn}
-        return DataLoader(dataset, **options)
+        return DataLoader(dataset, pin_memory=pinned, **options)
 
     def _dataloader_factory(self, split: str) -> DataLoader[Sample]:
         """As TorchGeo's, with every patch in training too."""
@@ -258,7 +260,7 @@ class SeriesDataModule(NonGeoDataModule):
             batch = self.dropout(batch, self._band_counts)
         if self.trainer is not None and self.trainer.predicting:
             batch['valid_count'] = count_observations(batch['image'], self._band_counts)
-        batch = self.normalize(batch, self._band_counts)
+        batch = self.normalize.to(batch['image'].device)(batch, self._band_counts)
         if training and self.augment:
             batch = self.augment(batch)
         return self.day_of_year(batch, self._band_counts) if self.day_of_year else batch
