@@ -22,7 +22,10 @@ WIDTHS = (64, 64, 64, 128)
 STEM = 32
 """Channels at full resolution beside an encoder whose first features are the bands."""
 PIXELS = 2**18
-"""Pixels of the dates that are encoded at once, where that changes no number."""
+"""Pixels of the dates that are encoded at once, where that changes no number.
+
+Four times as many for maps on a GPU, which would wait for the host to start it on so few.
+"""
 
 
 class TemporalAttention(nn.Module):
@@ -307,7 +310,8 @@ class AttentionEncoder(SeriesEncoder):
         recompute = self.recompute_gates and learning and not torch.compiler.is_compiling()
         at_once = len(images)
         if (recompute or not learning) and not _has_batch_statistics(spatial):
-            at_once = max(1, PIXELS // (images.shape[-2] * images.shape[-1]))
+            pixels = PIXELS if recompute or not images.is_cuda else 4 * PIXELS
+            at_once = max(1, pixels // (images.shape[-2] * images.shape[-1]))
         call: Any = self._levels
         if recompute:
             call = partial(
