@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchgeo_s1s2.callbacks import GeoTIFFWriter
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
 from torchgeo_s1s2.datasets import ClassScheme, LandCoverClass
-from torchgeo_s1s2.models import ImageSeries, export_onnx, export_program
+from torchgeo_s1s2.models import ConvLSTM, ImageSeries, export_onnx, export_program
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
@@ -73,6 +73,19 @@ def test_a_gpu_learns_what_a_cpu_learns(backbone: str, recompute: bool) -> None:
     with torch.no_grad():
         expected, actual = model.eval()(series), there.eval()(moved(series))
     torch.testing.assert_close(actual.cpu(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_series_without_gaps_makes_no_host_wait_and_learns_the_same() -> None:
+    torch.manual_seed(0)
+    model, x = ConvLSTM(2, 4).double(), torch.randn(2, 3, 2, 16, 16, dtype=torch.float64)
+    there, images = copy.deepcopy(model).to(GPU), x.to(GPU)
+    with no_waits():
+        loss = there(images).square().mean()
+        loss.backward()
+    there.zero_grad()
+    there.load_state_dict(model.state_dict())
+    actual = on_cpu(learnt(there, images))
+    torch.testing.assert_close(actual, learnt(model, x), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

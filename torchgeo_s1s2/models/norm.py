@@ -131,7 +131,7 @@ def batch_norm(norm: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Momen
             x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps
         )
         var = (scale.detach() ** -2 - norm.eps).clamp(min=0)
-        return y, Moments(mean.detach(), var, mean.new_tensor(x.numel() / x.shape[1]))
+        return y, Moments(mean.detach(), var, mean.new_full((), x.numel() / x.shape[1]))
     weight = x.new_ones(len(x), 1) if mask is None else mask.flatten(1)
     weight = weight.to(torch.promote_types(x.dtype, torch.float32))
     means = x.mean((2, 3), dtype=weight.dtype)
