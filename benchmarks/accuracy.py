@@ -375,19 +375,19 @@ def _maps(runs: Sequence[Run], scheme: ClassScheme, data: str, patches: int = 4)
 
 def _curves(results: Sequence[Row]) -> Figure:
     """F1 of the validation over the epochs, the mean over the seeds."""
-    figure, ax = plt.subplots(figsize=(9, 5), layout='constrained')
+    figure, ax = plt.subplots(figsize=(9, 6.5), layout='constrained')
     ax.set_prop_cycle(color=_COLORS)
     for title, group in pd.DataFrame(results).groupby('title', sort=False):
         f1 = pd.DataFrame([[epoch['f1'] for epoch in h] for h in group['history']]).mean()
         ax.plot(f1.index + 1, f1, '.-' if len(f1) == 1 else '-', label=str(title))
     ax.set(xlabel='epoch', ylabel='weighted F1 of the validation')
-    figure.legend(loc='outside right upper', fontsize=7)
+    figure.legend(loc='outside lower center', ncols=2, fontsize=7)
     return figure
 
 
 def _costs(results: Sequence[Row]) -> Figure:
     """F1 over the operations of a patch and over the time of the training."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout='constrained')
+    figure, axes = plt.subplots(1, 2, figsize=(11, 6.5), sharey=True, layout='constrained')
     titles = {'gflop': 'GFLOP to map a patch', 'seconds': 'training (s)'}
     for ax, (key, label) in zip(axes, titles.items(), strict=True):
         ax.set_prop_cycle(color=_COLORS)
@@ -397,7 +397,7 @@ def _costs(results: Sequence[Row]) -> Figure:
             ax.plot(x, group['f1'].mean(), 'o', label=str(title))
         ax.set(xscale='log', xlabel=label)
     axes[0].set_ylabel('weighted F1 of the test')
-    figure.legend(*axes[1].get_legend_handles_labels(), loc='outside right upper', fontsize=7)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=7)
     return figure
 
 
