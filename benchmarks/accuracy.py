@@ -397,7 +397,9 @@ def _costs(results: Sequence[Row]) -> Figure:
             ax.plot(x, group['f1'].mean(), 'o', label=str(title))
         ax.set(xscale='log', xlabel=label)
     axes[0].set_ylabel('weighted F1 of the test')
-    figure.legend(*axes[1].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=7)
+    figure.legend(
+        *axes[1].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=7
+    )
     return figure
 
 
