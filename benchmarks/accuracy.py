@@ -60,6 +60,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Synthetic data: pixels that need their surroundings, and enough patches to test on."""
 RATES = (3e-4, 1e-3, 3e-3)
+_LEGEND: dict[str, Any] = {'loc': 'outside lower center', 'ncols': 2, 'fontsize': 7}
 _COLORS = [*map(tuple, plt.colormaps['tab20'](range(20)))]
 TARGET_F1 = 0.7
 """Validation F1 to which the training time is measured."""
@@ -368,7 +369,7 @@ def _maps(runs: Sequence[Run], scheme: ClassScheme, data: str, patches: int = 4)
             draw_classes(ax, maps[patch], scheme, '')
             ax.set(xticks=[], yticks=[])
     handles = [Patch(color=scheme.cmap(i), label=name) for i, name in enumerate(scheme.names)]
-    figure.legend(handles=handles, loc='outside lower center', ncols=2, fontsize=7)
+    figure.legend(handles=handles, **_LEGEND)
     figure.suptitle(f'{data}: maps of the test tile')
     return figure
 
@@ -381,7 +382,7 @@ def _curves(results: Sequence[Row]) -> Figure:
         f1 = pd.DataFrame([[epoch['f1'] for epoch in h] for h in group['history']]).mean()
         ax.plot(f1.index + 1, f1, '.-' if len(f1) == 1 else '-', label=str(title))
     ax.set(xlabel='epoch', ylabel='weighted F1 of the validation')
-    figure.legend(loc='outside lower center', ncols=2, fontsize=7)
+    figure.legend(**_LEGEND)
     return figure
 
 
@@ -397,9 +398,7 @@ def _costs(results: Sequence[Row]) -> Figure:
             ax.plot(x, group['f1'].mean(), 'o', label=str(title))
         ax.set(xscale='log', xlabel=label)
     axes[0].set_ylabel('weighted F1 of the test')
-    figure.legend(
-        *axes[1].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=7
-    )
+    figure.legend(*axes[1].get_legend_handles_labels(), **_LEGEND)
     return figure
 
 

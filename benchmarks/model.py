@@ -207,8 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ratios = beside(values, found[PLAIN])
             rows.append({'T': slots, 'pixels': size, 'model': name, **ratios})
         about = {'device': args.device, 'turns': args.rounds, 'images a batch': args.batch}
-        about = {**provenance(), **about}
-        report(args.output, 'Speed and memory of models', about, rows)
+        report(args.output, 'Speed and memory of models', {**provenance(), **about}, rows)
 
 
 def _parser() -> argparse.ArgumentParser:

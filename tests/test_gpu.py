@@ -33,7 +33,7 @@ BACKBONES = (
 )
 
 
-def make(backbone: str, t: int = 3) -> tuple[Any, ImageSeries]:
+def make(backbone: str, t: int = 3) -> tuple[Any, Any]:
     """A model in double precision, and two series with gaps, on the CPU."""
     torch.manual_seed(0)
     model = smp.Unet(backbone, encoder_weights=None, in_channels=12, classes=3)
@@ -43,9 +43,9 @@ def make(backbone: str, t: int = 3) -> tuple[Any, ImageSeries]:
     return model.double(), ImageSeries(image, valid, days)
 
 
-def moved(series: ImageSeries, dtype: torch.dtype = torch.float64) -> Any:
-    image, *others = series
-    return ImageSeries(image.to(GPU, dtype), *(None if x is None else x.to(GPU) for x in others))
+def moved(series: Any, dtype: torch.dtype = torch.float64) -> ImageSeries:
+    image, valid, days = series
+    return ImageSeries(image.to(GPU, dtype), valid.to(GPU), days.to(GPU))
 
 
 def on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:

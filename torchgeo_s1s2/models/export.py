@@ -36,7 +36,7 @@ def export_program(model: nn.Module) -> ExportedProgram:
     steps = {'height': encoder.output_stride, 'width': encoder.output_stride}
     free = {axis: steps.get(name, 1) * Dim(name) for name, axis in _AXES.items()}
     # No size is 1, which would be fixed, or that of another axis, which would be taken for it.
-    here = _on_cpu(model.eval())
+    here = _on_cpu(model)
     image = _example(here, batch=2, slots=3, rows=2, columns=4)
     program = torch.export.export(here, (image,), dynamic_shapes=(free,))
     return program if here is model else move_to_device_pass(program, _device(model))
@@ -68,8 +68,7 @@ def export_onnx(model: nn.Module, path: str | Path) -> None:
             raise DependencyNotFoundError(
                 f"{name} is not installed; run: pip install 'torchgeo-s1s2[onnx]'"
             )
-    _series_encoder(model)
-    here = _on_cpu(model.eval())
+    here = _on_cpu(model)
     onnx_program = torch.onnx.export(
         export_program(here),
         input_names=['image'],
@@ -84,12 +83,14 @@ def export_onnx(model: nn.Module, path: str | Path) -> None:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return next(_series_encoder(model).parameters()).device
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
-    """The model, or a copy where it is on a GPU, whose kernels limit the sizes that stay free."""
-    return model if _device(model).type in ('cpu', 'meta') else copy.deepcopy(model).cpu()
+    """The model in evaluation mode; a copy where it is on a GPU, whose kernels limit free sizes."""
+    on_gpu = _device(model).type not in ('cpu', 'meta')
+    model.eval()
+    return copy.deepcopy(model).cpu() if on_gpu else model
 
 
 def _series_encoder(model: nn.Module) -> SeriesEncoder:
