@@ -187,6 +187,30 @@ def test_a_link_to_nothing_is_left_out(tmp_path: Path) -> None:
     assert len([*_content(MultiSenGE(tmp_path, 'test'))]) == 3 + 4 + 3  # of each file that is there
 
 
+@pytest.mark.filterwarnings('ignore:.*cannot be read')
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_statistics_follow_what_takes_the_place_of_an_unreadable_image(
+    tmp_path: Path, num_workers: int, windows_read: list[tuple[int, ...]]
+) -> None:
+    power = np.full((2, 8, 8), 0.1, np.float32)
+    write_patch(tmp_path, '31UEQ', size=8, s1=dict.fromkeys((*S1_DATES, '20200920'), power))
+    damaged, other = (
+        tmp_path / 's1' / f'31UEQ_{day}_S1_0_0.tif' for day in ('20200904', '20200920')
+    )
+    damaged.write_bytes(b'damaged')
+
+    def mean() -> float:
+        dataset = MultiSenGE(tmp_path, 'test', sensors=['s1'])
+        return Statistics.beside(dataset, num_workers).mean[0]
+
+    assert mean() == pytest.approx(-10, abs=1e-3)
+    del windows_read[:]
+    assert mean() == pytest.approx(-10, abs=1e-3)
+    assert not windows_read
+    write_raster(other, 1e4 * power, *ORIGINS['31UEQ'])
+    assert mean() == pytest.approx((3 * -10 + 30) / 4, abs=1e-3)
+
+
 def test_other_classes_read_nothing(noise: Path, windows_read: list[tuple[int, ...]]) -> None:
     first = Statistics.beside(MultiSenGE(noise, 'test'))
     del windows_read[:]

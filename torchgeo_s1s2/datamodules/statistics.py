@@ -86,8 +86,9 @@ class Statistics:
         """Statistics kept beside the data, computed where there are none of these files yet.
 
         Those of the images follow the images that the date rule chooses, their sizes and times of
-        change, and how they are read; the number of pixels of each label follows the label rasters.
-        Another class scheme reads no file again.
+        change, and how they are read; of a patch with an image that cannot be read, all images. The
+        number of pixels of each label follows the label rasters. Another class scheme reads no file
+        again.
 
         Args:
             dataset: The training patches.
@@ -98,10 +99,13 @@ class Statistics:
         made_of = _digest(p for row in files for s in dataset.sensors for p in row[s])
         labelled_by = _digest(p for row in files for p in row[GROUND_REFERENCE])
         content: dict[str, Any] = {'made_of': made_of, 'labelled_by': labelled_by}
-        if kept.get('made_of') == made_of:
+        replaced = kept.get('replaced', [])
+        if kept.get('made_of') == made_of and replaced == _all_images(dataset, dict(replaced)):
             content |= {key: kept[key] for key in ('bands', 'mean', 'std')}
+            content['replaced'] = replaced
         else:
             content |= _image_statistics(dataset, num_workers)
+            content['replaced'] = _all_images(dataset, content['replaced'])
         if kept.get('labelled_by') == labelled_by and 'labels' in kept:
             content['labels'] = kept['labels']
         else:
@@ -185,7 +189,10 @@ class _Windows(Dataset[Any]):
 
     def __getitem__(self, number: int) -> Any:
         window = self.windows[number]
-        return self.dataset.labels(*window) if self.labels else self.dataset.crop(*window)
+        if self.labels:
+            return self.dataset.labels(*window)
+        sample = self.dataset.crop(*window)
+        return sample | {'replaced': [window[0]] if self.dataset.replaced(window[0]) else []}
 
     def read(self, title: str, num_workers: int, progress: bool) -> Iterable[Any]:
         """All of them, with a progress bar."""
@@ -198,15 +205,19 @@ class _Windows(Dataset[Any]):
 def _image_statistics(
     dataset: SeriesDataset, num_workers: int, progress: bool = True
 ) -> dict[str, Any]:
-    """Bands, mean and standard deviation; checked against what the sensors can measure."""
+    """Bands, mean and standard deviation; checked against what the sensors can measure.
+
+    ``replaced`` are the rows that were read around an image that cannot be read.
+    """
     bands = [band for names in dataset.bands.values() for band in names]
     sizes = [len(names) for names in dataset.bands.values()]
     count, total, squares = torch.zeros(3, len(bands), dtype=torch.float64)
     lowest = torch.full((len(bands),), torch.inf)
-    highest, floors = -lowest, list[Floor]()
+    highest, floors, replaced = -lowest, list[Floor](), set[int]()
     windows = _Windows(dataset, labels=False)
     for sample in windows.read('Computing statistics', num_workers, progress):
         image = sample['image']
+        replaced.update(sample['replaced'])
         values = image.transpose(0, 1).flatten(1).double()
         count += values.isfinite().sum(1)
         total += values.nansum(1)
@@ -230,7 +241,12 @@ def _image_statistics(
         span[sensor] = float(low.min()), float(high.max())
     given = any(reading.offsets for reading in dataset.readings.values())
     check_values(dataset.readings, means, span, floors, given)
-    return {'bands': bands, 'mean': mean.tolist(), 'std': std.tolist()}
+    return {
+        'bands': bands,
+        'mean': mean.tolist(),
+        'std': std.tolist(),
+        'replaced': sorted(replaced),
+    }
 
 
 def _floors(dataset: SeriesDataset, times: Tensor, low: Tensor, high: Tensor) -> Iterator[Floor]:
@@ -267,6 +283,12 @@ def _kept(path: Path) -> dict[str, Any]:
         Statistics._of(content)
         return content
     return {}
+
+
+def _all_images(dataset: SeriesDataset, rows: Iterable[int]) -> list[list[Any]]:
+    """Rows, each with a digest of all of its images, chosen or not."""
+    files = ((row, dataset.files_of(row, every=True)) for row in rows)
+    return [[row, _digest(p for s in dataset.sensors for p in own[s])] for row, own in files]
 
 
 def _digest(paths: Iterable[Path]) -> str:

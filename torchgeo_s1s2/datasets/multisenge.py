@@ -1,7 +1,8 @@
 """MultiSenGE and MultiSenNA as TorchGeo data sets of time series."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -183,10 +184,13 @@ class MultiSenGE(SeriesDataset):
         path, sidecars = self.catalog.raster(patch, GROUND_REFERENCE, 0)
         return read_labels(path, grid, self.grid_of(patch), sidecars)
 
-    def files_of(self, index: int) -> dict[str, list[Path]]:
+    def files_of(self, index: int, every: bool = False) -> dict[str, list[Path]]:
         """Files that row ``index`` is read from, by sensor, and those of its labels."""
         patch, slots = self._patch(index), self.slots(index)
-        chosen = {sensor: [p for slot in slots[sensor] for p in slot] for sensor in self.sensors}
+        chosen: dict[str, Iterable[int]] = {
+            sensor: range(len(self.times_of(patch, sensor))) if every else chain(*slots[sensor])
+            for sensor in self.sensors
+        }
         chosen[GROUND_REFERENCE] = [0] if self.catalog.patch(patch).ground_reference else []
         return {
             folder: [file for p in positions for file in self.catalog.files(patch, folder, p)]

@@ -182,7 +182,7 @@ class PASTISSeries(SeriesDataset):
         labels: NDArray[np.float64] = onto(own.grid, grid, read, Resampling.nearest, 1)[0]
         return labels
 
-    def files_of(self, index: int) -> dict[str, list[Path]]:
+    def files_of(self, index: int, every: bool = False) -> dict[str, list[Path]]:
         """Files that row ``index`` is read from, by sensor, and that of its labels."""
         name, metadata = self.name(index), self.root / METADATA
         files = {sensor: [metadata, self._array(sensor, name)] for sensor in self.sensors}

@@ -88,7 +88,6 @@ class SeriesDataset(GeoDataset):
     """
 
     root: Path
-    rgb_bands = ('B04', 'B03', 'B02')
 
     def __init__(
         self,
@@ -152,8 +151,13 @@ class SeriesDataset(GeoDataset):
         """Labels (H, W) on a grid as the files have them, NaN for none; None without a file."""
 
     @abstractmethod
-    def files_of(self, index: int) -> dict[str, list[Path]]:
-        """Files that row ``index`` is read from, by sensor, and those of its labels."""
+    def files_of(self, index: int, every: bool = False) -> dict[str, list[Path]]:
+        """Files that row ``index`` is read from, by sensor, and those of its labels.
+
+        Args:
+            index: Number of a row.
+            every: Also those of the images that the date rule does not choose.
+        """
 
     @property
     def index(self) -> gpd.GeoDataFrame:
@@ -312,6 +316,10 @@ class SeriesDataset(GeoDataset):
     def slots(self, index: int) -> Slots:
         """Time slots of row ``index`` as the date rule chooses them."""
         return self._select(self._patch(index), self._period(index))
+
+    def replaced(self, index: int) -> bool:
+        """Whether row ``index`` was read around an image that cannot be read."""
+        return any(patch == self._patch(index) for patch, _, _ in self._unreadable)
 
     def zones(self) -> list[Self]:
         """This data set cut by the CRS of the patches, each part with its own as the index's."""
