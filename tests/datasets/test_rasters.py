@@ -321,6 +321,7 @@ ORDERS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     'short and lower': (ESA, tuple(name.lower().replace('b0', 'b') for name in ESA)),
     'with their colours': (ESA, tuple(f'{name} - of the sensor' for name in ESA)),
     'common names': (ESA, STAC),
+    'named in part': (ESA, tuple('vegetation' if n in ('B05', 'B06') else n for n in ESA)),
     '12 unnamed': (ESA, None),
 }
 
@@ -334,7 +335,8 @@ def test_bands_go_by_name(
     image = np.stack([np.full((8, 8), values[band], np.int16) for band in bands])
     options = {'s2_options': {'descriptions': names} if names else {}}
     # The names that a file has count more than what is said of files without.
-    sample = read(tmp_path, image, options=options, file_bands={'s2': ESA})
+    said = [name.lower().replace('b0', 'b') for name in ESA]
+    sample = read(tmp_path, image, options=options, file_bands={'s2': said})
     expected = [values[band] * 1e-4 for band in SENSOR_BANDS['s2']]
     np.testing.assert_allclose(sample['s2'][:, 0, 0], expected, rtol=1e-5)
 
@@ -346,12 +348,19 @@ def test_sentinel_1_in_another_order_and_with_an_angle(tmp_path: Path) -> None:
     np.testing.assert_allclose(sample['s1'][:, 0, 0], [-10, -20], rtol=1e-5)
 
 
-def test_four_bands_are_chosen_by_name(tmp_path: Path) -> None:
-    image = np.stack([np.full((8, 8), v, np.int16) for v in (800, 400, 300, 200)])
-    options = {'s2_options': {'descriptions': ('B08', 'B04', 'B03', 'B02')}}
+@pytest.mark.parametrize('named', [True, False])
+def test_four_bands_of_red_green_blue_and_transparency_are_four_bands(
+    tmp_path: Path, named: bool
+) -> None:
+    """As GDAL takes four bands of bytes for, unless told."""
+    bands, values = ('B04', 'B03', 'B02', 'B08'), (40, 30, 20, 80)
+    image = np.stack([half(0 if v == 80 else v, 'uint8', v, 1)[0] for v in values])
+    options = {'s2_options': {'descriptions': bands if named else 4 * [None], 'photometric': 'rgb'}}
+    said = {} if named else {'file_bands': {'s2': bands}}
     chosen = ['B02', 'B03', 'B04', 'B08', 'VV']
-    image_read = read(tmp_path, image, options=options, bands=chosen)['image']
-    np.testing.assert_allclose(image_read[0, :, 0, 0], [0.02, 0.03, 0.04, 0.08, -10], rtol=1e-5)
+    seen = read(tmp_path, image, options=options, bands=chosen, **said)['image'][0]
+    np.testing.assert_allclose(seen[:, 0, 7], [0.002, 0.003, 0.004, 0.008, -10], rtol=1e-5)
+    np.testing.assert_allclose(seen[:, 0, 0], [0.002, 0.003, 0.004, NAN, -10], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +371,12 @@ def test_four_bands_are_chosen_by_name(tmp_path: Path) -> None:
         ('s1', 1, None, 'has 1 bands of which no name.*expected 2: VV, VH'),
         ('s1', 2, ('HH', 'HV'), 'HH'),
         ('s2', 10, ('B02', 'B02', *ESA[2:10]), 'names a band twice'),
-        ('s1', 2, ('VV', 'angle'), 'has the bands VV and lacks VH; choose others with'),
+        (
+            's1',
+            2,
+            ('VV', 'angle'),
+            r'has the bands VV and lacks VH; .* or name .\'angle\'. in file_bands',
+        ),
     ],
 )
 def test_bands_that_are_not_known_are_refused(

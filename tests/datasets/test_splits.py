@@ -105,6 +105,12 @@ def polygons(d: MultiSenGE) -> Parts:
     )
 
 
+def wholes(d: MultiSenGE) -> Parts:
+    """Of whole patches, whose borders touch those of the others."""
+    grounds = d.index.geometry.tolist()
+    return splits.roi_split(d, [shapely.union_all(grounds[:5]), shapely.union_all(grounds[5:])])
+
+
 def twice(d: MultiSenGE) -> Parts:
     first, second = boxes(d)
     return [first, *cut_bboxes(second)]
@@ -125,9 +131,10 @@ def without_crs(d: MultiSenGE) -> Parts:
     return parts
 
 
-SPLITTERS = (bboxes, cut_bboxes, cells, boxes, polygons, twice, filters, without_crs)
+SPLITTERS = (bboxes, cut_bboxes, cells, boxes, wholes, polygons, twice, filters, without_crs)
 
 
+@pytest.mark.filterwarnings('ignore:.*rows of the index hold no pixel')
 @pytest.mark.parametrize('split', SPLITTERS)
 def test_parts_hold_each_pixel_once(ground: Path, split: Callable[[MultiSenGE], Parts]) -> None:
     parts = split(numbered(ground))
@@ -188,6 +195,11 @@ def test_a_row_without_a_pixel_is_left_out(ground: Path) -> None:
     with pytest.warns(S1S2Warning, match='1 of 2 rows'):
         dataset.index = dataset.index.set_geometry([None, dataset.index.geometry.iat[1]])
     assert by_number(dataset) == pixels(numbered(ground)[1])
+    dataset = numbered(ground)
+    dataset.index.geometry = dataset.index.intersection(half)  # in place
+    assert pixels(dataset[0]) == pixels(numbered(ground)[0])
+    with pytest.raises(IndexError, match='31UEQ_48_16. holds no pixel'):
+        dataset[7]
 
 
 @pytest.mark.parametrize(

@@ -263,14 +263,14 @@ def read_image(
         UnreadableError: If it cannot be read.
     """
     with open_raster(path, sidecars) as src:
-        indexes = _indexes(path, src, reading)
+        indexes, alpha = _indexes(path, src, reading)
         scales = src.scales
         scaled = scales[indexes[0] - 1] != 1
         if any((scales[i - 1] != 1) != scaled for i in indexes):
             raise DataError(f'{path} has a scale for some of its bands only, {scales}; mend them')
 
         def read(window: Window) -> Array:
-            value = _values(path, src, indexes, window, reading.nodata, np.float32)
+            value = _values(path, src, indexes, alpha, window, reading.nodata, np.float32)
             if not reading.raw:
                 if offset := reading.offset(time):
                     value += np.float32(offset)
@@ -294,7 +294,8 @@ def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> 
         UnreadableError: If it cannot be read.
     """
     with open_raster(path, sidecars) as src:
-        data = [i for i, kind in enumerate(src.colorinterp, 1) if kind != ColorInterp.alpha]
+        alpha = _alpha(src)
+        data = [i for i in src.indexes if i != alpha]
         if len(data) != 1:
             raise DataError(
                 f'{path} has {len(data)} bands, a label raster has one; write the class numbers '
@@ -302,7 +303,7 @@ def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> 
             )
 
         def read(window: Window) -> NDArray[np.float64]:
-            value = _values(path, src, data, window, np.nan, np.float64)
+            value = _values(path, src, data, alpha, window, np.nan, np.float64)
             _rescale(value, src, data)
             return value
 
@@ -314,33 +315,47 @@ def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> 
     return labels
 
 
-def _indexes(path: Path, src: rasterio.DatasetReader, reading: Reading) -> list[int]:
-    """Numbers of the bands to read: by name where the file names them."""
-    sensor, texts, kinds = reading.sensor, src.descriptions, src.colorinterp
+def _alpha(src: rasterio.DatasetReader) -> int | None:
+    """Number of the band that is transparency."""
+    kinds = dict(zip(src.colorinterp, src.indexes, strict=True))
+    return kinds.get(ColorInterp.alpha)
+
+
+def _indexes(
+    path: Path, src: rasterio.DatasetReader, reading: Reading
+) -> tuple[list[int], int | None]:
+    """Numbers of the bands to read, by name where the file names them, and of transparency.
+
+    A band with a name of the sensor is none of transparency, whatever its colour is.
+    """
+    sensor, texts, alpha = reading.sensor, src.descriptions, _alpha(src)
     names = {i: sensor.band(text) for i, text in enumerate(texts, 1)}
-    data = [i for i in names if names[i] or kinds[i - 1] != ColorInterp.alpha]
-    known = [names[i] for i in data if names[i]]
-    if len(set(known)) < len(known):
+    if alpha and (names[alpha] or len(reading.file_bands) == src.count):
+        alpha = None
+    data = [i for i in names if i != alpha]
+    at = {name: i for i, name in names.items() if name}
+    if len(at) < sum(map(bool, names.values())):
         raise DataError(f'{path} names a band twice: {texts}; mend its descriptions')
-    if known:
-        at = {name: i for i, name in names.items() if name}
-    else:
-        expected = reading.file_bands or sensor.bands
-        foreign = not reading.file_bands and _tell_apart([texts[i - 1] for i in data])
-        if foreign or len(data) != len(expected):
-            raise DataError(
-                f'{path} has {len(data)} bands of which no name is known ({texts}), expected '
-                f'{len(expected)}: {", ".join(expected)}. Say which bands they are, in order, as '
-                f'in file_bands={{{sensor.name!r}: [...]}}'
-            )
-        at = dict(zip(expected, data, strict=True))
+    expected = reading.file_bands or sensor.bands
+    said = dict(zip(expected, data, strict=False)) if len(expected) == len(data) else {}
+    foreign = not reading.file_bands and _tell_apart([texts[i - 1] for i in data])
+    if not at and (foreign or not said):
+        raise DataError(
+            f'{path} has {len(data)} bands of which no name is known ({texts}), expected '
+            f'{len(expected)}: {", ".join(expected)}. Say which bands they are, in order, as '
+            f'in file_bands={{{sensor.name!r}: [...]}}'
+        )
     lacking = [band for band in reading.bands if band not in at]
+    if lacking and (reading.file_bands or not at) and at.items() <= said.items():
+        at = said
+        lacking = [band for band in reading.bands if band not in at]
     if lacking:
+        odd = [texts[i - 1] for i in data if i not in at.values()]
         raise DataError(
             f'{path} has the bands {", ".join(at)} and lacks {", ".join(lacking)}; choose others '
-            'with bands'
+            f'with bands{f", or name {odd} in file_bands or in the file" if odd else ""}'
         )
-    return [at[band] for band in reading.bands]
+    return [at[band] for band in reading.bands], alpha
 
 
 def _tell_apart(texts: Sequence[str | None]) -> bool:
@@ -353,6 +368,7 @@ def _values(
     path: Path,
     src: rasterio.DatasetReader,
     indexes: Sequence[int],
+    alpha: int | None,
     window: Window,
     nodata: float,
     dtype: type[np.floating[Any]],
@@ -368,10 +384,12 @@ def _values(
     value: NDArray[Any] = stored.astype(dtype, copy=False)
     short = whole and stored.dtype.itemsize <= 2 and stored.size
     flags, tags = src.mask_flag_enums, src.nodatavals
-    masked = any(MaskFlags.per_dataset in flags[i - 1] for i in indexes)
+    # GDAL takes transparency for a mask, but not beside a tag.
+    kinds_of_mask = {flag for i in indexes for flag in flags[i - 1]}
+    masked = MaskFlags.per_dataset in kinds_of_mask and MaskFlags.alpha not in kinds_of_mask
     if 'u' in kinds and nodata < 0:
         nodata = 0  # as in ESA's products, whose type has no other
-    for tag in {tags[i - 1] for i in indexes} - ({None} if masked else set()):
+    for tag in {tags[i - 1] for i in indexes} - ({None} if masked or alpha else set()):
         none = nodata if tag is None else tag
         if short and not stored.min() <= none <= stored.max():
             continue  # found in a fraction of the time of a comparison of each pixel
@@ -381,9 +399,8 @@ def _values(
             value[missing] = np.nan
     if masked:
         value[src.read_masks(indexes, window=window) == 0] = np.nan
-    elif ColorInterp.alpha in src.colorinterp:  # which GDAL takes for no mask beside a tag
-        alpha = src.read(src.colorinterp.index(ColorInterp.alpha) + 1, window=window)
-        value[:, alpha == 0] = np.nan
+    elif alpha:
+        value[:, src.read(alpha, window=window) == 0] = np.nan
     if 'f' in kinds:
         value[~np.isfinite(value)] = np.nan
     return value

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache
 from numbers import Real
@@ -70,10 +70,10 @@ class Sensor:
 
     name: str
     bands: tuple[str, ...]
-    units: Mapping[str, Callable[[Array], Array]]
+    units: Mapping[str, Callable[[Array], Array]] = field(repr=False)
     nodata: float
     positive: bool
-    finish: Callable[[Array], Array]
+    finish: Callable[[Array], Array] = field(repr=False)
     aliases: Mapping[str, str]
     ratios: tuple[str, ...] = ()
 
@@ -94,8 +94,9 @@ SENSORS = {
         finish=_unchanged,
         aliases={'rededge071': 'B05', 'rededge075': 'B06', 'rededge078': 'B07'}
         | {'blue': 'B02', 'green': 'B03', 'red': 'B04', 'rededge': 'B05', 'rededge1': 'B05'}
-        | {'rededge2': 'B06', 'rededge3': 'B07', 'nir': 'B08', 'nir08': 'B8A'}
-        | {'swir16': 'B11', 'swir22': 'B12'},
+        | {'re1': 'B05', 'rededge2': 'B06', 're2': 'B06', 'rededge3': 'B07', 're3': 'B07'}
+        | {'nir': 'B08', 'nir08': 'B8A', 'nir2': 'B8A', 'nirnarrow': 'B8A', 'narrownir': 'B8A'}
+        | {'swir16': 'B11', 'swir1': 'B11', 'swir22': 'B12', 'swir2': 'B12'},
     ),
     's1': Sensor(
         's1',
@@ -204,7 +205,10 @@ def readings(
     by_sensor = _bands_of(bands, {name: table[name].bands for name in chosen})
     units = _units(unit, table)
     none = _by_sensor('nodata', nodata, table)
-    named = _by_sensor('file_bands', file_bands, table)
+    named = {
+        name: names if isinstance(names, str) else [table[name].band(b) or b for b in names]
+        for name, names in _by_sensor('file_bands', file_bands, table).items()
+    }
     for name, value in none.items():
         if not isinstance(value, Real):
             raise ValueError(f'nodata of {name} is {value!r}; expected a number')

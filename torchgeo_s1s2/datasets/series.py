@@ -195,9 +195,6 @@ class SeriesDataset(GeoDataset):
 
     def _holds(self, index: int) -> bool:
         """Whether a row holds the centre of a pixel."""
-        ground = self._rows.geometry.iat[index]
-        if ground is None or ground.is_empty:
-            return False
         grid, shape = self._part(index)
         return min(grid.shape) > 0 and (shape is None or bool(_inside(shape, grid).any()))
 
@@ -328,7 +325,11 @@ class SeriesDataset(GeoDataset):
         for code in dict.fromkeys(codes):
             part = copy.copy(self)
             rows = [i for i, c in enumerate(codes) if c == code]
-            geometry = [self._cut(i) or box(*self._grid(i).bounds) for i in rows]
+            cuts = [self._cut(i) for i in rows]
+            geometry = [
+                box(*self._grid(i).bounds) if cut is None else cut
+                for i, cut in zip(rows, cuts, strict=True)
+            ]
             part.index = self._rows.iloc[rows].set_geometry(
                 gpd.GeoSeries(geometry, self._rows.index[rows], crs=code)
             )
@@ -482,9 +483,16 @@ class SeriesDataset(GeoDataset):
     def _grid(self, index: int) -> Grid:
         return self.grid_of(self._patch(index))
 
+    def _ground(self, index: int) -> BaseGeometry:
+        """Geometry of a row, without the borders that a cut may leave of what lies beside it."""
+        geometry = self._rows.geometry.iat[index]
+        parts = shapely.get_parts(geometry)  # none of None
+        areas = shapely.get_dimensions(parts) == 2
+        return geometry if len(parts) and areas.all() else shapely.union_all(parts[areas])
+
     def _cut(self, index: int) -> BaseGeometry | None:
         """Geometry of a row in the CRS of its patch, None if it is the whole patch."""
-        grid, geometry = self._grid(index), self._rows.geometry.iat[index]
+        grid, geometry = self._grid(index), self._ground(index)
         inset = 0.01
         if not same_crs(grid.crs, crs_of(self.crs.srs)):
             inset = 0.5  # footprints are of other pixels, so centres count
@@ -498,6 +506,8 @@ class SeriesDataset(GeoDataset):
         grid, geometry = self._grid(index), self._cut(index)
         if geometry is None:
             return grid, None
+        if geometry.is_empty:
+            return grid.window(0, 0, 0, 0), None
         xmin, ymin, xmax, ymax = geometry.bounds
         (left, top), (right, bottom) = (
             ~grid.transform @ (xmin, ymax),
@@ -548,7 +558,7 @@ class SeriesDataset(GeoDataset):
         parts = []
         for row in self._rows.sindex.query(box(*grid.bounds), 'intersects', sort=True):
             own, cut = self._period(row), self._cut(row)
-            inside = None if cut is None else _inside(self._rows.geometry.iat[row], grid)
+            inside = None if cut is None else _inside(self._ground(row), grid)
             common = slice(max(period.start, own.start), min(period.stop, own.stop))
             parts.append((self._patch(row), common, inside))
         if not parts and self._slivers.intersects(box(*grid.bounds)).any():
@@ -847,6 +857,8 @@ def _utc(time: Any) -> pd.Timestamp:
 
 def _inside(geometry: BaseGeometry, grid: Grid) -> NDArray[np.bool_]:
     """Pixels of a grid whose centre lies within a geometry."""
+    if geometry.is_empty:
+        return np.zeros(grid.shape, bool)
     return geometry_mask([geometry], grid.shape, grid.transform, invert=True)
 
 
