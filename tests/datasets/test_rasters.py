@@ -457,6 +457,17 @@ def test_other_pixels_than_the_patch_are_warped(
 LAST_DIGIT = Affine(10.000000000000002, 0, 500000.00000000006, 0, -9.999999999999998, 5500000)
 
 
+@pytest.mark.parametrize('place', ['degrees', 'rotated', '5 m', 'zone 32'])
+def test_a_warped_pixel_is_the_same_in_any_window(tmp_path: Path, place: str) -> None:
+    crs, where = PLACES[place]
+    values = np.random.default_rng(0).integers(1, 10000, (1, 96, 96)).astype(np.int16)
+    options = {'crs': CRS.from_user_input(crs), 'transform': where, 'descriptions': ('B02',)}
+    write_patch(tmp_path, '31UEQ', 0, 0, 32, {DAY: values}, {}, s2_options=options)
+    dataset = MultiSenGE(tmp_path, 'all', EvenlySpaced(n=1), sensors=['s2'], bands=['B02'])
+    whole = dataset[0]['image'][..., 3:20, 11:16]
+    np.testing.assert_allclose(dataset.crop(0, 3, 11, 17, 5)['image'], whole, atol=1e-4)
+
+
 @pytest.mark.parametrize('sensor', ['s2', 's1', 'labels'])
 def test_pixels_square_but_for_the_last_digit(tmp_path: Path, sensor: str) -> None:
     image = np.broadcast_to(np.arange(8), (10, 8, 8)).astype(np.int16)

@@ -486,9 +486,22 @@ def onto(own: Grid, grid: Grid, read: Read, how: Resampling, count: int) -> NDAr
         dst_crs=grid.crs,
         dst_nodata=np.nan,
         resampling=how,
+        tolerance=0,
         UNIFIED_SRC_NODATA='NO',
+        **_scales(own, grid),
     )
     return out
+
+
+def _scales(own: Grid, grid: Grid) -> dict[str, float]:
+    """How many pixels of a grid lie along one of a file, with two digits.
+
+    GDAL would compare what it reads with what it fills, so that values depend on the window.
+    """
+    points = own.pixels_of(grid).reshape(2, 21, 21)
+    across, down = points[:, 10, 20] - points[:, 10, 0], points[:, 20, 10] - points[:, 0, 10]
+    scales = 1 / np.hypot(across / grid.width, down / grid.height)
+    return {f'{axis}SCALE': float(f'{s:.2g}') for axis, s in zip('XY', scales, strict=True)}
 
 
 def _reach(own: Grid, grid: Grid) -> list[int]:
