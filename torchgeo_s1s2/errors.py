@@ -1,6 +1,7 @@
 """Errors and warnings of the package."""
 
 import warnings
+from pathlib import Path
 
 
 class S1S2Error(Exception):
@@ -43,6 +44,6 @@ class S1S2Warning(UserWarning):
     """Something was left out, replaced or assumed; the message counts it."""
 
 
-def warn(message: str, stacklevel: int = 2) -> None:
-    """Give an S1S2Warning; the stack counts from the function that calls this."""
-    warnings.warn(message, S1S2Warning, stacklevel=stacklevel + 1)
+def warn(message: str) -> None:
+    """Give an S1S2Warning of the line outside the package that led to it."""
+    warnings.warn(message, S1S2Warning, skip_file_prefixes=(str(Path(__file__).parent),))

@@ -270,8 +270,7 @@ class SeasonDownload:
                 warn(
                     f'{archive.url} lacks {len(lacking)} of the {len(names)} files that the series '
                     f'needs after the label files ({lacking[0]} ...); the series are made of what '
-                    'there is',
-                    stacklevel=3,
+                    'there is'
                 )
                 return False
         return True
@@ -286,10 +285,7 @@ class SeasonDownload:
             if folder in self._changed:
                 raise
             self._changed.add(folder)
-            warn(
-                f'{change}. It is read from its start, and what came from the old one is replaced',
-                stacklevel=4,
-            )
+            warn(f'{change}. It is read from its start, and what came from the old one is replaced')
             archive.journal.start_anew()
             self._checksums.forget(folder)
             return False
@@ -326,7 +322,7 @@ class SeasonDownload:
         tiles = there if self.tiles is None else self.tiles
         if unknown := sorted(set(tiles) - there):
             have = ', '.join(sorted(there))
-            warn(f'{self.url} has no tiles {unknown} (tiles there: {have})', stacklevel=4)
+            warn(f'{self.url} has no tiles {unknown} (tiles there: {have})')
         chosen = 0
         for row in np.flatnonzero(patches['tile'].isin(tiles)):
             images = self._images(catalog, int(row), held)

@@ -205,8 +205,7 @@ class PASTISSeries(SeriesDataset):
             days = ' to '.join(str(day.astype('datetime64[D]')) for day in _SEASON)
             warn(
                 f'{self.root / METADATA} has no {", ".join(map(_dates_of, absent))}; the '
-                f'{len(table)} patches are taken to have dates evenly from {days}',
-                stacklevel=3,
+                f'{len(table)} patches are taken to have dates evenly from {days}'
             )
         times, order, shapes = [], [], []
         for row in table.to_dict('records'):
@@ -324,8 +323,7 @@ def _grids(table: gpd.GeoDataFrame, shapes: Sequence[tuple[int, int]], title: st
     if skewed:
         warn(
             f'the footprints of {skewed} of {len(grids)} patches of {title} are no rectangles in '
-            f'{", ".join(f"EPSG:{code}" for code in projected)}; their maps cover the bounds',
-            stacklevel=4,
+            f'{", ".join(f"EPSG:{code}" for code in projected)}; their maps cover the bounds'
         )
     return grids
 

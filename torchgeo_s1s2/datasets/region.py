@@ -285,7 +285,7 @@ def _warn(outcomes: Mapping[Path, Outcome], count: int) -> None:
         why = '; '.join(f'{n} {reason}' for reason, n in reasons.items())
         notes.insert(0, f'{reasons.total()} of {count} images are left out: {why}')
     if notes:
-        warn('; '.join(notes), stacklevel=4)
+        warn('; '.join(notes))
 
 
 class _Cube:
@@ -325,8 +325,7 @@ class _Cube:
             warn(
                 f's2 has {late} acquisitions of processing baseline 04.00 and later, whose values '
                 'are 1,000 too high unless their source has harmonised them; give offset=-1000, '
-                'or 0 if it has',
-                stacklevel=4,
+                'or 0 if it has'
             )
         if hasattr(offset, 'dims'):
             return self._offsets_along_time(offset)
@@ -584,8 +583,7 @@ def _bands(dataset: Any, sensor: Sensor) -> dict[str, dict[str, Any]]:
             warn(
                 f'{kind} has no {", ".join(lacking)} along time, y and x; its files hold '
                 f'{", ".join(own)}. If others of {", ".join(map(str, dataset.data_vars))} are '
-                'among them, rename these',
-                stacklevel=5,
+                'among them, rename these'
             )
     return {kind: {b: own[b] for b in sensor.bands if b in own} for kind, own in bands.items()}
 

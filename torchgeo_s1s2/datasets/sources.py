@@ -234,8 +234,7 @@ def _warn_of_stale(dataset: MultiSenGE, folder: Path, held: Iterable[str]) -> No
     if stale := [path for path in held if not (dataset.root / path).exists()]:
         warn(
             f'{folder} holds {len(stale)} rasters that {dataset.root} has no longer, and they are '
-            f'read still: {", ".join(stale[:3])}. Delete them, or give another folder',
-            stacklevel=3,
+            f'read still: {", ".join(stale[:3])}. Delete them, or give another folder'
         )
 
 

@@ -350,7 +350,7 @@ class SentinelRegion(Source):
         if not items:
             raise DataError(f'no item of {collection.collection} can be used. {told}')
         if notes:
-            warn(told, stacklevel=4)
+            warn(told)
         if sensor == 's2' and collection.offset == 'harmonised':
             _warn_of_offsets([item for item, _ in items.values()])
         found = sorted(items.values(), key=lambda own: (-_baseline(own[0]), own[0].id))
@@ -682,6 +682,5 @@ def _warn_of_offsets(items: Sequence[Any]) -> None:
             'baseline 04.00 or later, or say none, and do not say that their offset is applied '
             '(earthsearch:boa_offset_applied). It is taken to be, as in most of these files; where '
             "values are 1,000 too high, as in some of early 2022, give offset='item' to believe "
-            'the items, and 0 if none is',
-            stacklevel=5,
+            'the items, and 0 if none is'
         )

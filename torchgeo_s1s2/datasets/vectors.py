@@ -132,7 +132,7 @@ def say(file: str | os.PathLike[str], notes: Mapping[str, int]) -> str:
     """Warn of what is left out of a file; what was said."""
     said = '; '.join(f'{n} {text}' for text, n in notes.items() if n)
     if said:
-        warn(f'{file}: of its features {said}', stacklevel=4)
+        warn(f'{file}: of its features {said}')
     return said
 
 
