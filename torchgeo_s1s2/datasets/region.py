@@ -353,7 +353,12 @@ class _Cube:
         kinds = [kind_of(kind, self.orbits[t]) for kind, t in where]
         groups = group([self.times[t] for _, t in where], kinds, merge)
         return {
-            key: SeriesImage(self.grid, [self._layer(*where[i]) for i in numbers], self.tag)
+            key: partial(
+                write_bands,
+                grid=self.grid,
+                layers=[self._layer(*where[i]) for i in numbers],
+                nodata=self.tag,
+            )
             for key, numbers in groups.items()
         }
 
@@ -387,20 +392,6 @@ class _Cube:
         """Value without an observation."""
         usual = {'f': np.nan, 'u': 0.0, 'i': self.sensor.nodata}[variable.dtype.kind]
         return _tag_of(variable, usual) if self.nodata is None else self.nodata
-
-
-@dataclass(frozen=True)
-class SeriesImage:
-    """Writes an image of layers, each with dask arrays (H, W) of its bands."""
-
-    grid: Grid
-    layers: Sequence[Mapping[str, Any]]
-    nodata: float
-
-    def __call__(self, path: Path) -> Outcome:
-        """Write it, unless it is empty."""
-        written = write_bands(path, self.grid, self.layers, self.nodata)
-        return Outcome('' if written else 'have no pixel')
 
 
 def optional(module: str) -> Any:
@@ -488,8 +479,10 @@ def _is(value: NDArray[Any], nodata: float) -> NDArray[np.bool_]:
     return found
 
 
-def write_bands(path: Path, grid: Grid, layers: Sequence[Mapping[str, Any]], nodata: float) -> bool:
-    """Write dask arrays (H, W) as bands of a GeoTIFF, block by block; False if all is missing."""
+def write_bands(
+    path: Path, grid: Grid, layers: Sequence[Mapping[str, Any]], nodata: float
+) -> Outcome:
+    """Write layers of dask arrays (H, W), one a band, as a GeoTIFF, block by block."""
     bands = fuse(layers, nodata)
     dtype = next(iter(bands.values())).dtype
     profile = _PROFILE | vars(grid) | {'nodata': nodata, 'dtype': dtype, 'count': len(bands)}
@@ -502,10 +495,10 @@ def write_bands(path: Path, grid: Grid, layers: Sequence[Mapping[str, Any]], nod
                 lock = threading.Lock()
                 optional('dask.array').store([*bands.values()], targets, lock=lock, **how)
         check_written(temporary, path)
-    seen = any(target.seen for target in targets)
-    if not seen:
-        path.unlink()
-    return seen
+    if any(target.seen for target in targets):
+        return Outcome()
+    path.unlink()
+    return Outcome('have no pixel')
 
 
 @dataclass

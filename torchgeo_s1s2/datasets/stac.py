@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from math import ceil, floor
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -245,9 +246,8 @@ class SentinelRegion(Source):
         if state.finished and all(root.joinpath(image).exists() for image in state.images):
             return root
         known = {sensor: self.collection(sensor) for sensor in sensors}
-        geometry = self.geometry()
-        grid = self.grid(geometry)
-        images = {sensor: self._images(sensor, c, geometry, grid) for sensor, c in known.items()}
+        grid = self.grid()
+        images = {sensor: self._images(sensor, c, grid) for sensor, c in known.items()}
         with optional('dask').config.set(num_workers=self.num_workers):
             self._leave_clouds_out(images.get('s2', {}), state, progress)
             while True:
@@ -288,6 +288,7 @@ class SentinelRegion(Source):
         given: dict[str, Any] = {'clouds': self.clouds, 'offset': self.offset}
         return replace(known, **{k: v for k, v in given.items() if v is not None})
 
+    @cached_property
     def geometry(self) -> BaseGeometry:
         """The region in degrees."""
         if isinstance(self.region, str):
@@ -303,10 +304,9 @@ class SentinelRegion(Source):
             )
         return box(west, south, east, north)
 
-    def grid(self, geometry: BaseGeometry | None = None) -> Grid:
-        """Pixels of the region, whose geometry may be given where it is known."""
-        geometry = self.geometry() if geometry is None else geometry
-        place = gpd.GeoSeries([geometry.segmentize(0.01)], crs=4326)
+    def grid(self) -> Grid:
+        """Pixels of the region."""
+        place = gpd.GeoSeries([self.geometry.segmentize(0.01)], crs=4326)
         epsg = self.epsg or place.estimate_utm_crs().to_epsg()
         unit, _ = crs_of(epsg).units_factor
         if unit != 'metre':
@@ -332,11 +332,11 @@ class SentinelRegion(Source):
         return file_name(patch_name(self.tile), *key)
 
     def _images(
-        self, sensor: str, collection: StacCollection, geometry: BaseGeometry, grid: Grid
+        self, sensor: str, collection: StacCollection, grid: Grid
     ) -> dict[Key, 'StacImage']:
         """Images of the region, each of the items of a pass, newest processing first."""
         items, notes = {}, []
-        for item in self._search(collection, geometry):
+        for item in self._search(collection):
             orbit = str(item.properties.get('sat:orbit_state')).lower()
             if sensor == 's1' and self.orbits not in ('apart', 'merged', orbit):
                 continue
@@ -363,7 +363,7 @@ class SentinelRegion(Source):
             for key, numbers in group(times, kinds, merge).items()
         }
 
-    def _search(self, collection: StacCollection, geometry: BaseGeometry) -> list[Any]:
+    def _search(self, collection: StacCollection) -> list[Any]:
         """Items of the region and the season."""
         client = optional('pystac_client')
         retry = Retry(5, backoff_factor=WAITS[0] / 2, status_forcelist=_BUSY, allowed_methods=None)
@@ -374,7 +374,7 @@ class SentinelRegion(Source):
             )
             search = api.search(
                 collections=[collection.collection],
-                intersects=mapping(geometry),
+                intersects=mapping(self.geometry),
                 datetime='/'.join(self.season),
             )
             items = [*search.items()]
@@ -495,12 +495,12 @@ class StacImage:
 
     def __call__(self, path: Path) -> Outcome:
         """Write it, without items of which a file cannot be read."""
-        written, notes = self._patiently(
+        outcome, notes = self._patiently(
             lambda items: write_bands(
                 path, self.grid, [self._layer(*own) for own in items], self.tag
             )
         )
-        why = {None: 'cannot be read', False: 'have no pixel', True: ''}[written]
+        why = 'cannot be read' if outcome is None else outcome.left_out
         return Outcome(why, tuple(notes))
 
     def cloud_share(self) -> float:
