@@ -36,6 +36,10 @@ class DownloadError(S1S2Error, RuntimeError):
     """A download cannot go on; what was written is whole."""
 
 
+class NoRoomError(DownloadError, OSError):
+    """The disk is too small for what is to be written."""
+
+
 class ArchiveChangedError(DownloadError):
     """The archive on the server is another than the one that reading began with."""
 

@@ -11,7 +11,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-from torchgeo_s1s2.errors import DownloadError
+from torchgeo_s1s2.errors import NoRoomError
 
 fcntl: Any = None
 with suppress(ImportError):  # not on Windows
@@ -73,7 +73,7 @@ def check_room(folder: Path, size: float, choice: str) -> None:
     """Refuse to write more bytes than the disk has free; a choice is what else could be done."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise DownloadError(
+        raise NoRoomError(
             f'about {size / 1e9:.1f} GB are to be written to {folder}, its disk has '
             f'{free / 1e9:.1f} GB free; make room, or {choice}'
         )

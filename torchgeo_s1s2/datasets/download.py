@@ -95,14 +95,6 @@ class DownloadPlan:
             )
         return '\n'.join(rows)
 
-    def check_disk(self) -> None:
-        """Look whether the disk can hold what is to be written.
-
-        Raises:
-            DownloadError: If it cannot.
-        """
-        check_room(self.root, self.size, 'give another root, fewer dates, tiles or sensors')
-
 
 class SeasonDownload:
     """Download of the files that a date rule, tiles and sensors ask for.
@@ -258,7 +250,7 @@ class SeasonDownload:
         """Write what is missing; False if an archive is not what the plan took it to be."""
         if self.progress:
             print(plan)
-        plan.check_disk()
+        check_room(self.root, plan.size, 'give another root, fewer dates, tiles or sensors')
         for folder, names in plan.missing.items():
             if not names:
                 continue
