@@ -81,6 +81,8 @@ class Outcome(NamedTuple):
 
 Job = Callable[[Path], Outcome]
 """Writes the image of a path; goes to worker processes."""
+Images = Mapping[str, Mapping[str, Job]]
+"""Jobs by sensor and file name."""
 
 
 def write_series(
@@ -146,7 +148,7 @@ def write_series(
     if not cubes:
         raise DataError('there is nothing to write; give s2, s1 or both')
     grid, *others = (cube.grid for cube in cubes.values())
-    image = None
+    reference = None
     if labels is not None:
         if not hasattr(labels, 'to_dataset'):
             raise DataError(f'labels are a {type(labels).__name__}; expected a DataArray (y, x)')
@@ -154,18 +156,18 @@ def write_series(
         others.append(_grid(dataset, corners))
         labels = _only(dataset['labels'], 'y', 'x')
         missing = _tag_of(labels, np.nan)
-        image = lazily(_labels, dask_of(labels), dtype='uint8', missing=missing)
+        reference = lazily(_labels, dask_of(labels), dtype='uint8', missing=missing)
     if any(other != grid for other in others):
         found = '; '.join(map(str, [grid, *others]))
         raise DataError(f's2, s1 and labels lie on different pixels, {found}; warp them')
-    jobs = {name: cube.jobs(merge) for name, cube in cubes.items()}
-    paths = paths_of(Path(root), tile, jobs)
+    images = {name: cube.jobs(tile, merge) for name, cube in cubes.items()}
+    paths = paths_of(Path(root), images)
     if there := sum(path.exists() for path in paths):
         warn(
             f'{there} of {len(paths)} images of {tile} are there already and stay as they are; '
             'delete them to have them written anew'
         )
-    write_patch(root, tile, grid, jobs, progress, image)
+    write_patch(root, tile, grid, images, progress, reference)
     return Path(root)
 
 
@@ -173,7 +175,7 @@ def write_patch(
     root: str | os.PathLike[str],
     tile: str,
     grid: Grid,
-    jobs: Mapping[str, Mapping[Key, Job]],
+    images: Images,
     progress: bool = True,
     labels: Any = None,
 ) -> dict[str, str]:
@@ -183,7 +185,7 @@ def write_patch(
         Why images were left out, by file name.
     """
     root = Path(root)
-    paths = paths_of(root, tile, jobs)
+    paths = paths_of(root, images)
     for folder in (LABELS, *FOLDERS):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for path in images_of(root, tile)[:1]:
@@ -207,13 +209,9 @@ def patch_name(tile: str) -> str:
     return f'{tile}_0_0'
 
 
-def paths_of[T](root: Path, tile: str, images: Mapping[str, Mapping[Key, T]]) -> dict[Path, T]:
-    """Images by sensor and key, by their paths."""
-    return {
-        root / sensor / file_name(patch_name(tile), *key): image
-        for sensor, own in images.items()
-        for key, image in own.items()
-    }
+def paths_of(root: Path, images: Images) -> dict[Path, Job]:
+    """Jobs by the paths of their images."""
+    return {root / s / name: job for s, own in images.items() for name, job in own.items()}
 
 
 def images_of(root: Path, tile: str) -> list[Path]:
@@ -237,10 +235,10 @@ def group(
     return groups
 
 
-def file_name(patch: str, time: pd.Timestamp, kind: str) -> str:
+def file_name(tile: str, time: pd.Timestamp, kind: str) -> str:
     """File name of an image, without the time of day where it is midnight and so not known."""
     style = '%Y%m%d' if time == time.normalize() else '%Y%m%dT%H%M%S'
-    return image_name(patch, time.strftime(style), kind)
+    return image_name(patch_name(tile), time.strftime(style), kind)
 
 
 def kind_of(name: str, orbit: str | None) -> str:
@@ -347,13 +345,13 @@ class _Cube:
             )
         return [*map(float, np.broadcast_to(values, len(self.times)))]
 
-    def jobs(self, merge: Merge) -> dict[Key, Job]:
-        """What writes each image."""
+    def jobs(self, tile: str, merge: Merge) -> dict[str, Job]:
+        """What writes each image, by its file name."""
         where = [(kind, t) for kind in self.bands for t in range(len(self.times))]
         kinds = [kind_of(kind, self.orbits[t]) for kind, t in where]
         groups = group([self.times[t] for _, t in where], kinds, merge)
         return {
-            key: partial(
+            file_name(tile, *key): partial(
                 write_bands,
                 grid=self.grid,
                 layers=[self._layer(*where[i]) for i in numbers],

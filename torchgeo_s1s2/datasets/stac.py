@@ -28,7 +28,6 @@ from urllib3.util import Retry
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.datasets.region import (
     CHUNK,
-    Key,
     Merge,
     Outcome,
     baseline_of,
@@ -256,10 +255,10 @@ class SentinelRegion(Source):
                     why = Counter(state.left_out.values())
                     told = '; '.join(f'{n} {reason}' for reason, n in why.items())
                     raise DataError(f'no date of {self.tile} is left: {told}. Choose others')
-                self._tell(root, grid, chosen, images, progress)
+                self._tell(root, grid, images, chosen, progress)
                 failed = write_patch(root, self.tile, grid, chosen, progress)
                 state.left_out |= failed
-                paths = paths_of(Path(), self.tile, chosen)
+                paths = paths_of(Path(), chosen)
                 state.images = [str(path) for path in paths if path.name not in failed]
                 state.save(finished=not failed or series is None)
                 if state.finished:
@@ -327,14 +326,10 @@ class SentinelRegion(Source):
         settings = {k: v for k, v in asdict(self).items() if k not in ignored}
         return json.loads(json.dumps(settings | {'series': repr(series), 'sensors': sensors}))
 
-    def _name(self, key: Key) -> str:
-        """File name of an image."""
-        return file_name(patch_name(self.tile), *key)
-
     def _images(
         self, sensor: str, collection: StacCollection, grid: Grid
-    ) -> dict[Key, 'StacImage']:
-        """Images of the region, each of the items of a pass, newest processing first."""
+    ) -> dict[str, 'StacImage']:
+        """Images of the region in the order of time, each of the items of a pass."""
         items, notes = {}, []
         for item in self._search(collection):
             orbit = str(item.properties.get('sat:orbit_state')).lower()
@@ -359,8 +354,8 @@ class SentinelRegion(Source):
         merge: Merge = 'day' if sensor == 's1' and self.orbits == 'merged' else 'pass'
         how = (sensor, collection, grid, self.resampling, self.chunk)
         return {
-            key: StacImage([found[i] for i in numbers], *how)
-            for key, numbers in group(times, kinds, merge).items()
+            file_name(self.tile, *key): StacImage(key[0], [found[i] for i in numbers], *how)
+            for key, numbers in sorted(group(times, kinds, merge).items())
         }
 
     def _search(self, collection: StacCollection) -> list[Any]:
@@ -392,13 +387,12 @@ class SentinelRegion(Source):
         return items
 
     def _leave_clouds_out(
-        self, images: Mapping[Key, 'StacImage'], state: '_State', progress: bool
+        self, images: Mapping[str, 'StacImage'], state: '_State', progress: bool
     ) -> None:
         """Look up the share of clouds of each date."""
         if self.max_clouds >= 1:
             return
-        named = {self._name(key): image for key, image in images.items() if image.has_mask}
-        todo = {name: image for name, image in named.items() if name not in state.clouds}
+        todo = {n: image for n, image in images.items() if image.has_mask and n not in state.clouds}
         bar = tqdm(todo.items(), 'Looking for clouds', disable=not (progress and todo), unit='date')
         for name, image in bar:
             state.clouds[name] = image.cloud_share()
@@ -410,24 +404,24 @@ class SentinelRegion(Source):
         self, images: '_Images', left_out: Mapping[str, str], series: DateRule | None
     ) -> '_Images':
         """Images that a date rule may choose."""
-        keys = {
-            sensor: sorted(key for key in own if self._name(key) not in left_out)
-            for sensor, own in images.items()
-        }
+        names = {s: [name for name in own if name not in left_out] for s, own in images.items()}
         if series is not None:
-            times = {s: np.array([k[0] for k in own], 'datetime64[s]') for s, own in keys.items()}
+            times = {
+                s: np.array([images[s][name].time for name in own], 'datetime64[s]')
+                for s, own in names.items()
+            }
             chosen = series.candidates(times)
-            keys = {s: [own[i] for i in sorted(chosen[s])] for s, own in keys.items()}
-        return {s: {key: images[s][key] for key in own} for s, own in keys.items()}
+            names = {s: [own[i] for i in sorted(chosen[s])] for s, own in names.items()}
+        return {s: {name: images[s][name] for name in own} for s, own in names.items()}
 
     def _tell(
-        self, root: Path, grid: Grid, chosen: '_Images', images: '_Images', progress: bool
+        self, root: Path, grid: Grid, images: '_Images', chosen: '_Images', progress: bool
     ) -> None:
         """Print what will be read, and compare it with the disk."""
         total = 0
         lines = [f'{self.tile}: {grid.width} x {grid.height} pixels of 10 m, EPSG:{grid.epsg}']
         for sensor, own in chosen.items():
-            absent = sum(not path.exists() for path in paths_of(root, self.tile, {sensor: own}))
+            absent = sum(not (root / sensor / name).exists() for name in own)
             size = (2 if sensor == 's2' else 4) * len(SENSORS[sensor].bands)
             size *= grid.width * grid.height * absent
             total += size
@@ -468,6 +462,7 @@ class StacImage:
     """Writes an image of the items of a pass, each with its assets by band.
 
     Attributes:
+        time: When it was acquired.
         items: STAC items, newest processing first.
         sensor: ``'s2'`` or ``'s1'``.
         collection: What is to be known of them.
@@ -476,6 +471,7 @@ class StacImage:
         chunk: Height and width of what is read at once.
     """
 
+    time: pd.Timestamp
     items: Sequence[tuple[Any, Mapping[str, str]]]
     sensor: str
     collection: StacCollection
@@ -603,7 +599,7 @@ class StacImage:
         return ''
 
 
-_Images = dict[str, dict[Key, StacImage]]
+_Images = dict[str, dict[str, StacImage]]
 
 
 def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str]:
