@@ -22,8 +22,8 @@ with suppress(ImportError):  # not on Windows
 def whole(path: str | os.PathLike[str], within: Path | None = None) -> Iterator[Path]:
     """Give a place to write a file and those that belong to it; they take their names together.
 
-    What is written is on the disk before it takes its name, so a disk that fills up or a power cut
-    leaves no half file. Several processes and machines may write the same file: the last one stays.
+    What is written is on the disk before it takes its name, so neither a full disk nor a power cut
+    leaves half a file. Several processes and machines may write the same file: the last one stays.
 
     Args:
         path: Where the file shall be; a file that is there is replaced.

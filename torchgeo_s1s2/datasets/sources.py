@@ -145,12 +145,11 @@ def copy_series(
 ) -> Path:
     """Copy what the date rule of a data set may choose, uncompressed, in the same layout.
 
-    The copy is a data set of its own, which reads several times as fast as compressed rasters. It
-    serves every date rule and class scheme over its dates, and several data sets may share it.
-    Rasters keep their type, no-data value, scale and names of bands. A file is there whole or not
-    at all; an interrupted copy goes on where it was, and a raster that has changed is copied again.
-    A raster that cannot be read is left out with a warning, and one warns of those that the data
-    set has no longer.
+    The copy is a data set of its own, which serves every date rule and class scheme over its dates;
+    several data sets may share it. Rasters keep their type, no-data value, scale and names of
+    bands. A file is there whole or not at all, an interrupted copy goes on, and a raster that has
+    changed is copied again. Rasters that cannot be read, or that the data set has no longer, are
+    warned of.
 
     Args:
         dataset: The data set.
