@@ -605,7 +605,7 @@ _Images = dict[str, dict[str, StacImage]]
 def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str]:
     """Asset of each band; an error if the item lacks one, or its values are others."""
     known = SENSORS[sensor]
-    named = {known.band(_common(asset.to_dict())): key for key, asset in item.assets.items()}
+    named = {known.band(_told(item, key).get('common_name')): key for key in item.assets}
     named |= {known.band(key): key for key in item.assets}
     assets = {band: collection.bands.get(band, named.get(band, '')) for band in known.bands}
     wanted = {**assets, 'mask': collection.mask} if collection.mask else assets
@@ -631,17 +631,12 @@ def _time(item: Any) -> Any:
 
 
 def _told(item: Any, asset: str) -> dict[str, Any]:
-    """What an item says of the values of an asset, after STAC 1.0 or 1.1."""
-    own = item.assets[asset].to_dict()
-    told = (own.get('raster:bands') or own.get('bands') or [{}])[0]
-    return {name.removeprefix('raster:'): value for name, value in told.items()}
-
-
-def _common(asset: Mapping[str, Any]) -> str:
-    """Common name of the band of an asset, after STAC 1.0 or 1.1."""
-    bands = asset.get('eo:bands') or asset.get('bands') or [{}]
-    name = bands[0].get('common_name') or bands[0].get('eo:common_name') if len(bands) == 1 else ''
-    return str(name or '')
+    """What an item says of an asset and its band if it has one, after STAC 1.0 or 1.1."""
+    told = item.assets[asset].to_dict()
+    for key in ('bands', 'eo:bands', 'raster:bands'):
+        bands: Any = told.get(key) or []
+        told |= bands[0] if len(bands) == 1 else {}
+    return {name.removeprefix('raster:').removeprefix('eo:'): told[name] for name in told}
 
 
 def _baseline(item: Any) -> float:
