@@ -285,7 +285,8 @@ class SentinelRegion(Source):
                 'it, as in StacCollection(mask=...)'
             )
         given: dict[str, Any] = {'clouds': self.clouds, 'offset': self.offset}
-        return replace(known, **{k: v for k, v in given.items() if v is not None})
+        known = replace(known, **{k: v for k, v in given.items() if v is not None})
+        return known if known.clouds else replace(known, mask='')
 
     @cached_property
     def geometry(self) -> BaseGeometry:
@@ -392,7 +393,7 @@ class SentinelRegion(Source):
         """Look up the share of clouds of each date."""
         if self.max_clouds >= 1:
             return
-        todo = {n: image for n, image in images.items() if image.has_mask and n not in state.clouds}
+        todo = {n: i for n, i in images.items() if i.collection.mask and n not in state.clouds}
         bar = tqdm(todo.items(), 'Looking for clouds', disable=not (progress and todo), unit='date')
         for name, image in bar:
             state.clouds[name] = image.cloud_share()
@@ -480,11 +481,6 @@ class StacImage:
     chunk: int
 
     @property
-    def has_mask(self) -> bool:
-        """Whether clouds are to be looked for."""
-        return bool(self.collection.mask and self.collection.clouds)
-
-    @property
     def tag(self) -> float:
         """Value without an observation in the file."""
         return SENSORS['s2'].nodata if self.sensor == 's2' else np.nan
@@ -520,7 +516,7 @@ class StacImage:
         """Bands of an item in the unit of the layout, clouds missing."""
         loaded = self._load(item, [*assets.values()])
         clouds = []
-        if self.has_mask:
+        if self.collection.mask:
             ((mask, _),) = self._load(item, [self.collection.mask])
             clouds = [self._cloudy(mask)]
         kind = 'int16' if self.sensor == 's2' else 'float32'
