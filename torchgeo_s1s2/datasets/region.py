@@ -258,22 +258,18 @@ def utc(times: Iterable[Any]) -> list[pd.Timestamp]:
     return [*pd.to_datetime([*times], utc=True).tz_localize(None).floor('s')]
 
 
-def _run(jobs: Mapping[Path, Job], progress: bool) -> Iterator[tuple[Path, Outcome]]:
+def _run(jobs: Mapping[Path, Job], progress: bool) -> Iterable[tuple[Path, Outcome]]:
     """Do the jobs: on the workers of a distributed client if there is one, else one by one."""
     client: Any = None
     with suppress(ImportError, ValueError):
         client = import_module('distributed').get_client()
-    hidden = not (progress and jobs)
-    with tqdm(desc='Writing images', total=len(jobs), unit='image', disable=hidden) as bar:
-        if client is None:
-            for path, job in jobs.items():
-                yield path, job(path)
-                bar.update()
-            return
+    done = ((path, job(path)) for path, job in jobs.items())
+    if client is not None:
         futures = {client.submit(job, path, pure=False): path for path, job in jobs.items()}
-        for future in import_module('distributed').as_completed(futures):
-            yield futures[future], future.result()
-            bar.update()
+        ready = import_module('distributed').as_completed(futures)
+        done = ((futures[future], future.result()) for future in ready)
+    hidden = not (progress and jobs)
+    return tqdm(done, 'Writing images', len(jobs), unit='image', disable=hidden)
 
 
 def _warn(outcomes: Mapping[Path, Outcome], count: int) -> None:
