@@ -1,6 +1,7 @@
 """Errors and warnings of the package."""
 
 import warnings
+from pathlib import Path
 
 
 class S1S2Error(Exception):
@@ -35,6 +36,10 @@ class DownloadError(S1S2Error, RuntimeError):
     """A download cannot go on; what was written is whole."""
 
 
+class NoRoomError(DownloadError, OSError):
+    """The disk is too small for what is to be written."""
+
+
 class ArchiveChangedError(DownloadError):
     """The archive on the server is another than the one that reading began with."""
 
@@ -43,6 +48,6 @@ class S1S2Warning(UserWarning):
     """Something was left out, replaced or assumed; the message counts it."""
 
 
-def warn(message: str, stacklevel: int = 2) -> None:
-    """Give an S1S2Warning; the stack counts from the function that calls this."""
-    warnings.warn(message, S1S2Warning, stacklevel=stacklevel + 1)
+def warn(message: str) -> None:
+    """Give an S1S2Warning of the line outside the package that led to it."""
+    warnings.warn(message, S1S2Warning, skip_file_prefixes=(str(Path(__file__).parent),))

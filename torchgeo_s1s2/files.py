@@ -11,7 +11,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-from torchgeo_s1s2.errors import DownloadError
+from torchgeo_s1s2.errors import NoRoomError
 
 fcntl: Any = None
 with suppress(ImportError):  # not on Windows
@@ -22,8 +22,8 @@ with suppress(ImportError):  # not on Windows
 def whole(path: str | os.PathLike[str], within: Path | None = None) -> Iterator[Path]:
     """Give a place to write a file and those that belong to it; they take their names together.
 
-    What is written is on the disk before it takes its name, so a disk that fills up or a power cut
-    leaves no half file. Several processes and machines may write the same file: the last one stays.
+    What is written is on the disk before it takes its name, so neither a full disk nor a power cut
+    leaves half a file. Several processes and machines may write the same file: the last one stays.
 
     Args:
         path: Where the file shall be; a file that is there is replaced.
@@ -73,7 +73,7 @@ def check_room(folder: Path, size: float, choice: str) -> None:
     """Refuse to write more bytes than the disk has free; a choice is what else could be done."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise DownloadError(
+        raise NoRoomError(
             f'about {size / 1e9:.1f} GB are to be written to {folder}, its disk has '
             f'{free / 1e9:.1f} GB free; make room, or {choice}'
         )

@@ -1,5 +1,4 @@
 from collections import Counter
-from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +8,17 @@ import pytest
 import torch
 from conftest import write_patch
 from shapely import box
-from torchgeo.main import main
 
 from torchgeo_s1s2.datamodules.batches import RandomCrops
 from torchgeo_s1s2.datasets import (
     BlockSplits,
-    Catalog,
     EvenlySpaced,
     GroundSplits,
     MultiSenGE,
     PolygonSplits,
 )
-from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.errors import DataError, NoPatchesError, S1S2Warning
 
-CONF = Path(__file__).parents[1] / 'conf' / 'multisenge.yaml'
 LEFT, TOP, SIZE = 500000, 5500000, 24
 SHARES = {'train': 0.5, 'val': 0.25, 'test': 0.25}
 Pixel = tuple[str, int]
@@ -161,30 +156,3 @@ def test_pieces_have_names_of_their_own_and_bad_numbers_are_refused(tmp_path: Pa
     with pytest.raises(DataError, match='1 blocks of 10000 m are too few for the shares'):
         part(root, BlockSplits(10000, SHARES), 'train')
     assert torch.equal(*(part(root, BlockSplits(80, SHARES), 'test')[0]['bounds'] for _ in '12'))
-
-
-def test_one_command_trains_on_polygons_and_blocks(tmp_path: Path) -> None:
-    (tmp_path / 'town.yaml').write_text(
-        """
-data:
-  init_args:
-    source:
-      - class_path: torchgeo_s1s2.datasets.Synthetic
-        init_args: {size: 64, patches: {31UFQ: 2}, incomplete: 0}
-      - class_path: torchgeo_s1s2.datasets.VectorLabels
-        init_args: {file: town.gpkg, attribute: cover, classes: {town: 2}, overwrite: true}
-    splits:
-      class_path: torchgeo_s1s2.datasets.BlockSplits
-      init_args: {size: 320, shares: {train: 0.6, val: 0.2, test: 0.2}}
-    patch_size: 32
-"""
-    )
-    with chdir(tmp_path):
-        root = write_synthetic('data', 64, {'31UFQ': 2}, incomplete=0, progress=False)
-        town = Catalog(root).patches.to_crs(32631).geometry.buffer(-50)
-        gpd.GeoDataFrame({'cover': ['town'] * 2}, geometry=town).to_file('town.gpkg')
-        main(['fit', f'--config={CONF}', '--config=town.yaml'])
-        losses = Path('outputs/metrics.csv').read_text()
-        masks = {int(v) for i in range(2) for v in MultiSenGE(root, 'all')[i]['mask'].unique()}
-    assert 'val_loss' in losses
-    assert masks == {1, 255}

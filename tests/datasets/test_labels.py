@@ -53,8 +53,9 @@ def test_other_names_are_counted_and_missing_images_refused(
     two_zones: Path, tmp_path: Path
 ) -> None:
     (two_zones / 's1' / 'mosaic.tif').write_bytes(b'')
-    with pytest.warns(S1S2Warning, match=r'1 files in s1 have other names.*such as mosaic.tif'):
+    with pytest.warns(S1S2Warning, match='1 files in s1 have other .*such as mosaic.tif') as told:
         assert write_label_files(two_zones, overwrite=True, progress=False) == 3
+    assert {warning.filename for warning in told} == {__file__}  # where the user called
     (tmp_path / 'empty' / 's2').mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r'no folder .*empty/s1; make it'):
         write_label_files(tmp_path / 'empty')

@@ -161,15 +161,6 @@ def test_a_rectangle_in_lambert_93_is_taken_as_it_is(tmp_path: Path) -> None:
         PASTISSeries(root, series=AllDates(max_length=2))
 
 
-def test_dates_that_are_not_there_are_assumed_and_said(tmp_path: Path) -> None:
-    root = write_pastis(tmp_path, {0: (3, 2, 2)})
-    change(root, 'dates-S2', None)
-    with pytest.warns(S1S2Warning, match=r'no dates-S2; the 1 patches .* 2018-09-01 to 2019-11-01'):
-        dataset = PASTISSeries(root, series=AllDates(max_length=3), sensors=['s2'])
-    days = ['2018-09-01', '2019-04-02', '2019-11-01']
-    assert dataset[0]['acquisition_times'][:, 0].tolist() == [seconds(day) for day in days]
-
-
 S2, S1D = 'DATA_S2/S2_10000.npy', 'DATA_S1D/S1D_10000.npy'
 TARGET = 'ANNOTATIONS/TARGET_10000.npy'
 ONE = {'0': 20181001}
@@ -196,6 +187,7 @@ def shapes(path: str, found: tuple[int, ...], expected: object) -> str:
         (lambda r: change(r, 'dates-S2', [20181001] * 2), r'dates-S2 .*; expected dates by number'),
         (lambda r: change(r, 'dates-S2', ONE | {'1': 17891001}), r'dates-S2 of patch 10000'),
         (lambda r: change(r, 'Fold', None), r'metadata.geojson lacks Fold; it has ID_PATCH'),
+        (lambda r: change(r, 'dates-S2', None), r'lacks dates-S2; it .* Choose other sensors'),
         (lambda r: change(r, 'Fold', 1.5), r'2 of 2 patches of .* have a Fold other than \(1, 2'),
         (lambda r: change(r, 'ID_PATCH', 'x'), r'2 of 2 patches of .* ID_PATCH that is no whole'),
         (lambda r: change(r, 'ID_PATCH', 10000), r'1 of 2 patches of .* the ID_PATCH of another'),

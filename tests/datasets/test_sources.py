@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import S1_DATES, S2_DATES, write_label_file, write_patch
+from conftest import S1_DATES, S2_DATES, random_images, write_label_file, write_patch
 
 from torchgeo_s1s2.datasets import (
     AllDates,
@@ -18,7 +18,7 @@ from torchgeo_s1s2.datasets import (
     copy_series,
     sources,
 )
-from torchgeo_s1s2.errors import S1S2Warning
+from torchgeo_s1s2.errors import NoRoomError, S1S2Warning
 
 SIZE = 12
 
@@ -28,13 +28,12 @@ def root(tmp_path: Path) -> Path:
     """Three patches of noise in two zones, with what is missing in all ways."""
     folder, rng = tmp_path / 'data', np.random.default_rng(0)
     for tile, x in (('31UEQ', 0), ('31UEQ', 12), ('32ULU', 0)):
-        s2 = {d: rng.integers(1, 9000, (10, SIZE, SIZE)).astype(np.int16) for d in S2_DATES}
-        s1 = {d: rng.uniform(0.01, 1, (2, SIZE, SIZE)).astype(np.float32) for d in S1_DATES}
-        s2[S2_DATES[1]][:, :3] = -10000
-        s2[S2_DATES[2]][:] = -10000
-        s1[S1_DATES[0]][:, 5] = 0
+        images = random_images(rng, SIZE)
+        images['s2'][S2_DATES[1]][:, :3] = -10000
+        images['s2'][S2_DATES[2]][:] = -10000
+        images['s1'][S1_DATES[0]][:, 5] = 0
         labels = rng.integers(0, 15, (SIZE, SIZE)).astype(np.uint8)
-        write_patch(folder, tile, x, 0, SIZE, s2, s1, labels)
+        write_patch(folder, tile, x, 0, SIZE, labels=labels, **images)
     return folder
 
 
@@ -210,8 +209,8 @@ def test_a_disk_without_the_room_is_refused(root: Path, monkeypatch: pytest.Monk
     """Four images of 2,880 and four of 1,152 bytes a patch, and labels of 144."""
     need = 3 * (4 * 2880 + 4 * 1152 + 144)
     disk = SimpleNamespace(free=need - 1)
-    monkeypatch.setattr(sources.shutil, 'disk_usage', lambda _: disk)
-    with pytest.raises(OSError, match=r'takes about 0.0 GB.*make room, or choose fewer'):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: disk)
+    with pytest.raises(NoRoomError, match=r'about 0.0 GB are to be .* make room, or choose fewer'):
         copied(root)
     assert not [*(root.parent / 'copy').rglob('*.tif')]
     disk.free = need

@@ -366,17 +366,23 @@ def test_what_makes_no_region_is_named(options: dict[str, Any], message: str) ->
         ({'nodata': 'nan'}, {}, 'B02 of a holds floats; expected reflectance x 10,000'),
         ({}, {'datetime': None}, 'a says no time'),
         ({'offset': -0.1}, {}, ''),
+        ({'offset': 0}, {}, ''),
         ({'scale': None, 'offset': None}, {'s2:processing_baseline': 'N0500'}, ''),
     ],
 )
+@pytest.mark.parametrize('place', ['raster:bands', 'bands', 'asset'])
 def test_items_that_say_something_else(
-    told: dict[str, Any], says: dict[str, Any], message: str, tmp_path: Path
+    place: str, told: dict[str, Any], says: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     pystac = pytest.importorskip('pystac')
     write_cog(tmp_path / 'a.tif', np.ones((4, 4), 'uint16'), LEFT, TOP)
-    assets = {band: {'href': f'{band}.tif', 'raster:bands': [told]} for band in BANDS}
-    day = says.pop('datetime', '2022-07-01T10:30:21Z')
+    if place != 'raster:bands':  # STAC 1.1
+        told = {f'raster:{k}' if k in ('scale', 'offset') else k: v for k, v in told.items()}
+    said = told if place == 'asset' else {place: [told]}
+    assets = {band: {'href': f'{band}.tif', **said} for band in BANDS}
+    day = says.get('datetime', '2022-07-01T10:30:21Z')
     properties: dict[str, Any] = {'s2:processing_baseline': '05.00'} | says
+    properties.pop('datetime', None)
     own = pystac.Item.from_dict(
         item('a', 'c', '2022-07-01', assets, tmp_path / 'a.tif', **properties)
     )
@@ -386,4 +392,5 @@ def test_items_that_say_something_else(
             stac._assets(own, 's2', StacCollection('c'))
     else:
         assert stac._assets(own, 's2', StacCollection('c'))['B12'] == 'B12'
-        assert stac._offset(own, 'B02', StacCollection('c')) == -1000
+        added = 0 if 0 in told.values() else -1000
+        assert stac._offset(own, 'B02', StacCollection('c')) == added

@@ -398,7 +398,7 @@ class SeriesDataModule(NonGeoDataModule):
         notes = [f'no class claims the labels {values}'] if set(unclaimed) - {0} else []
         notes += [f'no training pixel is of {", ".join(empty)}'] if empty else []
         if notes:
-            warn(f'{title}: {"; ".join(notes)}', stacklevel=3)
+            warn(f'{title}: {"; ".join(notes)}')
 
     def _find_statistics(self) -> Statistics | None:
         """Statistics from the file given or beside the data, None without training patches."""

@@ -73,10 +73,7 @@ class TableCache:
             with whole(self.path) as temporary:
                 table.to_parquet(temporary, compression='zstd', write_page_checksum=True)
         except OSError as error:
-            warn(
-                f'{self.path} cannot be written ({error}); every start takes as long as this one',
-                stacklevel=4,
-            )
+            warn(f'{self.path} cannot be written ({error}); every start takes as long as this one')
 
 
 def wait_for_next_tick(state: State) -> None:

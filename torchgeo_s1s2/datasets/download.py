@@ -41,9 +41,8 @@ _HIDDEN, _UNFINISHED = '.download', '.download/unfinished'
 class DownloadPlan:
     """What a season needs, and how much of it is not on disk yet; ``print`` shows it.
 
-    Before an archive was opened the plan is what the label files promise, which is more than it may
-    hold. Once it was read in part, the number and the size of its files follow from that part, and
-    once it was read to its end the series are made of what it holds.
+    It is what the label files promise until an archive is opened. Once that was read in part, the
+    number and size of its files follow from the part, and once to its end, series from its files.
 
     Attributes:
         root: Folder of the data set.
@@ -95,33 +94,24 @@ class DownloadPlan:
             )
         return '\n'.join(rows)
 
-    def check_disk(self) -> None:
-        """Look whether the disk can hold what is to be written.
-
-        Raises:
-            DownloadError: If it cannot.
-        """
-        check_room(self.root, self.size, 'give another root, fewer dates, tiles or sensors')
-
 
 class SeasonDownload:
     """Download of the files that a date rule, tiles and sensors ask for.
 
     Each archive ``url/{labels,ground_reference,s2,s1}.tgz`` is read as a stream that ends with
-    the last file needed, and only the files needed are written, so none is ever on disk; one that
-    holds nothing new is not opened. A file is complete or absent. Where a label file names images
-    that the archive lacks, the date rule chooses among those that it holds.
+    the last file needed, and is never on disk; one that holds nothing new is not opened. A file is
+    complete or absent. Where a label file names images that the archive lacks, the date rule
+    chooses among those that it holds.
 
     A connection that breaks goes on at the same byte, an interrupted run at the last restart point
     in the archive, about 1 GiB back at most, and a later run that needs more reads the stretches
-    that hold it. A server without ranges sends all before these once more, which is dropped as it
-    arrives. An archive that has changed on the server is read from its start, and its files are
-    replaced. The journals for this are in ``root/.download``, and the SHA-256 of every file written
-    in ``root/checksums.sha256``, which ``sha256sum -c`` reads too.
+    that hold it; a server without ranges sends all before these once more. An archive that has
+    changed on the server is read from its start, and its files are replaced. The journals for this
+    are in ``root/.download``, and the SHA-256 of every file written in ``root/checksums.sha256``,
+    which ``sha256sum -c`` reads too.
 
-    Seasons may share a root. Where a rule's choice depends on how many dates there are
-    (``AllDates`` with more dates than slots), it may choose others among the files of several
-    seasons than it would among all.
+    Seasons may share a root. A rule whose choice depends on how many dates there are (``AllDates``
+    with more dates than slots) may then choose others than it would among all.
     """
 
     def __init__(
@@ -258,7 +248,7 @@ class SeasonDownload:
         """Write what is missing; False if an archive is not what the plan took it to be."""
         if self.progress:
             print(plan)
-        plan.check_disk()
+        check_room(self.root, plan.size, 'give another root, fewer dates, tiles or sensors')
         for folder, names in plan.missing.items():
             if not names:
                 continue
@@ -270,8 +260,7 @@ class SeasonDownload:
                 warn(
                     f'{archive.url} lacks {len(lacking)} of the {len(names)} files that the series '
                     f'needs after the label files ({lacking[0]} ...); the series are made of what '
-                    'there is',
-                    stacklevel=3,
+                    'there is'
                 )
                 return False
         return True
@@ -286,17 +275,14 @@ class SeasonDownload:
             if folder in self._changed:
                 raise
             self._changed.add(folder)
-            warn(
-                f'{change}. It is read from its start, and what came from the old one is replaced',
-                stacklevel=4,
-            )
+            warn(f'{change}. It is read from its start, and what came from the old one is replaced')
             archive.journal.start_anew()
             self._checksums.forget(folder)
             return False
         return True
 
     def _write(self, folder: str, name: str, content: bytes) -> None:
-        """Write a file so that it is complete or absent, even after a power cut."""
+        """Write a file, and record its checksum."""
         path, digest = self.root / folder / name, hashlib.sha256(content).hexdigest()
         if not self._checksums.agrees(f'{folder}/{name}', digest):
             raise DownloadError(
@@ -326,7 +312,7 @@ class SeasonDownload:
         tiles = there if self.tiles is None else self.tiles
         if unknown := sorted(set(tiles) - there):
             have = ', '.join(sorted(there))
-            warn(f'{self.url} has no tiles {unknown} (tiles there: {have})', stacklevel=4)
+            warn(f'{self.url} has no tiles {unknown} (tiles there: {have})')
         chosen = 0
         for row in np.flatnonzero(patches['tile'].isin(tiles)):
             images = self._images(catalog, int(row), held)

@@ -75,7 +75,7 @@ def _rasters(root: Path, folder: str) -> Mapping[str, list[Image]]:
         )
     found, notes = list_rasters(root, folder)
     if notes:
-        warn(f'{root}: {"; ".join(notes)}', stacklevel=3)
+        warn(f'{root}: {"; ".join(notes)}')
     return found
 
 

@@ -272,4 +272,4 @@ def check_splits(splits: Splits, catalog: Catalog) -> None:
     ]
     if notes:
         have = ', '.join(sorted(there))
-        warn(f'{"; ".join(notes)} (tiles there: {have})', stacklevel=3)
+        warn(f'{"; ".join(notes)} (tiles there: {have})')

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,6 @@ METADATA = 'metadata.geojson'
 VOID = 19
 _LAMBERT_93 = 2154
 _LAUNCH = np.datetime64('2014-04-03')
-_SEASON = np.array(['2018-09-01', '2019-11-01'], 'datetime64[s]')
 _COLORS = np.rint(255 * np.asarray(PASTIS.cmap.colors)).astype(int).tolist()
 PASTIS_CLASSES = ClassScheme(
     tuple(
@@ -195,19 +194,11 @@ class PASTISSeries(SeriesDataset):
 
     def _read_patches(self, sensors: Sequence[str]) -> list[_Patch]:
         """Patches of the folds, in the order of their numbers."""
-        table = _read_metadata(self.root / METADATA)
+        table = _read_metadata(self.root / METADATA, sensors)
         table = table[table['Fold'].isin(self.folds)]
         if table.empty:
             raise NoPatchesError(f'{self.title}: {METADATA} has no patch of these folds')
         table = table.sort_values('ID_PATCH')
-        absent = [s for s in sensors if _dates_of(s) not in table]
-        if absent:
-            days = ' to '.join(str(day.astype('datetime64[D]')) for day in _SEASON)
-            warn(
-                f'{self.root / METADATA} has no {", ".join(map(_dates_of, absent))}; the '
-                f'{len(table)} patches are taken to have dates evenly from {days}',
-                stacklevel=3,
-            )
         times, order, shapes = [], [], []
         for row in table.to_dict('records'):
             listed = {s: self._listed(s, row) for s in sensors}
@@ -220,10 +211,6 @@ class PASTISSeries(SeriesDataset):
     def _listed(self, sensor: str, row: Mapping[str, Any]) -> NDArray[np.datetime64]:
         """Times of a sensor in the order of the array."""
         key = _dates_of(sensor)
-        if key not in row:
-            count = len(_open(self._array(sensor, str(row['ID_PATCH']))))
-            steps = (_SEASON[1] - _SEASON[0]) * np.linspace(0, 1, count)
-            return _SEASON[0] + steps.astype('timedelta64[D]')
         try:
             dates = json.loads(row[key]) if isinstance(row[key], str) else row[key]
             digits = [str(dates[number]) for number in sorted(dates, key=int)]
@@ -277,7 +264,7 @@ def _open(path: Path) -> NDArray[Any]:
     return array
 
 
-def _read_metadata(path: Path) -> gpd.GeoDataFrame:
+def _read_metadata(path: Path, sensors: Iterable[str]) -> gpd.GeoDataFrame:
     if not path.exists():
         raise FileNotFoundError(
             f'there is no {path}; give the folder of PASTIS-R as root. '
@@ -287,9 +274,11 @@ def _read_metadata(path: Path) -> gpd.GeoDataFrame:
         table = gpd.read_file(path)
     except DataSourceError as error:
         raise UnreadableError(f'{path} cannot be read: {error}. Unpack the archive again') from None
-    lacking = {'ID_PATCH', 'Fold'} - {*table}
-    if lacking:
-        raise DataError(f'{path} lacks {", ".join(sorted(lacking))}; it has {", ".join(table)}')
+    if lacking := {'ID_PATCH', 'Fold', *map(_dates_of, sensors)} - {*table}:
+        raise DataError(
+            f'{path} lacks {", ".join(sorted(lacking))}; it has {", ".join(table)}. Choose other '
+            'sensors, or unpack the archive again'
+        )
     numbers = {key: pd.to_numeric(table[key], errors='coerce') for key in ('ID_PATCH', 'Fold')}
     wrong = {
         'an ID_PATCH that is no whole number': numbers['ID_PATCH'] % 1 != 0,
@@ -324,8 +313,7 @@ def _grids(table: gpd.GeoDataFrame, shapes: Sequence[tuple[int, int]], title: st
     if skewed:
         warn(
             f'the footprints of {skewed} of {len(grids)} patches of {title} are no rectangles in '
-            f'{", ".join(f"EPSG:{code}" for code in projected)}; their maps cover the bounds',
-            stacklevel=4,
+            f'{", ".join(f"EPSG:{code}" for code in projected)}; their maps cover the bounds'
         )
     return grids
 

@@ -81,6 +81,8 @@ class Outcome(NamedTuple):
 
 Job = Callable[[Path], Outcome]
 """Writes the image of a path; goes to worker processes."""
+Images = Mapping[str, Mapping[str, Job]]
+"""Jobs by sensor and file name."""
 
 
 def write_series(
@@ -146,7 +148,7 @@ def write_series(
     if not cubes:
         raise DataError('there is nothing to write; give s2, s1 or both')
     grid, *others = (cube.grid for cube in cubes.values())
-    image = None
+    reference = None
     if labels is not None:
         if not hasattr(labels, 'to_dataset'):
             raise DataError(f'labels are a {type(labels).__name__}; expected a DataArray (y, x)')
@@ -154,18 +156,18 @@ def write_series(
         others.append(_grid(dataset, corners))
         labels = _only(dataset['labels'], 'y', 'x')
         missing = _tag_of(labels, np.nan)
-        image = lazily(_labels, dask_of(labels), dtype='uint8', missing=missing)
+        reference = lazily(_labels, dask_of(labels), dtype='uint8', missing=missing)
     if any(other != grid for other in others):
         found = '; '.join(map(str, [grid, *others]))
         raise DataError(f's2, s1 and labels lie on different pixels, {found}; warp them')
-    jobs = {name: cube.jobs(merge) for name, cube in cubes.items()}
-    paths = paths_of(Path(root), tile, jobs)
+    images = {name: cube.jobs(tile, merge) for name, cube in cubes.items()}
+    paths = paths_of(Path(root), images)
     if there := sum(path.exists() for path in paths):
         warn(
             f'{there} of {len(paths)} images of {tile} are there already and stay as they are; '
             'delete them to have them written anew'
         )
-    write_patch(root, tile, grid, jobs, progress, image)
+    write_patch(root, tile, grid, images, progress, reference)
     return Path(root)
 
 
@@ -173,7 +175,7 @@ def write_patch(
     root: str | os.PathLike[str],
     tile: str,
     grid: Grid,
-    jobs: Mapping[str, Mapping[Key, Job]],
+    images: Images,
     progress: bool = True,
     labels: Any = None,
 ) -> dict[str, str]:
@@ -183,7 +185,7 @@ def write_patch(
         Why images were left out, by file name.
     """
     root = Path(root)
-    paths = paths_of(root, tile, jobs)
+    paths = paths_of(root, images)
     for folder in (LABELS, *FOLDERS):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for path in images_of(root, tile)[:1]:
@@ -207,13 +209,9 @@ def patch_name(tile: str) -> str:
     return f'{tile}_0_0'
 
 
-def paths_of[T](root: Path, tile: str, images: Mapping[str, Mapping[Key, T]]) -> dict[Path, T]:
-    """Images by sensor and key, by their paths."""
-    return {
-        root / sensor / file_name(patch_name(tile), *key): image
-        for sensor, own in images.items()
-        for key, image in own.items()
-    }
+def paths_of(root: Path, images: Images) -> dict[Path, Job]:
+    """Jobs by the paths of their images."""
+    return {root / s / name: job for s, own in images.items() for name, job in own.items()}
 
 
 def images_of(root: Path, tile: str) -> list[Path]:
@@ -237,10 +235,10 @@ def group(
     return groups
 
 
-def file_name(patch: str, time: pd.Timestamp, kind: str) -> str:
+def file_name(tile: str, time: pd.Timestamp, kind: str) -> str:
     """File name of an image, without the time of day where it is midnight and so not known."""
     style = '%Y%m%d' if time == time.normalize() else '%Y%m%dT%H%M%S'
-    return image_name(patch, time.strftime(style), kind)
+    return image_name(patch_name(tile), time.strftime(style), kind)
 
 
 def kind_of(name: str, orbit: str | None) -> str:
@@ -260,22 +258,18 @@ def utc(times: Iterable[Any]) -> list[pd.Timestamp]:
     return [*pd.to_datetime([*times], utc=True).tz_localize(None).floor('s')]
 
 
-def _run(jobs: Mapping[Path, Job], progress: bool) -> Iterator[tuple[Path, Outcome]]:
+def _run(jobs: Mapping[Path, Job], progress: bool) -> Iterable[tuple[Path, Outcome]]:
     """Do the jobs: on the workers of a distributed client if there is one, else one by one."""
     client: Any = None
     with suppress(ImportError, ValueError):
         client = import_module('distributed').get_client()
-    hidden = not (progress and jobs)
-    with tqdm(desc='Writing images', total=len(jobs), unit='image', disable=hidden) as bar:
-        if client is None:
-            for path, job in jobs.items():
-                yield path, job(path)
-                bar.update()
-            return
+    done = ((path, job(path)) for path, job in jobs.items())
+    if client is not None:
         futures = {client.submit(job, path, pure=False): path for path, job in jobs.items()}
-        for future in import_module('distributed').as_completed(futures):
-            yield futures[future], future.result()
-            bar.update()
+        ready = import_module('distributed').as_completed(futures)
+        done = ((futures[future], future.result()) for future in ready)
+    hidden = not (progress and jobs)
+    return tqdm(done, 'Writing images', len(jobs), unit='image', disable=hidden)
 
 
 def _warn(outcomes: Mapping[Path, Outcome], count: int) -> None:
@@ -285,7 +279,7 @@ def _warn(outcomes: Mapping[Path, Outcome], count: int) -> None:
         why = '; '.join(f'{n} {reason}' for reason, n in reasons.items())
         notes.insert(0, f'{reasons.total()} of {count} images are left out: {why}')
     if notes:
-        warn('; '.join(notes), stacklevel=4)
+        warn('; '.join(notes))
 
 
 class _Cube:
@@ -325,8 +319,7 @@ class _Cube:
             warn(
                 f's2 has {late} acquisitions of processing baseline 04.00 and later, whose values '
                 'are 1,000 too high unless their source has harmonised them; give offset=-1000, '
-                'or 0 if it has',
-                stacklevel=4,
+                'or 0 if it has'
             )
         if hasattr(offset, 'dims'):
             return self._offsets_along_time(offset)
@@ -348,13 +341,18 @@ class _Cube:
             )
         return [*map(float, np.broadcast_to(values, len(self.times)))]
 
-    def jobs(self, merge: Merge) -> dict[Key, Job]:
-        """What writes each image."""
+    def jobs(self, tile: str, merge: Merge) -> dict[str, Job]:
+        """What writes each image, by its file name."""
         where = [(kind, t) for kind in self.bands for t in range(len(self.times))]
         kinds = [kind_of(kind, self.orbits[t]) for kind, t in where]
         groups = group([self.times[t] for _, t in where], kinds, merge)
         return {
-            key: SeriesImage(self.grid, [self._layer(*where[i]) for i in numbers], self.tag)
+            file_name(tile, *key): partial(
+                write_bands,
+                grid=self.grid,
+                layers=[self._layer(*where[i]) for i in numbers],
+                nodata=self.tag,
+            )
             for key, numbers in groups.items()
         }
 
@@ -388,20 +386,6 @@ class _Cube:
         """Value without an observation."""
         usual = {'f': np.nan, 'u': 0.0, 'i': self.sensor.nodata}[variable.dtype.kind]
         return _tag_of(variable, usual) if self.nodata is None else self.nodata
-
-
-@dataclass(frozen=True)
-class SeriesImage:
-    """Writes an image of layers, each with dask arrays (H, W) of its bands."""
-
-    grid: Grid
-    layers: Sequence[Mapping[str, Any]]
-    nodata: float
-
-    def __call__(self, path: Path) -> Outcome:
-        """Write it, unless it is empty."""
-        written = write_bands(path, self.grid, self.layers, self.nodata)
-        return Outcome('' if written else 'have no pixel')
 
 
 def optional(module: str) -> Any:
@@ -489,8 +473,10 @@ def _is(value: NDArray[Any], nodata: float) -> NDArray[np.bool_]:
     return found
 
 
-def write_bands(path: Path, grid: Grid, layers: Sequence[Mapping[str, Any]], nodata: float) -> bool:
-    """Write dask arrays (H, W) as bands of a GeoTIFF, block by block; False if all is missing."""
+def write_bands(
+    path: Path, grid: Grid, layers: Sequence[Mapping[str, Any]], nodata: float
+) -> Outcome:
+    """Write layers of dask arrays (H, W), one a band, as a GeoTIFF, block by block."""
     bands = fuse(layers, nodata)
     dtype = next(iter(bands.values())).dtype
     profile = _PROFILE | vars(grid) | {'nodata': nodata, 'dtype': dtype, 'count': len(bands)}
@@ -503,10 +489,10 @@ def write_bands(path: Path, grid: Grid, layers: Sequence[Mapping[str, Any]], nod
                 lock = threading.Lock()
                 optional('dask.array').store([*bands.values()], targets, lock=lock, **how)
         check_written(temporary, path)
-    seen = any(target.seen for target in targets)
-    if not seen:
-        path.unlink()
-    return seen
+    if any(target.seen for target in targets):
+        return Outcome()
+    path.unlink()
+    return Outcome('have no pixel')
 
 
 @dataclass
@@ -584,8 +570,7 @@ def _bands(dataset: Any, sensor: Sensor) -> dict[str, dict[str, Any]]:
             warn(
                 f'{kind} has no {", ".join(lacking)} along time, y and x; its files hold '
                 f'{", ".join(own)}. If others of {", ".join(map(str, dataset.data_vars))} are '
-                'among them, rename these',
-                stacklevel=5,
+                'among them, rename these'
             )
     return {kind: {b: own[b] for b in sensor.bands if b in own} for kind, own in bands.items()}
 

@@ -184,8 +184,7 @@ class SeriesDataset(GeoDataset):
                 self._index = self._index[held]
                 warn(
                     f'{(~held).sum()} of {len(held)} rows of the index hold no pixel and are left '
-                    'out',
-                    stacklevel=3,
+                    'out'
                 )
         return self._index
 
@@ -406,7 +405,7 @@ class SeriesDataset(GeoDataset):
                     f'none {of} has the series {self.series}: {why}. Choose another series, or '
                     'missing="keep"'
                 )
-            warn(f'{failed.total()} {of} are left out: {why}', stacklevel=4)
+            warn(f'{failed.total()} {of} are left out: {why}')
         return chosen
 
     @property

@@ -27,7 +27,7 @@ from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import rasterize_labels
 from torchgeo_s1s2.errors import UnreadableError, warn
-from torchgeo_s1s2.files import whole, write_json
+from torchgeo_s1s2.files import check_room, whole, write_json
 
 
 class Wanted(NamedTuple):
@@ -145,12 +145,11 @@ def copy_series(
 ) -> Path:
     """Copy what the date rule of a data set may choose, uncompressed, in the same layout.
 
-    The copy is a data set of its own, which reads several times as fast as compressed rasters. It
-    serves every date rule and class scheme over its dates, and several data sets may share it.
-    Rasters keep their type, no-data value, scale and names of bands. A file is there whole or not
-    at all; an interrupted copy goes on where it was, and a raster that has changed is copied again.
-    A raster that cannot be read is left out with a warning, and one warns of those that the data
-    set has no longer.
+    The copy is a data set of its own, which serves every date rule and class scheme over its dates;
+    several data sets may share it. Rasters keep their type, no-data value, scale and names of
+    bands. A file is there whole or not at all, an interrupted copy goes on, and a raster that has
+    changed is copied again. Rasters that cannot be read, or that the data set has no longer, are
+    warned of.
 
     Args:
         dataset: The data set.
@@ -162,7 +161,7 @@ def copy_series(
         The folder.
 
     Raises:
-        OSError: If the disk lacks the room.
+        NoRoomError: If the disk lacks the room.
     """
     folder = Path(folder)
     for name in (LABELS, *FOLDERS):
@@ -170,7 +169,7 @@ def copy_series(
     patches = dataset.index['patch'].unique().tolist()
     rasters = [raster for patch in patches for raster in _rasters(dataset, patch, folder)]
     jobs = [raster for raster in rasters if raster.is_outdated]
-    _check_room(folder, jobs)
+    check_room(folder, _size(jobs), 'choose fewer dates or patches')
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         title, hidden = f'Copying to {folder}', not (progress and jobs)
         bar = tqdm(pool.map(_copy, jobs), title, len(jobs), disable=hidden, unit='raster')
@@ -180,7 +179,11 @@ def copy_series(
     held = _held(folder, {dataset.name_of(patch) for patch in patches})
     for patch in patches:
         _write_label_file(dataset, patch, folder, held)
-    _warn_of_stale(dataset, folder, chain(*held.values()))
+    if stale := [p for p in chain(*held.values()) if not (dataset.root / p).exists()]:
+        warn(
+            f'{folder} holds {len(stale)} rasters that {dataset.root} has no longer, and they are '
+            f'read still: {", ".join(stale[:3])}. Delete them, or give another folder'
+        )
     return folder
 
 
@@ -229,30 +232,12 @@ def _copy(raster: _Raster) -> str:
     return ''
 
 
-def _warn_of_stale(dataset: MultiSenGE, folder: Path, held: Iterable[str]) -> None:
-    """Say which rasters the copy holds though the data set has them no longer."""
-    if stale := [path for path in held if not (dataset.root / path).exists()]:
-        warn(
-            f'{folder} holds {len(stale)} rasters that {dataset.root} has no longer, and they are '
-            f'read still: {", ".join(stale[:3])}. Delete them, or give another folder',
-            stacklevel=3,
-        )
-
-
-def _check_room(folder: Path, rasters: Sequence[_Raster]) -> None:
-    """Compare the free disk with the pixels of the rasters to copy."""
+def _size(rasters: Iterable[_Raster]) -> int:
+    """Bytes of the pixels of rasters, those of a folder being as large as its first."""
     alike = defaultdict(list)
     for raster in rasters:
         alike[raster.target.parent].append(raster)
-    size = 0
-    for of_kind in alike.values():
-        size += len(of_kind) * next(filter(None, map(_bytes, of_kind)), 0)
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(
-            f'the copy takes about {size / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; '
-            'make room, or choose fewer dates or patches'
-        )
+    return sum(len(own) * next(filter(None, map(_bytes, own)), 0) for own in alike.values())
 
 
 def _bytes(raster: _Raster) -> int:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from math import ceil, floor
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,7 +28,6 @@ from urllib3.util import Retry
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.datasets.region import (
     CHUNK,
-    Key,
     Merge,
     Outcome,
     baseline_of,
@@ -245,9 +245,8 @@ class SentinelRegion(Source):
         if state.finished and all(root.joinpath(image).exists() for image in state.images):
             return root
         known = {sensor: self.collection(sensor) for sensor in sensors}
-        geometry = self.geometry()
-        grid = self.grid(geometry)
-        images = {sensor: self._images(sensor, c, geometry, grid) for sensor, c in known.items()}
+        grid = self.grid()
+        images = {sensor: self._images(sensor, c, grid) for sensor, c in known.items()}
         with optional('dask').config.set(num_workers=self.num_workers):
             self._leave_clouds_out(images.get('s2', {}), state, progress)
             while True:
@@ -256,10 +255,10 @@ class SentinelRegion(Source):
                     why = Counter(state.left_out.values())
                     told = '; '.join(f'{n} {reason}' for reason, n in why.items())
                     raise DataError(f'no date of {self.tile} is left: {told}. Choose others')
-                self._tell(root, grid, chosen, images, progress)
+                self._tell(root, grid, images, chosen, progress)
                 failed = write_patch(root, self.tile, grid, chosen, progress)
                 state.left_out |= failed
-                paths = paths_of(Path(), self.tile, chosen)
+                paths = paths_of(Path(), chosen)
                 state.images = [str(path) for path in paths if path.name not in failed]
                 state.save(finished=not failed or series is None)
                 if state.finished:
@@ -286,8 +285,10 @@ class SentinelRegion(Source):
                 'it, as in StacCollection(mask=...)'
             )
         given: dict[str, Any] = {'clouds': self.clouds, 'offset': self.offset}
-        return replace(known, **{k: v for k, v in given.items() if v is not None})
+        known = replace(known, **{k: v for k, v in given.items() if v is not None})
+        return known if known.clouds else replace(known, mask='')
 
+    @cached_property
     def geometry(self) -> BaseGeometry:
         """The region in degrees."""
         if isinstance(self.region, str):
@@ -303,10 +304,9 @@ class SentinelRegion(Source):
             )
         return box(west, south, east, north)
 
-    def grid(self, geometry: BaseGeometry | None = None) -> Grid:
-        """Pixels of the region, whose geometry may be given where it is known."""
-        geometry = self.geometry() if geometry is None else geometry
-        place = gpd.GeoSeries([geometry.segmentize(0.01)], crs=4326)
+    def grid(self) -> Grid:
+        """Pixels of the region."""
+        place = gpd.GeoSeries([self.geometry.segmentize(0.01)], crs=4326)
         epsg = self.epsg or place.estimate_utm_crs().to_epsg()
         unit, _ = crs_of(epsg).units_factor
         if unit != 'metre':
@@ -327,16 +327,12 @@ class SentinelRegion(Source):
         settings = {k: v for k, v in asdict(self).items() if k not in ignored}
         return json.loads(json.dumps(settings | {'series': repr(series), 'sensors': sensors}))
 
-    def _name(self, key: Key) -> str:
-        """File name of an image."""
-        return file_name(patch_name(self.tile), *key)
-
     def _images(
-        self, sensor: str, collection: StacCollection, geometry: BaseGeometry, grid: Grid
-    ) -> dict[Key, 'StacImage']:
-        """Images of the region, each of the items of a pass, newest processing first."""
+        self, sensor: str, collection: StacCollection, grid: Grid
+    ) -> dict[str, 'StacImage']:
+        """Images of the region in the order of time, each of the items of a pass."""
         items, notes = {}, []
-        for item in self._search(collection, geometry):
+        for item in self._search(collection):
             orbit = str(item.properties.get('sat:orbit_state')).lower()
             if sensor == 's1' and self.orbits not in ('apart', 'merged', orbit):
                 continue
@@ -350,7 +346,7 @@ class SentinelRegion(Source):
         if not items:
             raise DataError(f'no item of {collection.collection} can be used. {told}')
         if notes:
-            warn(told, stacklevel=4)
+            warn(told)
         if sensor == 's2' and collection.offset == 'harmonised':
             _warn_of_offsets([item for item, _ in items.values()])
         found = sorted(items.values(), key=lambda own: (-_baseline(own[0]), own[0].id))
@@ -359,11 +355,11 @@ class SentinelRegion(Source):
         merge: Merge = 'day' if sensor == 's1' and self.orbits == 'merged' else 'pass'
         how = (sensor, collection, grid, self.resampling, self.chunk)
         return {
-            key: StacImage([found[i] for i in numbers], *how)
-            for key, numbers in group(times, kinds, merge).items()
+            file_name(self.tile, *key): StacImage(key[0], [found[i] for i in numbers], *how)
+            for key, numbers in sorted(group(times, kinds, merge).items())
         }
 
-    def _search(self, collection: StacCollection, geometry: BaseGeometry) -> list[Any]:
+    def _search(self, collection: StacCollection) -> list[Any]:
         """Items of the region and the season."""
         client = optional('pystac_client')
         retry = Retry(5, backoff_factor=WAITS[0] / 2, status_forcelist=_BUSY, allowed_methods=None)
@@ -374,7 +370,7 @@ class SentinelRegion(Source):
             )
             search = api.search(
                 collections=[collection.collection],
-                intersects=mapping(geometry),
+                intersects=mapping(self.geometry),
                 datetime='/'.join(self.season),
             )
             items = [*search.items()]
@@ -392,13 +388,12 @@ class SentinelRegion(Source):
         return items
 
     def _leave_clouds_out(
-        self, images: Mapping[Key, 'StacImage'], state: '_State', progress: bool
+        self, images: Mapping[str, 'StacImage'], state: '_State', progress: bool
     ) -> None:
         """Look up the share of clouds of each date."""
         if self.max_clouds >= 1:
             return
-        named = {self._name(key): image for key, image in images.items() if image.has_mask}
-        todo = {name: image for name, image in named.items() if name not in state.clouds}
+        todo = {n: i for n, i in images.items() if i.collection.mask and n not in state.clouds}
         bar = tqdm(todo.items(), 'Looking for clouds', disable=not (progress and todo), unit='date')
         for name, image in bar:
             state.clouds[name] = image.cloud_share()
@@ -410,24 +405,24 @@ class SentinelRegion(Source):
         self, images: '_Images', left_out: Mapping[str, str], series: DateRule | None
     ) -> '_Images':
         """Images that a date rule may choose."""
-        keys = {
-            sensor: sorted(key for key in own if self._name(key) not in left_out)
-            for sensor, own in images.items()
-        }
+        names = {s: [name for name in own if name not in left_out] for s, own in images.items()}
         if series is not None:
-            times = {s: np.array([k[0] for k in own], 'datetime64[s]') for s, own in keys.items()}
+            times = {
+                s: np.array([images[s][name].time for name in own], 'datetime64[s]')
+                for s, own in names.items()
+            }
             chosen = series.candidates(times)
-            keys = {s: [own[i] for i in sorted(chosen[s])] for s, own in keys.items()}
-        return {s: {key: images[s][key] for key in own} for s, own in keys.items()}
+            names = {s: [own[i] for i in sorted(chosen[s])] for s, own in names.items()}
+        return {s: {name: images[s][name] for name in own} for s, own in names.items()}
 
     def _tell(
-        self, root: Path, grid: Grid, chosen: '_Images', images: '_Images', progress: bool
+        self, root: Path, grid: Grid, images: '_Images', chosen: '_Images', progress: bool
     ) -> None:
         """Print what will be read, and compare it with the disk."""
         total = 0
         lines = [f'{self.tile}: {grid.width} x {grid.height} pixels of 10 m, EPSG:{grid.epsg}']
         for sensor, own in chosen.items():
-            absent = sum(not path.exists() for path in paths_of(root, self.tile, {sensor: own}))
+            absent = sum(not (root / sensor / name).exists() for name in own)
             size = (2 if sensor == 's2' else 4) * len(SENSORS[sensor].bands)
             size *= grid.width * grid.height * absent
             total += size
@@ -468,6 +463,7 @@ class StacImage:
     """Writes an image of the items of a pass, each with its assets by band.
 
     Attributes:
+        time: When it was acquired.
         items: STAC items, newest processing first.
         sensor: ``'s2'`` or ``'s1'``.
         collection: What is to be known of them.
@@ -476,6 +472,7 @@ class StacImage:
         chunk: Height and width of what is read at once.
     """
 
+    time: pd.Timestamp
     items: Sequence[tuple[Any, Mapping[str, str]]]
     sensor: str
     collection: StacCollection
@@ -484,23 +481,18 @@ class StacImage:
     chunk: int
 
     @property
-    def has_mask(self) -> bool:
-        """Whether clouds are to be looked for."""
-        return bool(self.collection.mask and self.collection.clouds)
-
-    @property
     def tag(self) -> float:
         """Value without an observation in the file."""
         return SENSORS['s2'].nodata if self.sensor == 's2' else np.nan
 
     def __call__(self, path: Path) -> Outcome:
         """Write it, without items of which a file cannot be read."""
-        written, notes = self._patiently(
+        outcome, notes = self._patiently(
             lambda items: write_bands(
                 path, self.grid, [self._layer(*own) for own in items], self.tag
             )
         )
-        why = {None: 'cannot be read', False: 'have no pixel', True: ''}[written]
+        why = 'cannot be read' if outcome is None else outcome.left_out
         return Outcome(why, tuple(notes))
 
     def cloud_share(self) -> float:
@@ -524,7 +516,7 @@ class StacImage:
         """Bands of an item in the unit of the layout, clouds missing."""
         loaded = self._load(item, [*assets.values()])
         clouds = []
-        if self.has_mask:
+        if self.collection.mask:
             ((mask, _),) = self._load(item, [self.collection.mask])
             clouds = [self._cloudy(mask)]
         kind = 'int16' if self.sensor == 's2' else 'float32'
@@ -603,13 +595,13 @@ class StacImage:
         return ''
 
 
-_Images = dict[str, dict[Key, StacImage]]
+_Images = dict[str, dict[str, StacImage]]
 
 
 def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str]:
     """Asset of each band; an error if the item lacks one, or its values are others."""
     known = SENSORS[sensor]
-    named = {known.band(_common(asset.to_dict())): key for key, asset in item.assets.items()}
+    named = {known.band(_told(item, key).get('common_name')): key for key in item.assets}
     named |= {known.band(key): key for key in item.assets}
     assets = {band: collection.bands.get(band, named.get(band, '')) for band in known.bands}
     wanted = {**assets, 'mask': collection.mask} if collection.mask else assets
@@ -635,17 +627,12 @@ def _time(item: Any) -> Any:
 
 
 def _told(item: Any, asset: str) -> dict[str, Any]:
-    """What an item says of the values of an asset, after STAC 1.0 or 1.1."""
-    own = item.assets[asset].to_dict()
-    told = (own.get('raster:bands') or own.get('bands') or [{}])[0]
-    return {name.removeprefix('raster:'): value for name, value in told.items()}
-
-
-def _common(asset: Mapping[str, Any]) -> str:
-    """Common name of the band of an asset, after STAC 1.0 or 1.1."""
-    bands = asset.get('eo:bands') or asset.get('bands') or [{}]
-    name = bands[0].get('common_name') or bands[0].get('eo:common_name') if len(bands) == 1 else ''
-    return str(name or '')
+    """What an item says of an asset and its band if it has one, after STAC 1.0 or 1.1."""
+    told = item.assets[asset].to_dict()
+    for key in ('bands', 'eo:bands', 'raster:bands'):
+        bands: Any = told.get(key) or []
+        told |= bands[0] if len(bands) == 1 else {}
+    return {name.removeprefix('raster:').removeprefix('eo:'): told[name] for name in told}
 
 
 def _baseline(item: Any) -> float:
@@ -682,6 +669,5 @@ def _warn_of_offsets(items: Sequence[Any]) -> None:
             'baseline 04.00 or later, or say none, and do not say that their offset is applied '
             '(earthsearch:boa_offset_applied). It is taken to be, as in most of these files; where '
             "values are 1,000 too high, as in some of early 2022, give offset='item' to believe "
-            'the items, and 0 if none is',
-            stacklevel=5,
+            'the items, and 0 if none is'
         )

@@ -1,12 +1,9 @@
 """A small synthetic data set in MultiSenGE's file layout.
 
-Everything in it is made up: landscapes, dates and values. Reflectances are mixtures of seven
-spectra (green vegetation, forest, dry vegetation, soil, roofs, asphalt, water) and backscatter a
-mean for each cover plus speckle. The spectra, backscatter levels and seasons are set by hand, of
-the order that is usual for such covers at Sentinel-2's and Sentinel-1's wavelengths; they are
-fitted to no measurement. Crops grow and are harvested in the months of temperate Europe. Speckle
-follows a gamma distribution, as multi-look intensity does (Oliver and Quegan, Understanding
-Synthetic Aperture Radar Images, 2004).
+Landscapes, dates and values are made up. Reflectances are mixtures of seven spectra, backscatter a
+mean for each cover; these and the seasons are set by hand, of the order that is usual for such
+covers in temperate Europe, and fitted to no measurement. Speckle follows a gamma distribution, as
+multi-look intensity does (Oliver and Quegan, Understanding Synthetic Aperture Radar Images, 2004).
 
 The difficulty is meant, and of the kinds that real images have:
 

@@ -5,7 +5,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog, reference_name
 from torchgeo_s1s2.datasets.labels import write_label_files
-from torchgeo_s1s2.datasets.rasters import Grid, check_written, open_raster, read_grid
+from torchgeo_s1s2.datasets.rasters import Grid, check_written, first_grid, open_raster
 from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError, warn
 from torchgeo_s1s2.files import whole, write_json
@@ -82,8 +82,7 @@ def rasterize_labels(
     # The data set says the same when it is opened.
     with warnings.catch_warnings(action='ignore', category=S1S2Warning):
         catalog = Catalog(root, progress=progress, cache=False)
-    numbers = [n for n in range(len(catalog.patches)) if catalog.patch(n).width]
-    grids = {number: _grid(catalog, number) for number in numbers}
+    grids = dict(_grids(catalog))
     index = polygons.sindex
     found = {n: index.query(_around(polygons, grid), sort=True) for n, grid in grids.items()}
     if not any(map(len, found.values())):
@@ -94,9 +93,9 @@ def rasterize_labels(
             f'the patches at {here} in degrees. Check the CRS of the file'
         )
     made_of = _checksum(polygons, all_touched)
-    todo = [n for n in numbers if _is_outdated(catalog, n, grids[n], made_of, overwrite)]
+    todo = [n for n, g in grids.items() if _is_outdated(catalog, n, g, made_of, overwrite)]
     dtype = 'uint8' if polygons['id'].max() < 256 else 'uint16'
-    bare = [n for n in {*numbers}.difference(todo) if not catalog.patches['classes'].iat[n]]
+    bare = [n for n in grids.keys() - {*todo} if not catalog.patches['classes'].iat[n]]
     for number in tqdm(todo, 'Rasterizing labels', unit='patch', disable=not progress):
         labels = _rasterized(polygons.iloc[found[number]], grids[number], all_touched, dtype)
         _write(catalog, number, labels, grids[number], made_of)
@@ -105,7 +104,7 @@ def rasterize_labels(
     if bare:
         rule = '' if all_touched else ' at its centre (all_touched=True: anywhere)'
         warn(
-            f'{len(bare)} of {len(numbers)} patches have no label, such as '
+            f'{len(bare)} of {len(grids)} patches have no label, such as '
             f'{catalog.patch(min(bare)).name}: no polygon of {file} meets a pixel of them{rule}'
         )
     return len(todo)
@@ -132,7 +131,7 @@ def say(file: str | os.PathLike[str], notes: Mapping[str, int]) -> str:
     """Warn of what is left out of a file; what was said."""
     said = '; '.join(f'{n} {text}' for text, n in notes.items() if n)
     if said:
-        warn(f'{file}: of its features {said}', stacklevel=4)
+        warn(f'{file}: of its features {said}')
     return said
 
 
@@ -228,16 +227,12 @@ def _valid(geometry: gpd.GeoSeries) -> tuple[gpd.GeoSeries, dict[str, int]]:
     }
 
 
-def _grid(catalog: Catalog, number: int) -> Grid:
-    """Pixels of the first image of a patch that can be opened."""
-    failed = UnreadableError(f'{catalog.patch(number).name} has no image')
-    for sensor in SENSORS:
-        for position in range(len(catalog.times(number, sensor))):
-            try:
-                return read_grid(*catalog.raster(number, sensor, position))
-            except UnreadableError as error:
-                failed = error
-    raise failed
+def _grids(catalog: Catalog) -> Iterator[tuple[int, Grid]]:
+    """Patches that have images, each with the pixels of the first that can be opened."""
+    for number in range(len(catalog.patches)):
+        images = [(s, i) for s in SENSORS for i in range(len(catalog.times(number, s)))]
+        if images:
+            yield number, first_grid(catalog.raster(number, *image) for image in images)[1]
 
 
 def _around(polygons: gpd.GeoDataFrame, grid: Grid) -> shapely.Polygon:
