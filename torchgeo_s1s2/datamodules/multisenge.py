@@ -68,6 +68,11 @@ class MultiSenGEDataModule(SeriesDataModule):
         Raises:
             ValueError: If a number is out of range.
         """
+        if unknown := {'download', 'checksum', 'catalog', 'split'} & {*kwargs}:
+            raise ValueError(
+                f'a data module has no {", ".join(sorted(unknown))}; to download, give source: '
+                'Download(checksum=...), and tiles with splits'
+            )
         self.root = Path(root).expanduser()
         self.sources = list(source or ()) if isinstance(source, list | tuple | None) else [source]
         for given in self.sources:
@@ -133,8 +138,10 @@ class MultiSenGEDataModule(SeriesDataModule):
         return Wanted(dataset_class.url, tiles, series, sensors, self._opened)
 
     def _opened(self, root: Path) -> Iterator[MultiSenGE]:
-        """Data sets of the splits that a run reads, the training for its statistics included."""
+        """Data sets of the splits that a run reads, and the training if it needs statistics."""
         catalog = Catalog(root)
-        for split in dict.fromkeys((*self._splits_of_run(), 'train')):
+        brought = self.statistics_path or getattr(self.trainer, 'ckpt_path', None)
+        needed = () if brought and not self._trains else ('train',)
+        for split in dict.fromkeys((*self._splits_of_run(), *needed)):
             with suppress(NoPatchesError):  # setup says so if the split is needed
                 yield self._open(root, split, catalog)

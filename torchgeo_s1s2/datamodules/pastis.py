@@ -73,7 +73,7 @@ class PASTISSeriesDataModule(SeriesDataModule):
             batch_size,
             num_workers,
             predict_split=predict_split,
-            root=root,
+            root=Path(root).expanduser(),
             series=series or AllDates(max_length=61),
             classes=classes,
             sensors=sensors,

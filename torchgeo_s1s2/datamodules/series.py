@@ -102,7 +102,8 @@ class SeriesDataModule(NonGeoDataModule):
             dropout: Drop dates and sensors of the training patches at random.
             day_of_year: Append the day of the year to each sensor's bands, as two planes; see
                 :class:`~torchgeo_s1s2.transforms.DayOfYear`.
-            statistics: File of statistics to normalise with, in place of those beside the data.
+            statistics: File whose mean and standard deviation to normalise with, in place of those
+                beside the data; labels are counted all the same.
             **kwargs: Arguments of the data set.
 
         Raises:
@@ -125,7 +126,7 @@ class SeriesDataModule(NonGeoDataModule):
                 f'{self.predict_patch_size}; make the stride the smaller one, or ground is left out'
             )
         self.predict_sampler: list[Any] | None = None
-        self.statistics_path = statistics
+        self.statistics_path = Path(statistics).expanduser() if statistics else None
         self.statistics: Statistics | None = None
         self._prepared: Statistics | None = None
         self.mean, self.std = torch.tensor(0.0), torch.tensor(1.0)
@@ -179,7 +180,7 @@ class SeriesDataModule(NonGeoDataModule):
 
         Lightning calls this in the first process only, before the ``setup`` of all.
         """
-        if self._trains and self.statistics_path is None and self._prepared is None:
+        if self._trains and self._prepared is None:
             self._prepared = self._find_statistics()
 
     def setup(self, stage: str) -> None:
@@ -212,9 +213,10 @@ class SeriesDataModule(NonGeoDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Loader of the training patches; it starts to read in the epoch that comes next."""
+        loader: DataLoader[Sample] = super().train_dataloader()
         if self.trainer:
             self.train_dataset.epoch = _next_epoch(self.trainer)  # type: ignore[union-attr]
-        return super().train_dataloader()
+        return loader
 
     def predict_dataloader(self) -> Any:
         """Loader of the patches, or one of the windows of each UTM zone."""
@@ -326,11 +328,12 @@ class SeriesDataModule(NonGeoDataModule):
         return splits.get(self.trainer.state.fn if self.trainer else None, tuple(every))
 
     def _dataset(self, split: str) -> SeriesDataset:
-        """Patches of a split, chosen once."""
+        """Patches of a split, chosen once; of a rule that draws, with the first draw."""
         if split not in self._datasets:
             dataset = self.open_split(split)
             dataset.check()
             self._datasets[split] = dataset
+        self._datasets[split].epoch = 0
         return self._datasets[split]
 
     def _setup_train(self) -> None:
@@ -381,8 +384,6 @@ class SeriesDataModule(NonGeoDataModule):
     def _check_labels(self) -> None:
         """Warn of labels without a class and classes without a label; an error if none has one."""
         counts = dict(self._known_statistics().labels)
-        if not counts and self.statistics_path is not None:
-            return  # a file that does not tell them
         title, classes = self._dataset('train').title, self.classes.classes
         claimed = {label for c in classes for label in c.labels}
         unclaimed = {v: n for v, n in sorted(counts.items()) if v not in claimed}
@@ -401,15 +402,17 @@ class SeriesDataModule(NonGeoDataModule):
             warn(f'{title}: {"; ".join(notes)}')
 
     def _find_statistics(self) -> Statistics | None:
-        """Statistics from the file given or beside the data, None without training patches."""
-        if self.statistics_path is not None:
-            return Statistics.load(self.statistics_path, self.classes)
+        """Statistics of the training patches, or else from a file given; None without either."""
+        path = self.statistics_path
+        given = Statistics.load(path, self.classes) if path else None
+        if given and not self._trains:
+            return given
         try:
-            return Statistics.beside(self._dataset('train'), self.num_workers)
+            return Statistics.beside(self._dataset('train'), self.num_workers, given)
         except NoPatchesError:
-            if self._trains:
+            if self._trains and not given:
                 raise
-            return None
+            return given
 
     def _share_statistics(self) -> None:
         """Use statistics that the first process finds, unless a checkpoint brought some."""

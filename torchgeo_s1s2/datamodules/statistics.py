@@ -25,6 +25,7 @@ from torchgeo_s1s2.files import stamps, write_json
 
 WINDOW = 512
 """Height and width of the windows that patches are read in."""
+_OF_IMAGES = 'bands', 'mean', 'std', 'made_of', 'replaced'
 _MALFORMED = ValueError, KeyError, TypeError, AttributeError
 
 
@@ -82,40 +83,43 @@ class Statistics:
         return cls(bands, mean, std, tuple(map(int, pixels)), labels)
 
     @classmethod
-    def beside(cls, dataset: SeriesDataset, num_workers: int = 0) -> Self:
+    def beside(
+        cls, dataset: SeriesDataset, num_workers: int = 0, given: Self | None = None
+    ) -> Self:
         """Statistics kept beside the data, computed where there are none of these files yet.
 
         Those of the images follow the images that the date rule chooses, their sizes and times of
         change, and how they are read; of a patch with an image that cannot be read, all images. The
         number of pixels of each label follows the label rasters. Another class scheme reads no file
-        again.
+        again. Those of samples that transforms of the data set have changed are not kept.
 
         Args:
             dataset: The training patches.
             num_workers: Number of processes that read.
+            given: Mean and standard deviation to take in place of those of the images.
         """
         path = statistics_path(dataset)
         kept, files = _kept(path), [dataset.files_of(i) for i in range(len(dataset))]
         made_of = _digest(p for row in files for s in dataset.sensors for p in row[s])
         labelled_by = _digest(p for row in files for p in row[GROUND_REFERENCE])
-        content: dict[str, Any] = {'made_of': made_of, 'labelled_by': labelled_by}
+        content = {key: kept[key] for key in _OF_IMAGES if key in kept}
         replaced = kept.get('replaced', [])
-        if kept.get('made_of') == made_of and replaced == _all_images(dataset, dict(replaced)):
-            content |= {key: kept[key] for key in ('bands', 'mean', 'std')}
-            content['replaced'] = replaced
-        else:
-            content |= _image_statistics(dataset, num_workers)
+        stale = kept.get('made_of') != made_of or replaced != _all_images(dataset, dict(replaced))
+        if given is None and (stale or dataset.transforms):
+            content |= _image_statistics(dataset, num_workers) | {'made_of': made_of}
             content['replaced'] = _all_images(dataset, content['replaced'])
+        content['labelled_by'] = labelled_by
         if kept.get('labelled_by') == labelled_by and 'labels' in kept:
             content['labels'] = kept['labels']
         else:
             content['labels'] = count_labels(dataset, num_workers)
-        if content != kept:
+        if content != kept and not dataset.transforms:
             try:
                 write_json(path, content, indent=1)
             except OSError as error:
                 warn(f'{path} cannot be written ({error}); it is computed anew')
-        return cls._of(content, dataset.classes)
+        of_images = {} if given is None else {key: getattr(given, key) for key in _OF_IMAGES[:3]}
+        return cls._of(content | of_images, dataset.classes)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], classes: ClassScheme | None = None) -> Self:
@@ -217,6 +221,11 @@ def _image_statistics(
     windows = _Windows(dataset, labels=False)
     for sample in windows.read('Computing statistics', num_workers, progress):
         image = sample['image']
+        if image.shape[1] != len(bands):
+            raise DataError(
+                f'samples of {dataset.title} have {image.shape[1]} channels after transforms, and '
+                f'the {len(bands)} bands {bands}; give transforms that keep them'
+            )
         replaced.update(sample['replaced'])
         values = image.transpose(0, 1).flatten(1).double()
         count += values.isfinite().sum(1)
@@ -280,7 +289,8 @@ def _kept(path: Path) -> dict[str, Any]:
     """What a file holds, nothing if it is missing or damaged."""
     with suppress(OSError, *_MALFORMED):
         content: dict[str, Any] = json.loads(path.read_text())
-        Statistics._of(content)
+        if content.keys() & {*_OF_IMAGES}:
+            Statistics._of(content)
         return content
     return {}
 
