@@ -27,7 +27,6 @@ from torchgeo_s1s2.callbacks.layers import map_layers, write_layers
 from torchgeo_s1s2.callbacks.scene import (
     BLOCK,
     BlendBuffer,
-    Lattices,
     Parts,
     Place,
     _content,
@@ -64,13 +63,13 @@ def scene(size: int, classes: int = 3) -> NDArray[np.float32]:
 
 def blended(folder: Path, windows: Iterable[PredictedWindow], epsg: int = 32631) -> Parts:
     """Sums of windows, each second one by another rank."""
-    buffers, lattices = (BlendBuffer(), BlendBuffer()), Lattices()
+    buffers, parts = (BlendBuffer(), BlendBuffer()), Parts([])
     for i, window in enumerate(windows):
-        buffers[i % 2].add(lattices.place(window.grid), window)
+        buffers[i % 2].add(parts.place(window.grid), window)
     paths = [folder / f'part-{epsg}-{rank:05}.npz' for rank in range(2)]
     for buffer, path in zip(buffers, paths, strict=True):
         if buffer.places:
-            buffer.save(path, lattices, {})
+            buffer.save(path, parts.lattices, {})
     return Parts(filter(Path.exists, paths))
 
 
@@ -173,10 +172,10 @@ def test_default_windows_cover_the_scene_and_cost_at_most_1_8_times_its_pixels()
 def test_lattice_does_not_jump_at_whole_and_half_pixels(shift: float) -> None:
     origin = Affine(10, 0, 600000 + shift, 0, -10, 5400000 + shift)
     grid = Grid(crs_of(32631), origin, 4, 3)
-    lattices = Lattices()
-    place = lattices.place(grid)
+    parts = Parts([])
+    place = parts.place(grid)
     assert place == (32631, -540000 - (shift > 1), 60000, 3, 4)
-    assert place.on(lattices[32631]).transform.almost_equals(origin, 1e-6)
+    assert place.on(parts.lattices[32631]).transform.almost_equals(origin, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -184,10 +183,10 @@ def test_lattice_does_not_jump_at_whole_and_half_pixels(shift: float) -> None:
     [(Affine(10, 1, 0, 0, -10, 0), 'north up'), (from_origin(3, 0, 10, 10), 'different pixel')],
 )
 def test_other_grid_is_refused(transform: Affine, message: str) -> None:
-    lattices = Lattices()
-    lattices.place(Grid(crs_of(32631), from_origin(0, 0, 10, 10), 2, 2))
+    parts = Parts([])
+    parts.place(Grid(crs_of(32631), from_origin(0, 0, 10, 10), 2, 2))
     with pytest.raises(MapError, match=message):
-        lattices.place(Grid(crs_of(32631), transform, 2, 2))
+        parts.place(Grid(crs_of(32631), transform, 2, 2))
 
 
 def test_two_windows_blend_by_hand(tmp_path: Path) -> None:

@@ -63,31 +63,6 @@ class Place(NamedTuple):
         return lattice.window(self.col, self.row, self.width, self.height)
 
 
-class Lattices(dict[int, Grid]):
-    """The one pixel lattice of each zone, by EPSG code, from about the origin of its CRS."""
-
-    def place(self, grid: Grid) -> Place:
-        """Pixels of a window; the first one of a zone gives the lattice.
-
-        Raises:
-            MapError: If it is not north up, or lies on another lattice than the windows before.
-        """
-        t, epsg = grid.transform, grid.epsg or 0
-        if t.b or t.d or t.a <= 0 or t.e >= 0:
-            raise MapError(f'a window of a scene must be north up, its transform is {t}')
-        # The quarter keeps whole and half pixels, the usual origins, away from the step of floor.
-        col, row = math.floor(t.c / t.a + 0.25), math.floor(t.f / t.e + 0.25)
-        lattice = self.setdefault(epsg, grid.window(-col, -row, 0, 0))
-        offset = grid.offset_in(lattice)
-        if offset is None:
-            raise MapError(
-                f'the windows of EPSG:{epsg} lie on different pixel grids, {grid.transform!r} and '
-                f'{lattice.transform!r}; a scene needs one: predict with a single resolution, and '
-                'a stride in whole pixels'
-            )
-        return Place(epsg, offset[1], offset[0], grid.height, grid.width)
-
-
 def clip(extent: Place, lattice: Grid, bounds: tuple[float, float, float, float]) -> Place:
     """Leave out the pixels that lie wholly beyond bounds: least x and y, largest x and y."""
     t = lattice.transform
@@ -162,7 +137,7 @@ class BlendBuffer:
             self.probe = probabilities.astype(np.float16)
         self.places.append(place)
 
-    def save(self, path: Path, lattices: Lattices, origin: Mapping[str, str]) -> None:
+    def save(self, path: Path, lattices: Mapping[int, Grid], origin: Mapping[str, str]) -> None:
         """Write the sums, where they lie and what they were made of as ``.npz``, and begin empty.
 
         Raises:
@@ -191,7 +166,14 @@ def _add(total: NDArray[np.float32], block: NDArray[np.float32]) -> NDArray[np.f
 
 
 class Parts:
-    """Saved sums of a scene, read block by block."""
+    """Saved sums of a scene, read block by block.
+
+    Attributes:
+        places: Windows that are in the sums.
+        probes: Probabilities of one of them.
+        lattices: The one pixel grid of each zone, from the origin of its CRS, by EPSG code.
+        origins: What each part was made of.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """List what is in the parts of all ranks.
@@ -201,7 +183,7 @@ class Parts:
         """
         self.places: set[Place] = set()
         self.probes: dict[Place, NDArray[np.float16]] = {}
-        self.lattices = Lattices()
+        self.lattices: dict[int, Grid] = {}
         self.origins: list[dict[str, str]] = []
         self._files: dict[Block, list[Path]] = defaultdict(list)
         for path in paths:
@@ -211,10 +193,31 @@ class Parts:
                 self.probes = self.probes or {places[0]: part['probe']}
                 self.origins.append(json.loads(str(part['origin'])))
                 for epsg, *transform in part['lattices']:
-                    self.lattices.place(Grid(crs_of(int(epsg)), Affine(*transform), 0, 0))
+                    self.place(Grid(crs_of(int(epsg)), Affine(*transform), 0, 0))
                 for name in set(part) - {'places', 'lattices', 'probe', 'origin'}:
                     epsg, row, col = map(int, name.split('_'))
                     self._files[epsg, row, col].append(path)
+
+    def place(self, grid: Grid) -> Place:
+        """Pixels of a window; the first one of a zone gives the lattice.
+
+        Raises:
+            MapError: If it is not north up, or lies on another lattice than the windows before.
+        """
+        t, epsg = grid.transform, grid.epsg or 0
+        if t.b or t.d or t.a <= 0 or t.e >= 0:
+            raise MapError(f'a window of a scene must be north up, its transform is {t}')
+        # The quarter keeps whole and half pixels, the usual origins, away from the step of floor.
+        col, row = math.floor(t.c / t.a + 0.25), math.floor(t.f / t.e + 0.25)
+        lattice = self.lattices.setdefault(epsg, grid.window(-col, -row, 0, 0))
+        offset = grid.offset_in(lattice)
+        if offset is None:
+            raise MapError(
+                f'the windows of EPSG:{epsg} lie on different pixel grids, {grid.transform!r} and '
+                f'{lattice.transform!r}; a scene needs one: predict with a single resolution, and '
+                'a stride in whole pixels'
+            )
+        return Place(epsg, offset[1], offset[0], grid.height, grid.width)
 
     def check_origin(self, origin: Mapping[str, str]) -> None:
         """Check that the parts were made of the same model, settings and data.
@@ -256,7 +259,7 @@ class Parts:
             x, y = window[:2]
             height, width = round((y.stop - y.start) / yres), round((x.stop - x.start) / xres)
             corner = Affine(xres, 0, x.start, 0, -yres, y.stop)
-            place = self.lattices.place(Grid(crs_of(epsg), corner, width, height))
+            place = self.place(Grid(crs_of(epsg), corner, width, height))
             known = probe if place in self.probes else done
             (known if place in self.places else todo).append(window)
         some = probe + todo
@@ -463,7 +466,7 @@ class SceneWriter(MapWriter):
             MapError: If the window lies on another pixel grid than the others, or is predicted
                 otherwise than in the run that is continued.
         """
-        place = self._parts.lattices.place(window.grid)
+        place = self._parts.place(window.grid)
         if place in self._parts.places:
             self._parts.check_probe(place, window.probabilities.float().cpu().numpy())
             return
