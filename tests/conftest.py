@@ -317,8 +317,9 @@ def learnt(
 
 def torchgeo(folder: Path, *arguments: str) -> None:
     """What the command ``torchgeo`` runs, in a folder."""
-    with chdir(folder):
-        main([*arguments])
+    with chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['torchgeo', *arguments])
+        main()
 
 
 def run_script(folder: Path, script: str) -> str:

@@ -27,13 +27,11 @@ from torchgeo_s1s2.callbacks.layers import map_layers, write_layers
 from torchgeo_s1s2.callbacks.scene import (
     BLOCK,
     BlendBuffer,
-    Lattices,
     Parts,
     Place,
     _content,
     _digest,
     clip,
-    lattice_of,
     mosaic_grid,
     write_mosaic,
 )
@@ -51,7 +49,9 @@ def predicted(
 ) -> PredictedWindow:
     corner = from_origin(LEFT + 10 * col, TOP - 10 * row, 10, 10)
     seen = None if seen is None else torch.as_tensor(seen)
-    return PredictedWindow(torch.as_tensor(probabilities), corner, epsg, seen)
+    height, width = probabilities.shape[1:]
+    grid = Grid(crs_of(epsg), corner, width, height)
+    return PredictedWindow(torch.as_tensor(probabilities), grid, seen)
 
 
 def scene(size: int, classes: int = 3) -> NDArray[np.float32]:
@@ -63,13 +63,13 @@ def scene(size: int, classes: int = 3) -> NDArray[np.float32]:
 
 def blended(folder: Path, windows: Iterable[PredictedWindow], epsg: int = 32631) -> Parts:
     """Sums of windows, each second one by another rank."""
-    buffers = BlendBuffer(), BlendBuffer()
+    buffers, parts = (BlendBuffer(), BlendBuffer()), Parts([])
     for i, window in enumerate(windows):
-        buffers[i % 2].add(window)
+        buffers[i % 2].add(parts.place(window.grid), window)
     paths = [folder / f'part-{epsg}-{rank:05}.npz' for rank in range(2)]
     for buffer, path in zip(buffers, paths, strict=True):
         if buffer.places:
-            buffer.save(path, {})
+            buffer.save(path, parts.lattices, {})
     return Parts(filter(Path.exists, paths))
 
 
@@ -172,9 +172,10 @@ def test_default_windows_cover_the_scene_and_cost_at_most_1_8_times_its_pixels()
 def test_lattice_does_not_jump_at_whole_and_half_pixels(shift: float) -> None:
     origin = Affine(10, 0, 600000 + shift, 0, -10, 5400000 + shift)
     grid = Grid(crs_of(32631), origin, 4, 3)
-    place = Lattices().place(32631, grid)
+    parts = Parts([])
+    place = parts.place(grid)
     assert place == (32631, -540000 - (shift > 1), 60000, 3, 4)
-    assert place.on(lattice_of(grid)).transform.almost_equals(origin, 1e-6)
+    assert place.on(parts.lattices[32631]).transform.almost_equals(origin, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -182,10 +183,10 @@ def test_lattice_does_not_jump_at_whole_and_half_pixels(shift: float) -> None:
     [(Affine(10, 1, 0, 0, -10, 0), 'north up'), (from_origin(3, 0, 10, 10), 'different pixel')],
 )
 def test_other_grid_is_refused(transform: Affine, message: str) -> None:
-    lattices = Lattices()
-    lattices.place(32631, Grid(crs_of(32631), from_origin(0, 0, 10, 10), 2, 2))
+    parts = Parts([])
+    parts.place(Grid(crs_of(32631), from_origin(0, 0, 10, 10), 2, 2))
     with pytest.raises(MapError, match=message):
-        lattices.place(32631, Grid(crs_of(32631), transform, 2, 2))
+        parts.place(Grid(crs_of(32631), transform, 2, 2))
 
 
 def test_two_windows_blend_by_hand(tmp_path: Path) -> None:
@@ -510,7 +511,7 @@ def test_mosaic_without_a_place_is_refused() -> None:
 
 
 def test_an_extent_is_clipped_to_whole_pixels_of_the_data() -> None:
-    lattice = lattice_of(Grid(crs_of(32631), from_origin(LEFT, TOP, 10, 10), 1, 1))
+    lattice = Grid(crs_of(32631), from_origin(0, 0, 10, 10), 1, 1)
     extent = Place(32631, -550010, 49990, 120, 120)  # ten pixels more on each side
     exact = (LEFT, TOP - 1000, LEFT + 1000, TOP)
     assert clip(extent, lattice, exact) == Place(32631, -550000, 50000, 100, 100)

@@ -192,13 +192,6 @@ def test_what_every_sample_saw_is_read_without_masks() -> None:
         assert layer(x, VALID[:, :2]).shape == (2, 3, 3, 3)
 
 
-def test_a_training_step_makes_no_gpu_wait() -> None:
-    layer, x = make()
-    with Waits() as waits:
-        layer(x, VALID).square().sum().backward()
-    assert not waits.found
-
-
 def test_torchscript_is_refused() -> None:
     layer, x = make(training=False)
     model = smp.Unet('utae', encoder_weights=None, in_channels=12)

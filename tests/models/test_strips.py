@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from benchmarks.model import held
 from benchmarks.plain import PlainConvLSTM
 from torchgeo_s1s2.models import ConvLSTM, strips
+from torchgeo_s1s2.models.norm import affine_of_slots
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def test_strips(kernel: int) -> None:
     expected = layer(x, valid)
     assert expected.requires_grad
     with torch.no_grad():
-        assert strips.suits_strips(layer, x)
+        assert strips.suits_strips(layer, x, affine_of_slots(layer.batchnorm, x, valid))
         torch.testing.assert_close(layer(x, valid), expected.detach(), rtol=0, atol=1e-12)
 
 

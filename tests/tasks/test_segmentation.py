@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from conftest import Waits, quiet_trainer, write_patch
 from jsonargparse import Namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -25,7 +26,6 @@ from torchgeo_s1s2.datamodules import MultiSenGEDataModule
 from torchgeo_s1s2.datasets import ClassScheme, LandCoverClass
 from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
-from torchgeo_s1s2.tasks.segmentation import _given_of_model
 
 # Rows are the truth, columns the prediction; class 3 is in neither.
 CONFUSION = np.array([[50, 10, 4, 0], [6, 30, 0, 0], [5, 15, 80, 0], [0, 0, 0, 0]])
@@ -529,30 +529,19 @@ def test_true_on_the_command_line_is_imagenet(
     assert asked['encoder_weights'] is None
 
 
-ARGUMENTS = ['--model.lr=1', '--data.root=x']
-
-
-@pytest.mark.parametrize(
-    ('path', 'args', 'given'),
-    [
-        (None, ARGUMENTS, []),
-        ('a.ckpt', ARGUMENTS, ARGUMENTS[:1]),
-        ('a.ckpt', Namespace(subcommand='test'), []),
-    ],
-)
+@pytest.mark.parametrize(('path', 'said'), [('a.ckpt', 'not used: --model.lr=1$'), (None, '')])
 def test_only_a_run_that_goes_on_with_a_checkpoint_overrides(
-    path: str | None, args: Any, given: list[str]
+    monkeypatch: pytest.MonkeyPatch, path: str | None, said: str
 ) -> None:
     """And not one that loads what a search of learning rates or batch sizes saved."""
-    cli: Any = LightningCLI.__new__(LightningCLI)
-    cli.subcommand, cli.config = 'fit', {'fit': {'ckpt_path': path}}
-
-    def run(self: Any, args: Any) -> list[str]:
-        with nullcontext() if path else pytest.warns(S1S2Warning, match='without --ckpt_path'):
-            small().setup('test')
-        return _given_of_model()
-
-    assert run(cli, args) == given
+    monkeypatch.setattr('sys.argv', ['torchgeo', '--model.lr=1', '--data.root=x'])
+    task, parser = small(), LightningArgumentParser()
+    task.trainer = Trainer(callbacks=[SaveConfigCallback(parser, Namespace(ckpt_path=path))])
+    with pytest.warns(S1S2Warning, match='without --ckpt_path') if not path else nullcontext():
+        task.setup('test')
+    saved = {'state_dict': {}, 'hyper_parameters': {'_class_path': 'S1S2SemanticSegmentation'}}
+    with pytest.warns(S1S2Warning, match=said) if said else nullcontext():
+        task.on_load_checkpoint(saved)
 
 
 @pytest.mark.parametrize('key', ['valid', 'length'])

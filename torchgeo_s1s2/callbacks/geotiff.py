@@ -34,28 +34,15 @@ class PredictedWindow:
 
     Attributes:
         probabilities: (K, H, W), 0..1; not finite where unknown.
-        transform: From pixels to the CRS; north up.
-        epsg: EPSG code of the CRS.
+        grid: Its pixels, in a CRS that has an EPSG code.
         observations: Number of valid observations (H, W), None if not known.
         index: Number of the patch in the data set, None if it is not a patch.
     """
 
     probabilities: Tensor
-    transform: Affine
-    epsg: int
+    grid: Grid
     observations: Tensor | None = None
     index: int | None = None
-
-    @property
-    def grid(self) -> Grid:
-        """Its pixels."""
-        height, width = self.probabilities.shape[-2:]
-        return Grid(crs_of(self.epsg), self.transform, width, height)
-
-    @property
-    def place(self) -> str:
-        """Name made of the EPSG code and the upper left corner."""
-        return f'{self.epsg}_{self.transform.c:.12g}_{self.transform.f:.12g}'
 
 
 def predicted_windows(outputs: Any, batch: Any) -> Iterator[PredictedWindow]:
@@ -84,10 +71,11 @@ def predicted_windows(outputs: Any, batch: Any) -> Iterator[PredictedWindow]:
         if epsg <= 0:
             raise MapError('predictions have no EPSG code; give the data set a CRS that has one')
         own, observations = _own_pixels(known, i), _observations(known, i)
+        pixels = probabilities.detach()[:, *own]
+        transform = Affine(*known['transform'][i].flatten().tolist()[:6])
         yield PredictedWindow(
-            probabilities.detach()[:, *own],
-            Affine(*known['transform'][i].flatten().tolist()[:6]),
-            epsg,
+            pixels,
+            Grid(crs_of(epsg), transform, pixels.shape[2], pixels.shape[1]),
             None if observations is None else observations[own],
             int(known['index'][i]) if 'index' in known else None,
         )
@@ -343,8 +331,10 @@ class GeoTIFFWriter(MapWriter):
         Raises:
             MapError: If this run has written a map of that name.
         """
-        has_name = window.index is not None and hasattr(dataset, 'name')
-        name = dataset.name(window.index) if has_name else window.place
+        grid, corner = window.grid, window.grid.transform
+        name = f'{grid.epsg}_{corner.c:.12g}_{corner.f:.12g}'
+        if window.index is not None and hasattr(dataset, 'name'):
+            name = dataset.name(window.index)
         if name in self._written:
             raise MapError(
                 f'two predictions are called {name}; predict each place once, or use SceneWriter '
@@ -353,7 +343,7 @@ class GeoTIFFWriter(MapWriter):
         if not name or name != Path(name).name:
             raise MapError(f'a patch is called {name!r}, which is no file name; rename it')
         values = classify(window.probabilities, window.observations, scheme.ids)
-        count, grid = 2 if self.confidence else 1, window.grid
+        count = 2 if self.confidence else 1
         layers = map_layers(scheme)[:count]
         check_replaceable(layer.path(self._folder, name) for layer in layers)
         pixels = [(Window(0, 0, grid.width, grid.height), values[:count])]

@@ -8,6 +8,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import reduce
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,40 +63,6 @@ class Place(NamedTuple):
         return lattice.window(self.col, self.row, self.width, self.height)
 
 
-def lattice_of(grid: Grid) -> Grid:
-    """The pixels of a grid, counted from the origin of its CRS whatever window they are of.
-
-    Raises:
-        MapError: If the grid is not north up.
-    """
-    t = grid.transform
-    if t.b or t.d or t.a <= 0 or t.e >= 0:
-        raise MapError(f'a window of a scene must be north up, its transform is {t}')
-    # The quarter keeps whole and half pixels, the usual origins, away from the step of floor.
-    col, row = math.floor(t.c / t.a + 0.25), math.floor(t.f / t.e + 0.25)
-    return grid.window(-col, -row, 0, 0)
-
-
-class Lattices(dict[int, Grid]):
-    """The one pixel lattice of each zone, by EPSG code."""
-
-    def place(self, epsg: int, grid: Grid) -> Place:
-        """Pixels of a window; the first one of a zone gives the lattice.
-
-        Raises:
-            MapError: If it lies on another lattice than the windows before.
-        """
-        lattice = self.setdefault(epsg, lattice_of(grid))
-        offset = grid.offset_in(lattice)
-        if offset is None:
-            raise MapError(
-                f'the windows of EPSG:{epsg} lie on different pixel grids, {grid.transform!r} and '
-                f'{lattice.transform!r}; a scene needs one: predict with a single resolution, and '
-                'a stride in whole pixels'
-            )
-        return Place(epsg, offset[1], offset[0], grid.height, grid.width)
-
-
 def clip(extent: Place, lattice: Grid, bounds: tuple[float, float, float, float]) -> Place:
     """Leave out the pixels that lie wholly beyond bounds: least x and y, largest x and y."""
     t = lattice.transform
@@ -139,15 +106,13 @@ class BlendBuffer:
     Attributes:
         blocks: Sums of each block.
         places: Windows that are in the sums.
-        lattices: Pixel lattice of each EPSG code.
         probe: Probabilities of the first of the windows.
     """
 
-    def __init__(self, lattices: Mapping[int, Grid] | None = None) -> None:
-        """Begin empty, on known lattices if there are any."""
+    def __init__(self) -> None:
+        """Begin empty."""
         self.blocks: dict[Block, NDArray[np.float32]] = {}
         self.places: list[Place] = []
-        self.lattices = Lattices(lattices or {})
         self.probe = np.zeros(0, np.float16)
 
     @property
@@ -155,38 +120,32 @@ class BlendBuffer:
         """Memory of the sums in bytes."""
         return sum(block.nbytes for block in self.blocks.values())
 
-    def add(self, window: PredictedWindow) -> None:
-        """Add a window; one observation everywhere unless it says otherwise.
-
-        Raises:
-            MapError: If it lies on another lattice than the windows before.
-        """
-        place = self.lattices.place(window.epsg, window.grid)
+    def add(self, place: Place, window: PredictedWindow) -> None:
+        """Add a window at its place; one observation everywhere unless it says otherwise."""
         probabilities = window.probabilities.float().cpu().numpy()
         seen = window.observations
         count = np.ones(probabilities.shape[1:]) if seen is None else seen.cpu().numpy()
         known = (count > 0) & np.isfinite(probabilities).all(0)
         weight = np.where(known, blend_weights(place.height, place.width), np.float32(0))
-        sums = np.concatenate([np.where(known, probabilities, 0) * weight, weight[None]])
+        weighted = np.where(known, probabilities, 0) * weight
+        sums = np.concatenate([weighted, [weight, (count * known).astype(np.float32)]])
         for key, inside, outside in pieces(place):
             if key not in self.blocks:
-                self.blocks[key] = np.zeros((len(sums) + 1, BLOCK, BLOCK), np.float32)
-            block = self.blocks[key]
-            block[:-1, *inside] += sums[:, *outside]
-            np.maximum(block[-1, *inside], (count * known)[outside], out=block[-1, *inside])
+                self.blocks[key] = np.zeros((len(sums), BLOCK, BLOCK), np.float32)
+            _add(self.blocks[key][:, *inside], sums[:, *outside])
         if not self.places:
             self.probe = probabilities.astype(np.float16)
         self.places.append(place)
 
-    def save(self, path: Path, origin: Mapping[str, str]) -> None:
-        """Write the sums and what they were made of as ``.npz``, and begin empty.
+    def save(self, path: Path, lattices: Mapping[int, Grid], origin: Mapping[str, str]) -> None:
+        """Write the sums, where they lie and what they were made of as ``.npz``, and begin empty.
 
         Raises:
             MapError: If the file cannot be written.
         """
         arrays: dict[str, Any] = {'_'.join(map(str, k)): b for k, b in self.blocks.items()}
-        lattices = [(epsg, *grid.transform[:6]) for epsg, grid in self.lattices.items()]
-        arrays |= {'places': self.places, 'lattices': lattices, 'probe': self.probe}
+        transforms = [(epsg, *grid.transform[:6]) for epsg, grid in lattices.items()]
+        arrays |= {'places': self.places, 'lattices': transforms, 'probe': self.probe}
         try:
             with whole(path) as temporary:
                 np.savez(temporary, origin=json.dumps(origin), **arrays)
@@ -199,8 +158,22 @@ class BlendBuffer:
         self.places.clear()
 
 
+def _add(total: NDArray[np.float32], block: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Add sums to others in place; of the last layer, the observations, the largest counts."""
+    total[:-1] += block[:-1]
+    np.maximum(total[-1], block[-1], out=total[-1])
+    return total
+
+
 class Parts:
-    """Saved sums of a scene, read block by block."""
+    """Saved sums of a scene, read block by block.
+
+    Attributes:
+        places: Windows that are in the sums.
+        probes: Probabilities of one of them.
+        lattices: The one pixel grid of each zone, from the origin of its CRS, by EPSG code.
+        origins: What each part was made of.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """List what is in the parts of all ranks.
@@ -210,23 +183,41 @@ class Parts:
         """
         self.places: set[Place] = set()
         self.probes: dict[Place, NDArray[np.float16]] = {}
-        self.lattices = Lattices()
+        self.lattices: dict[int, Grid] = {}
         self.origins: list[dict[str, str]] = []
         self._files: dict[Block, list[Path]] = defaultdict(list)
         for path in paths:
             with _opened(path) as part:
-                self._list(path, part)
+                places = [Place(*map(int, place)) for place in part['places']]
+                self.places.update(places)
+                self.probes = self.probes or {places[0]: part['probe']}
+                self.origins.append(json.loads(str(part['origin'])))
+                for epsg, *transform in part['lattices']:
+                    self.place(Grid(crs_of(int(epsg)), Affine(*transform), 0, 0))
+                for name in set(part) - {'places', 'lattices', 'probe', 'origin'}:
+                    epsg, row, col = map(int, name.split('_'))
+                    self._files[epsg, row, col].append(path)
 
-    def _list(self, path: Path, part: Mapping[str, NDArray[Any]]) -> None:
-        places = [Place(*map(int, place)) for place in part['places']]
-        self.places.update(places)
-        self.probes = self.probes or {places[0]: part['probe']}
-        self.origins.append(json.loads(str(part['origin'])))
-        for epsg, *transform in part['lattices']:
-            self.lattices.place(int(epsg), Grid(crs_of(int(epsg)), Affine(*transform), 0, 0))
-        for name in set(part) - {'places', 'lattices', 'probe', 'origin'}:
-            epsg, row, col = map(int, name.split('_'))
-            self._files[epsg, row, col].append(path)
+    def place(self, grid: Grid) -> Place:
+        """Pixels of a window; the first one of a zone gives the lattice.
+
+        Raises:
+            MapError: If it is not north up, or lies on another lattice than the windows before.
+        """
+        t, epsg = grid.transform, grid.epsg or 0
+        if t.b or t.d or t.a <= 0 or t.e >= 0:
+            raise MapError(f'a window of a scene must be north up, its transform is {t}')
+        # The quarter keeps whole and half pixels, the usual origins, away from the step of floor.
+        col, row = math.floor(t.c / t.a + 0.25), math.floor(t.f / t.e + 0.25)
+        lattice = self.lattices.setdefault(epsg, grid.window(-col, -row, 0, 0))
+        offset = grid.offset_in(lattice)
+        if offset is None:
+            raise MapError(
+                f'the windows of EPSG:{epsg} lie on different pixel grids, {grid.transform!r} and '
+                f'{lattice.transform!r}; a scene needs one: predict with a single resolution, and '
+                'a stride in whole pixels'
+            )
+        return Place(epsg, offset[1], offset[0], grid.height, grid.width)
 
     def check_origin(self, origin: Mapping[str, str]) -> None:
         """Check that the parts were made of the same model, settings and data.
@@ -268,7 +259,7 @@ class Parts:
             x, y = window[:2]
             height, width = round((y.stop - y.start) / yres), round((x.stop - x.start) / xres)
             corner = Affine(xres, 0, x.start, 0, -yres, y.stop)
-            place = self.lattices.place(epsg, Grid(crs_of(epsg), corner, width, height))
+            place = self.place(Grid(crs_of(epsg), corner, width, height))
             known = probe if place in self.probes else done
             (known if place in self.places else todo).append(window)
         some = probe + todo
@@ -285,17 +276,16 @@ class Parts:
         """Read a map block by block: class with these numbers, confidence, observations."""
         for key, inside, (rows, cols) in pieces(extent):
             if key in self._files:
-                yield Window.from_slices(rows, cols), _finish(self._sum(key)[:, *inside], ids)
+                block = reduce(_add, self._blocks(key))[:, *inside]
+                with np.errstate(invalid='ignore'):
+                    probabilities = torch.from_numpy(block[:-2] / block[-2])
+                values = *classify(probabilities, None, ids), block[-1].astype(np.uint16)
+                yield Window.from_slices(rows, cols), values
 
-    def _sum(self, key: Block) -> NDArray[np.float32]:
-        total: Any = 0
+    def _blocks(self, key: Block) -> Iterator[NDArray[np.float32]]:
         for path in self._files[key]:
             with _opened(path) as part:
-                block = part['_'.join(map(str, key))]
-            most = np.maximum(block[-1], total[-1]) if np.ndim(total) else block[-1]
-            total = total + block
-            total[-1] = most
-        return total
+                yield part['_'.join(map(str, key))]
 
 
 _PROBE_CHANGE = 0.01  # another batch size or device changes probabilities by less than 0.001
@@ -320,14 +310,6 @@ def _opened(path: Path) -> Iterator[Any]:
             f'{path} cannot be read: {error}. Delete it, and resume: true predicts its windows '
             'again'
         ) from error
-
-
-def _finish(block: NDArray[np.float32], ids: Sequence[int]) -> tuple[NDArray[Any], ...]:
-    """Class, confidence and number of observations of sums (K + 2, H, W)."""
-    with np.errstate(invalid='ignore'):
-        probabilities = block[:-2] / block[-2]
-    classes, confidence = classify(torch.from_numpy(probabilities), None, ids)
-    return classes, confidence, block[-1].astype(np.uint16)
 
 
 def write_mosaic(folder: Path, crs: CRS, zones: Mapping[int, Grid], scheme: ClassScheme) -> None:
@@ -447,7 +429,6 @@ class SceneWriter(MapWriter):
         self._parts = Parts([])
         self._dropped: list[Workplace] = []
         self._origin: dict[str, str] = {}
-        self._windows = ''
         self._rank = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -456,9 +437,9 @@ class SceneWriter(MapWriter):
         if stage != 'predict':
             return
         self._rank = trainer.global_rank
-        self._parts = Parts(self._part_files())
-        self._buffer = BlendBuffer(self._parts.lattices)
-        self._windows = self._plan(getattr(trainer, 'datamodule', None), trainer.world_size)
+        self._parts, self._buffer = Parts(self._part_files()), BlendBuffer()
+        windows = self._plan(getattr(trainer, 'datamodule', None), trainer.world_size)
+        self._origin = {'windows': windows}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the parts are of this model and these data, or delete them.
@@ -468,7 +449,7 @@ class SceneWriter(MapWriter):
         """
         super().on_predict_start(trainer, pl_module)
         origin = _origin(trainer, pl_module, self._scheme_of(trainer))
-        self._origin = trainer.strategy.broadcast(origin | {'windows': self._windows})
+        self._origin = trainer.strategy.broadcast(origin | self._origin)
         self._parts.check_origin(self._origin)
         for workplace in self._dropped:
             warn(
@@ -485,11 +466,11 @@ class SceneWriter(MapWriter):
             MapError: If the window lies on another pixel grid than the others, or is predicted
                 otherwise than in the run that is continued.
         """
-        place = self._buffer.lattices.place(window.epsg, window.grid)
+        place = self._parts.place(window.grid)
         if place in self._parts.places:
             self._parts.check_probe(place, window.probabilities.float().cpu().numpy())
             return
-        self._buffer.add(window)
+        self._buffer.add(place, window)
         self._parts.places.add(place)
         if self._buffer.nbytes > self.buffer_size * 2**20:
             self._save()
@@ -550,7 +531,8 @@ class SceneWriter(MapWriter):
         taken = {path.name for path in self._part_files()}
         names = (f'part-{self._rank:05}-{number:05}.npz' for number in itertools.count())
         name = next(name for name in names if name not in taken)
-        self._buffer.save((self._unfinished or self._folder) / name, self._origin)
+        path = (self._unfinished or self._folder) / name
+        self._buffer.save(path, self._parts.lattices, self._origin)
 
     def _plan(self, datamodule: Any, least: int) -> str:
         """Leave out what is done of the data module's windows; return a digest of them all."""

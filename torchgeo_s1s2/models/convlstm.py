@@ -14,10 +14,9 @@ from .norm import (
     Affine,
     MaskedBatchNorm2d,
     Moments,
+    affine_of_slots,
     has_steps,
-    is_affine,
     normalize,
-    scale_and_shift,
     share_with_steps,
     track,
 )
@@ -129,11 +128,11 @@ class ConvLSTM(Unscripted):
         """
         if torch.jit.is_tracing():
             self.__prepare_scriptable__()
-        if suits_strips(self, x):
-            return read_in_strips(self, x, valid)
+        affine = affine_of_slots(self.batchnorm, x, valid)
+        if suits_strips(self, x, affine):
+            return read_in_strips(self, x, valid, affine)
         if has_steps(self.batchnorm) and valid is not None and self.batchnorm.training:
             valid, x = seen_first(valid, x)
-        affine = _affine(self.batchnorm, x, valid)
         size = x.shape[0], self.hidden_channels, *x.shape[-2:]
         zero = x.new_zeros(()).expand(size)
         # The gradients of PyTorch's loop are wrong.
@@ -228,21 +227,6 @@ def _call_with(
 def _slot(series: Tensor, t: Tensor) -> Tensor:
     """Slot t of a series (B, T, ...), in a way that graphs can hold."""
     return series.index_select(1, t[None])[:, 0]
-
-
-def _affine(norm: Any, x: Tensor, valid: Tensor | None) -> Affine | None:
-    """What a batch norm in evaluation mode does at each slot, of shape (B or 1, T, C, 1, 1).
-
-    It is known before the loop, whose graph cannot hold eps where numbers are dynamic.
-    """
-    if not is_affine(norm):
-        return None
-    if not has_steps(norm):
-        scale, shift = scale_and_shift(norm)
-        return scale.expand(1, x.shape[1], -1, -1, -1), shift.expand(1, x.shape[1], -1, -1, -1)
-    # The step is the number of valid slots before.
-    seen = x.new_ones(x.shape[:2]) if valid is None else valid
-    return scale_and_shift(norm, (seen.long().cumsum(1) - 1).clamp(min=0))
 
 
 def seen_first(valid: Tensor, *series: Tensor) -> tuple[Tensor, ...]:

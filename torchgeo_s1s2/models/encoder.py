@@ -318,17 +318,14 @@ class ConvLSTMInceptionEncoder(SeriesEncoder):
         layers = {n: ConvLSTM(c, hidden_channels, norm=norm) for n, c in self.sensors.items()}
         self.convlstm = nn.ModuleDict(layers)
         self.inception = Inception(self.channels, tower_channels) if inception else None
-        self.front_channels = hidden_channels * len(layers)
+        front = hidden_channels * len(layers)
         if self.inception is not None:
-            self.front_channels += self.inception.out_channels
+            front += self.inception.out_channels
         self.spatial = smp.encoders.get_encoder(
-            spatial_encoder,
-            in_channels=self.front_channels,
-            depth=depth,
-            output_stride=output_stride,
+            spatial_encoder, in_channels=front, depth=depth, output_stride=output_stride
         )
         self.output_stride = self.spatial.output_stride
-        first = self.front_channels if full_resolution else self.spatial.out_channels[0]
+        first = front if full_resolution else self.spatial.out_channels[0]
         self.out_channels = [first, *self.spatial.out_channels[1:]]
 
     def _features(

@@ -52,7 +52,7 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         Args:
             x: Features of shape (B, C, H, W).
             mask: Samples that count, booleans of shape (B, 1, 1, 1); all of them if None.
-            affine: What :func:`scale_and_shift` says, which evaluation mode needs.
+            affine: What :func:`affine_of_slots` says of the slot, which evaluation mode needs.
 
         Returns:
             Features of shape (B, C, H, W), of which those of the other samples have no meaning, and
@@ -65,12 +65,6 @@ def has_steps(norm: Any) -> bool:
     """Whether each step has running statistics of its own; nn.SyncBatchNorm keeps their shape."""
     running_mean = getattr(norm, 'running_mean', None)
     return running_mean is not None and running_mean.ndim == 2
-
-
-def is_affine(norm: Any) -> bool:
-    """Whether a module is a batch norm that :func:`scale_and_shift` tells all about."""
-    known = isinstance(norm, MaskedBatchNorm2d) or type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-    return known and not norm.training and norm.running_mean is not None
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -90,6 +84,23 @@ def scale_and_shift(norm: Any, step: Tensor | None = None) -> Affine:
     scale = scale * norm.weight if norm.affine else scale
     shift = (norm.bias if norm.affine else 0) - mean * scale
     return scale[..., None, None], shift[..., None, None]
+
+
+def affine_of_slots(norm: Any, x: Tensor, valid: Tensor | None) -> Affine | None:
+    """What a batch norm does in evaluation mode at each slot, of shape (B or 1, T, C, 1, 1).
+
+    It is known before a loop over the slots, whose graph cannot hold eps where numbers are dynamic.
+    Of training mode and of modules of another kind it is None.
+    """
+    known = isinstance(norm, MaskedBatchNorm2d) or type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+    if not known or norm.training or norm.running_mean is None:
+        return None
+    if not has_steps(norm):
+        scale, shift = scale_and_shift(norm)
+        return scale.expand(1, x.shape[1], -1, -1, -1), shift.expand(1, x.shape[1], -1, -1, -1)
+    # The step is the number of valid slots before.
+    seen = x.new_ones(x.shape[:2]) if valid is None else valid
+    return scale_and_shift(norm, (seen.long().cumsum(1) - 1).clamp(min=0))
 
 
 def _apply(affine: Affine, x: Tensor) -> Tensor:

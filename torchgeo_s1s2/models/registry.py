@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
+from inspect import signature
 from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
@@ -79,17 +80,9 @@ class Backbone:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of the encoder's class."""
-        names = {f.name for f in fields(self)} - {'front'} - self.foreign
-        return {name: getattr(self, name) for name in sorted(names)}
-
-    @property
-    def foreign(self) -> set[str]:
-        """Options that are not of the front."""
-        if self.front == 'convlstm':
-            return {'late'}
-        always = {'full_resolution'} if self.spatial_encoder == UTAE else set()
-        return {'inception', 'norm', *_SIZES.values()} | always
+        """Arguments of the encoder's class: the options that the front has."""
+        known = signature(_ENCODERS[self.front]).parameters
+        return {name: value for name, value in vars(self).items() if name in known}
 
     @property
     def channels(self) -> int:
@@ -148,8 +141,10 @@ def parse_name(name: object) -> Backbone | None:
 def _fits(backbone: Backbone) -> bool:
     """Whether there is such a backbone."""
     sizes = *backbone.sensors.values(), backbone.hidden_channels, backbone.tower_channels
-    default = Backbone(backbone.spatial_encoder, backbone.sensors, inception=False)
-    strange = any(getattr(backbone, k) != getattr(default, k) for k in backbone.foreign)
+    default = Backbone(backbone.spatial_encoder, backbone.sensors, False, front=backbone.front)
+    always = {'full_resolution'} if backbone.spatial_encoder == UTAE else set()
+    foreign = vars(backbone).keys() - backbone.arguments.keys() | always
+    strange = any(getattr(backbone, k) != getattr(default, k) for k in foreign)
     return _knows(backbone.spatial_encoder) and min(sizes) >= 1 and not strange
 
 
@@ -167,11 +162,9 @@ def register_encoder(
     Both libraries know every such name, listed or not. smp silently drops options that it does not
     know, so they are in the name.
 
-    With *day_of_year*, two channels follow the bands of each sensor: the sine and the cosine of
-    the day of the year of its acquisition, as an angle, constant in a slot and 0 where the slot is
-    not observed. An image then has C = 16 channels a slot, {'s2': 12, 's1': 4} unless *sensors*
-    says otherwise. Recurrent layers read them like any other channel, attention takes them for the
-    positions of the dates.
+    With *day_of_year*, the two channels of :class:`~torchgeo_s1s2.transforms.DayOfYear` follow the
+    bands of each sensor: C is 16, {'s2': 12, 's1': 4}, unless *sensors* says otherwise. Recurrent
+    layers read them like any other channel, attention takes them for the positions of the dates.
 
     Args:
         spatial_encoder: Name of an encoder of smp, 'utae', or 'tu-' and the name of a timm model;

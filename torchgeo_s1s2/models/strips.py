@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .norm import has_hooks, has_steps, is_affine, scale_and_shift
+from .norm import Affine, has_hooks
 
 PIXELS = 4096
 """Size of a strip for each thread: the gates of 32 channels take 2 MiB and stay in the cache."""
@@ -28,8 +28,8 @@ def is_plain(conv: nn.Module) -> bool:
     )
 
 
-def suits_strips(layer: Any, x: Tensor) -> bool:
-    """Whether :func:`read_in_strips` can take over from a ConvLSTM.
+def suits_strips(layer: Any, x: Tensor, affine: Affine | None) -> bool:
+    """Whether :func:`read_in_strips` can take over from a ConvLSTM; see there.
 
     That is in evaluation mode, for an ordinary image on a CPU of which no derivative can be asked.
     """
@@ -40,7 +40,7 @@ def suits_strips(layer: Any, x: Tensor) -> bool:
         x.dtype in (torch.float32, torch.float64)
         and forward_ad._current_level < 0
         and is_plain(layer.conv)
-        and (is_affine(norm) or type(norm) is nn.Identity)
+        and (affine is not None or type(norm) is nn.Identity)
         and not has_hooks(norm)
     )
 
@@ -68,7 +68,7 @@ def arrange(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if is_eager_on_cpu(x) else x
 
 
-def read_in_strips(layer: Any, x: Tensor, valid: Tensor | None) -> Tensor:
+def read_in_strips(layer: Any, x: Tensor, valid: Tensor | None, affine: Affine | None) -> Tensor:
     """Read a time series as a ConvLSTM does in evaluation mode, a strip of rows at a time.
 
     The gates are four times as large as a state. In strips they stay in the processor's cache, in
@@ -78,11 +78,16 @@ def read_in_strips(layer: Any, x: Tensor, valid: Tensor | None) -> Tensor:
         layer: The ConvLSTM.
         x: Series of shape (B, T, C, H, W), in single or double precision.
         valid: Slots to read, booleans of shape (B, T); all of them if None.
+        affine: What :func:`~torchgeo_s1s2.models.norm.affine_of_slots` says; None of no norm.
 
     Returns:
         Last hidden state of shape (B, hidden_channels, H, W).
     """
-    slots = [range(x.shape[1])] * len(x) if valid is None else [v.nonzero() for v in valid]
+    every = [range(x.shape[1])] * len(x)
+    slots = every if valid is None else [v.nonzero()[:, 0].tolist() for v in valid]
+    scale, shift = affine or (x.new_ones(1, 1, 1, 1, 1), x.new_zeros(1, 1, 1, 1, 1))
+    # Of half the hidden state, which is what a step computes.
+    scale, shift = (a.expand(*x.shape[:2], -1, -1, -1) for a in (2 * scale, shift))
     channels, radius = x.shape[2], layer.conv.kernel_size[0] // 2
     height, width = x.shape[-2:]
     out, c = (_zeros(x, b, layer.hidden_channels, height, width) for b in (len(x), 1))
@@ -93,10 +98,11 @@ def read_in_strips(layer: Any, x: Tensor, valid: Tensor | None) -> Tensor:
     for sample, seen in enumerate(slots):
         c.zero_()
         for number, t in enumerate(seen):
-            read[:, :channels, inside] = x[sample, int(t)]
+            read[:, :channels, inside] = x[sample, t]
             # The hidden state is still zero before the first image.
             images = read if number else read[:, :channels]
-            _step(layer, images, write[:, channels:, inside], c, number)
+            now = scale[sample, t], shift[sample, t]
+            _step(layer, images, write[:, channels:, inside], c, now)
             read, write = write, read
         if len(seen):
             out[sample] = read[0, channels:, inside]
@@ -107,17 +113,8 @@ def _zeros(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last).zero_()
 
 
-def _scale_and_shift(norm: Any, number: int) -> tuple[Any, Any]:
-    """What a batch norm does in evaluation at a step, from 0, to a half of what it reads."""
-    if type(norm) is nn.Identity:
-        return torch.full((), 2.0), torch.zeros(())
-    scale, shift = scale_and_shift(norm, torch.tensor(number) if has_steps(norm) else None)
-    return 2 * scale, shift
-
-
-def _step(layer: Any, images: Tensor, h: Tensor, c: Tensor, number: int) -> None:
+def _step(layer: Any, images: Tensor, h: Tensor, c: Tensor, affine: Affine) -> None:
     """Write the normalised hidden state that follows images, and change the cell state."""
-    affine = _scale_and_shift(layer.batchnorm, number)
     weight, bias = _double_cell_gate(layer.conv, images.shape[1])
     height, width = c.shape[-2:]
     radius = weight.shape[-1] // 2

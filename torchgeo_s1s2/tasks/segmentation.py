@@ -1,14 +1,13 @@
 """Semantic segmentation of Sentinel-1 and Sentinel-2 time series."""
 
 import sys
-import traceback
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
 import torch
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Adam
@@ -222,7 +221,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             ValueError: If the numbers of classes, channels or time slots or the names of the
                 classes differ, or no training pixel has a label.
         """
-        if stage != 'fit' and _command()[1] is None and not self.weights:
+        if stage != 'fit' and self._checkpoint == '' and not self.weights:
             _warn(
                 f'torchgeo {stage} without --ckpt_path uses initial weights, which have learned '
                 'nothing; give the checkpoint of a training'
@@ -254,6 +253,13 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         """The data module, if it is one of this package."""
         datamodule = getattr(self._trainer, 'datamodule', None)
         return datamodule if isinstance(datamodule, SeriesDataModule) else None
+
+    @property
+    def _checkpoint(self) -> str | None:
+        """``--ckpt_path`` of the command line, empty without that; None without a command."""
+        callbacks = getattr(self._trainer, 'callbacks', ())
+        commands = (c.config for c in callbacks if isinstance(c, SaveConfigCallback))
+        return next((str(c.get('ckpt_path') or '') for c in commands), None)
 
     def _take_names(self, names: list[str], fit: bool) -> None:
         """Check the names of the data's classes, and name the metrics by them."""
@@ -305,8 +311,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         self._classes = trained_classes(checkpoint)
         if self._data and self._is_multiclass:
             self._check_classes(list(self._data.classes.names))
-        given = _given_of_model()
-        if given and '_class_path' in checkpoint.get('hyper_parameters', {}):
+        given = [argument for argument in sys.argv if argument.startswith('--model')]
+        from_command = self._checkpoint and '_class_path' in checkpoint.get('hyper_parameters', {})
+        if given and from_command:
             _warn(
                 'the arguments of the model are those of the checkpoint (--ckpt_path); not used: '
                 + ' '.join(given)
@@ -568,22 +575,3 @@ def _differences(old: Sequence[str], new: Sequence[str]) -> str:
 
 def _warn(message: str) -> None:
     rank_zero_warn(message, category=S1S2Warning)
-
-
-def _command() -> tuple[list[Any], str | None]:
-    """Arguments and checkpoint of the command line; both are empty if there is none."""
-    for call in (frame.f_locals for frame, _ in traceback.walk_stack(sys._getframe())):
-        if isinstance(cli := call.get('self'), LightningCLI) and 'args' in call:
-            arguments = sys.argv if call['args'] is None else call['args']
-            path = cli.config[cli.subcommand].get('ckpt_path')
-            return (arguments if isinstance(arguments, list) else []), path
-    return [], ''
-
-
-def _given_of_model() -> list[str]:
-    """Arguments of the model beside a checkpoint on the command line.
-
-    What searches learning rates or batch sizes loads checkpoints of its own.
-    """
-    arguments, path = _command()
-    return [a for a in arguments if path and isinstance(a, str) and a.startswith('--model')]
