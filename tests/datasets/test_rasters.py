@@ -356,7 +356,7 @@ def test_four_bands_of_red_green_blue_and_transparency_are_four_bands(
     bands, values = ('B04', 'B03', 'B02', 'B08'), (40, 30, 20, 80)
     image = np.stack([half(0 if v == 80 else v, 'uint8', v, 1)[0] for v in values])
     options = {'s2_options': {'descriptions': bands if named else 4 * [None], 'photometric': 'rgb'}}
-    said = {} if named else {'file_bands': {'s2': bands}}
+    said: dict[str, Any] = {} if named else {'file_bands': {'s2': bands}}
     chosen = ['B02', 'B03', 'B04', 'B08', 'VV']
     seen = read(tmp_path, image, options=options, bands=chosen, **said)['image'][0]
     np.testing.assert_allclose(seen[:, 0, 7], [0.002, 0.003, 0.004, 0.008, -10], rtol=1e-5)
@@ -375,7 +375,7 @@ def test_four_bands_of_red_green_blue_and_transparency_are_four_bands(
             's1',
             2,
             ('VV', 'angle'),
-            r'has the bands VV and lacks VH; .* or name .\'angle\'. in file_bands',
+            r'has the bands VV and lacks VH; .* or name ..angle.. in file_bands',
         ),
     ],
 )

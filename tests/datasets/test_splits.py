@@ -198,7 +198,7 @@ def test_a_row_without_a_pixel_is_left_out(ground: Path) -> None:
     dataset = numbered(ground)
     dataset.index.geometry = dataset.index.intersection(half)  # in place
     assert pixels(dataset[0]) == pixels(numbered(ground)[0])
-    with pytest.raises(IndexError, match='31UEQ_48_16. holds no pixel'):
+    with pytest.raises(IndexError, match=r'31UEQ_48_16. holds no pixel'):
         dataset[7]
 
 

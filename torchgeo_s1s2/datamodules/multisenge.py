@@ -140,8 +140,7 @@ class MultiSenGEDataModule(SeriesDataModule):
     def _opened(self, root: Path) -> Iterator[MultiSenGE]:
         """Data sets of the splits that a run reads, and the training if it needs statistics."""
         catalog = Catalog(root)
-        brought = self.statistics_path or getattr(self.trainer, 'ckpt_path', None)
-        needed = () if brought and not self._trains else ('train',)
+        needed = ('train',) if self._trains or not self.statistics_path else ()
         for split in dict.fromkeys((*self._splits_of_run(), *needed)):
             with suppress(NoPatchesError):  # setup says so if the split is needed
                 yield self._open(root, split, catalog)

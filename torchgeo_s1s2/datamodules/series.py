@@ -170,11 +170,6 @@ class SeriesDataModule(NonGeoDataModule):
         """Inverse pixel frequencies in the training patches, (K,); known after ``setup``."""
         return self._known_statistics().class_weights
 
-    @property
-    def knows_labels(self) -> bool:
-        """Whether the statistics tell pixels of the classes, which a given file need not."""
-        return bool(self._known_statistics().pixels)
-
     def prepare_data(self) -> None:
         """Find the statistics of a training, so that all processes read them.
 

@@ -238,7 +238,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         self._check_data(data)
         if self._is_multiclass:
             self._take_names(list(data.classes.names), fit=stage == 'fit')
-        if stage == 'fit' and (balanced or data.knows_labels):
+        if stage == 'fit':
             weights = data.class_weights  # an error without a labelled training pixel
             if balanced:
                 self.criterion.weight = weights.to(self.device)
