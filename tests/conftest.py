@@ -1,7 +1,9 @@
 import json
 import os
+import resource
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
@@ -11,6 +13,7 @@ from typing import Any
 import geopandas as gpd
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 import rasterio
 import torch
@@ -20,13 +23,13 @@ from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
 from shapely import MultiPolygon, box
-from shapely.geometry import mapping
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchgeo.main import main
 
 import benchmarks.run
+import torchgeo_s1s2
 from benchmarks.pastis import save
 from torchgeo_s1s2.datasets import ClassScheme, LandCoverClass, rasters
 from torchgeo_s1s2.datasets.rasters import Grid
@@ -39,6 +42,7 @@ torch.set_num_threads(THREADS)
 os.environ['OMP_NUM_THREADS'] = str(THREADS)
 
 SHARED = Path(__file__).parents[2] / 'shared'
+SHIPPED = Path(torchgeo_s1s2.__file__).parent / 'conf'
 ORIGINS = {'31UEQ': (32631, 500000.0, 5500000.0), '32ULU': (32632, 300000.0, 5400000.0)}
 S2_DATES = ('20200706', '20200805', '20200904', '20201108')
 BANDS = ('descriptions', 'scales', 'offsets', 'colorinterp')
@@ -154,14 +158,8 @@ def write_patch(
     write_label_file(root, tile, x, y, tuple(s2), tuple(s1))
 
 
-PASTIS_DAYS = {'S2': 10, 'S1A': 6, 'S1D': 7}
-"""Days from one acquisition of PASTIS to the next, from 1, 2 and 4 October 2018 on."""
-
-
-def pastis_dates(sensor: str, count: int) -> list[int]:
-    first = np.datetime64({'S2': '2018-10-01', 'S1A': '2018-10-02', 'S1D': '2018-10-04'}[sensor])
-    days = first + PASTIS_DAYS[sensor] * np.arange(count)
-    return [int(str(day).replace('-', '')) for day in days]
+PASTIS_DAYS = {'S2': ('20181001', '10D'), 'S1A': ('20181002', '6D'), 'S1D': ('20181004', '7D')}
+"""First acquisition of PASTIS, and the time to the next one."""
 
 
 def write_pastis(
@@ -190,8 +188,9 @@ def write_pastis(
     rows, geometry = [], []
     for i, numbers in counts.items():
         dates: dict[str, Any] = {}
-        for sensor, count in zip(PASTIS_DAYS, numbers, strict=True):
-            listed = {str(t): day for t, day in enumerate(pastis_dates(sensor, count))}
+        for (sensor, (first, step)), count in zip(PASTIS_DAYS.items(), numbers, strict=True):
+            days = pd.date_range(first, periods=count, freq=step).strftime('%Y%m%d')
+            listed = {str(t): int(day) for t, day in enumerate(days)}
             dates[f'dates-{sensor}'] = json.dumps(listed) if text else listed
             path = root / f'DATA_{sensor}' / f'{sensor}_{10000 + i}.npy'
             save(path, _values(sensor, count, size))
@@ -200,16 +199,10 @@ def write_pastis(
         target[0, :, -1] = 19
         save(root / 'ANNOTATIONS' / f'TARGET_{10000 + i}.npy', target)
         left, top = 600000 + 10 * size * i, 5500000
-        geometry.append(box(left, top - 10 * size, left + 10 * size, top))
+        geometry.append(MultiPolygon([box(left, top - 10 * size, left + 10 * size, top)]))
         rows.append({'ID_PATCH': 10000 + i, 'Fold': i % 5 + 1, 'TILE': tile, **dates})
-    footprints = gpd.GeoSeries(geometry, crs=32630).to_crs(2154)
-    features = [
-        {'type': 'Feature', 'properties': row, 'geometry': mapping(MultiPolygon([footprint]))}
-        for row, footprint in zip(rows, footprints, strict=True)
-    ]
-    crs = {'type': 'name', 'properties': {'name': 'urn:ogc:def:crs:EPSG::2154'}}
-    content = {'type': 'FeatureCollection', 'crs': crs, 'features': features}
-    (root / 'metadata.geojson').write_text(json.dumps(content))
+    metadata = gpd.GeoDataFrame(rows, geometry=geometry, crs=32630).to_crs(2154)
+    (root / 'metadata.geojson').write_text(metadata.to_json(drop_id=True))
     return root
 
 
@@ -293,7 +286,6 @@ def trainings(run: Callable[..., object] = benchmarks.run.run) -> Iterator[list[
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
     """Let no file become larger than some bytes, as on a disk that fills up."""
-    resource = pytest.importorskip('resource')
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -402,10 +394,7 @@ def reference() -> Mapping[str, NDArray[Any]]:
 @pytest.fixture(scope='session')
 def real_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root with the 8,157 real label files and nothing else."""
-    import tarfile
-
-    archive = _shared('multisenge/labels.tar.xz')
     root = tmp_path_factory.mktemp('multisenge')
-    with tarfile.open(archive) as tar:
+    with tarfile.open(_shared('multisenge/labels.tar.xz')) as tar:
         tar.extractall(root, filter='data')
     return root

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import run_script, torchgeo
+from conftest import SHIPPED, run_script, torchgeo
 
-import torchgeo_s1s2
 from torchgeo_s1s2.errors import S1S2Warning
 
 CONF = Path(__file__).parent / 'conf' / 'multisenge.yaml'
-SHIPPED = Path(torchgeo_s1s2.__file__).parent / 'conf'
 SCENE = CONF.with_name('scene.yaml')
 CHECKPOINT = '--ckpt_path=outputs/best.ckpt'
 SERIES = '--data.init_args.series=torchgeo_s1s2.datasets.MonthlySeries'
@@ -60,12 +58,6 @@ def test_fit_leaves_checkpoint_metrics_and_pictures(fitted: Path) -> None:
     assert len(metrics) == 1 + 1 + 3 + 10 + (3 + 5) * 10
     pictures = {path.name for path in (fitted / 'outputs' / 'figures').iterdir()}
     assert pictures == {'val_sample_0.png', 'val_confusion_matrix.png', 'curves.png'}
-
-
-def test_validate_repeats_the_last_validation_exactly(fitted: Path) -> None:
-    command(fitted, 'validate', CHECKPOINT, '--trainer.logger.init_args.save_dir=validated')
-    before = logged(fitted / 'outputs' / 'metrics.csv', 'val_')
-    assert logged(fitted / 'validated' / 'metrics.csv', 'val_') == before
 
 
 def test_test_writes_metrics_and_pictures_and_says_what_the_checkpoint_overrides(

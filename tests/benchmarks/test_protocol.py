@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from conftest import SHIPPED
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
@@ -8,11 +9,9 @@ from torch.optim import Adam
 from torchgeo.datamodules import BaseDataModule
 from torchgeo.tasks import BaseTask
 
-import torchgeo_s1s2
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.models import AttentionEncoder, ConvLSTMInceptionEncoder, SeriesEncoder
 
-CONF = Path(torchgeo_s1s2.__file__).parent / 'conf'
 SETTINGS = {'s1': (8, False), 's2': (40, False), 's1s2': (48, False), 'inception': (48, True)}
 
 
@@ -40,7 +39,7 @@ def options(root: Path, classes: int, ablation: str) -> list[str]:
     names = 'multisenge', f'multisenge_{classes}', f'multisenge_{ablation}'
     small = ['--data.init_args.root', str(root), '--data.init_args.num_workers', '0']
     limits = ['--trainer.logger', 'false', '--trainer.accelerator', 'cpu']
-    configs = [f'--config={CONF / name}.yaml' for name in names]
+    configs = [f'--config={SHIPPED / name}.yaml' for name in names]
     return [*configs, *small, '--data.init_args.batch_size', '2', *limits]
 
 

@@ -45,16 +45,14 @@ def test_steps_by_hand() -> None:
     assert shares(3, 2, 1, shuffle=False) == [[[0, 1]], [[2]]]
     # Nine in one process: no batch of one.
     assert list(EvenBatches(SequentialSampler(range(9)), 8)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
+    # A sampler of one's own is followed.
+    assert list(EvenBatches([4, 3, 2, 1, 0], 2)) == [[4, 3, 2], [1, 0]]
 
 
 def test_another_order_each_epoch_and_the_same_in_each_process() -> None:
     first, second = (sorted(chain(*shares(8, 2, 2, epoch=epoch)[0])) for epoch in (0, 1))
     assert first != second
     assert shares(8, 2, 2) == shares(8, 2, 2)
-
-
-def test_a_plain_sampler_is_followed() -> None:
-    assert list(EvenBatches([4, 3, 2, 1, 0], 2)) == [[4, 3, 2], [1, 0]]
 
 
 def test_fewer_samples_than_processes() -> None:

@@ -1,3 +1,4 @@
+from itertools import batched
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,14 +54,11 @@ class Recorder(LightningModule):
         self.batches: dict[str, list[dict[str, Any]]] = {}
 
     def step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
-        self.batches.setdefault(self.stage, []).append(batch)
+        stage: Any = self.trainer.state.stage
+        self.batches.setdefault(stage.dataloader_prefix, []).append(batch)
         return self.weight * batch['image'].mean()
 
     training_step = validation_step = test_step = predict_step = step
-
-    @property
-    def stage(self) -> str:
-        return str(self.trainer.state.stage.dataloader_prefix)  # type: ignore[union-attr]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -75,9 +73,14 @@ def datamodule(root: Path, **options: Any) -> MultiSenGEDataModule:
     return MultiSenGEDataModule(root, **settings)
 
 
-def test_training_patches_are_normalised_and_filled(root: Path) -> None:
-    task, data = Recorder(), datamodule(root, augment=False)
+def fit(root: Path, **options: Any) -> tuple[Recorder, MultiSenGEDataModule]:
+    task, data = Recorder(), datamodule(root, **options)
     trainer().fit(task, data)
+    return task, data
+
+
+def test_training_patches_are_normalised_and_filled(root: Path) -> None:
+    task, _ = fit(root, augment=False)
     images = torch.cat([batch['image'] for batch in task.batches['train']])
     assert images.shape == (4, 4, 12, SIZE, SIZE)
     hole = images[:, 1, :10, :3]
@@ -88,15 +91,6 @@ def test_training_patches_are_normalised_and_filled(root: Path) -> None:
     torch.testing.assert_close(seen.std(1, correction=0), torch.ones(10), atol=1e-5, rtol=0)
 
 
-def test_every_training_patch_is_seen_whatever_the_batch_size(root: Path) -> None:
-    task, data = Recorder(), datamodule(root, batch_size=3)
-    trainer(max_epochs=2).fit(task, data)
-    batches = [batch['index'] for batch in task.batches['train']]
-    assert [len(batch) for batch in batches] == [2, 2, 2, 2]
-    for epoch in (batches[:2], batches[2:]):
-        assert sorted(torch.cat(epoch).tolist()) == [0, 1, 2, 3]
-
-
 def test_the_patches_of_a_split_are_chosen_once(root: Path, monkeypatch: Any) -> None:
     chosen: list[str] = []
     choose = MultiSenGE._choose
@@ -105,8 +99,7 @@ def test_the_patches_of_a_split_are_chosen_once(root: Path, monkeypatch: Any) ->
         '_choose',
         lambda self, rows: chosen.append(self.split) or choose(self, rows),  # type: ignore[func-returns-value]
     )
-    data = datamodule(root)
-    trainer().fit(Recorder(), data)
+    _, data = fit(root)
     trainer().test(Recorder(), data, verbose=False)
     assert sorted(chosen) == ['test', 'train', 'val']
 
@@ -171,8 +164,7 @@ def test_patches_of_several_sizes_make_batches(tmp_path: Path) -> None:
     for x, size in ((0, 8), (20, 16), (40, 12)):
         write_patch(tmp_path, '31UEQ', x, size=size)
     write_patch(tmp_path, '32ULU', size=8)
-    task, data = Recorder(), datamodule(tmp_path, batch_size=3, augment=False)
-    trainer().fit(task, data)
+    task, _ = fit(tmp_path, batch_size=3, augment=False)
     (batch,) = task.batches['train']
     assert batch['image'].shape == (3, 4, 12, 16, 16)
     pixels = (batch['mask'] != 255).sum((1, 2)).tolist()
@@ -180,8 +172,7 @@ def test_patches_of_several_sizes_make_batches(tmp_path: Path) -> None:
     small = batch['index'].tolist().index(0)
     assert not batch['image'][small, ..., 8:, :].any()  # missing is the mean, 0
     assert not batch['image'][small, ..., 8:].any()
-    crops = Recorder()
-    trainer().fit(crops, datamodule(tmp_path, batch_size=2, patch_size=10))
+    crops, _ = fit(tmp_path, batch_size=2, patch_size=10)
     index = torch.cat([b['index'] for b in crops.batches['train']])
     assert sorted(index.tolist()) == [0, 1, 2]
     for b in crops.batches['train']:
@@ -191,8 +182,7 @@ def test_patches_of_several_sizes_make_batches(tmp_path: Path) -> None:
 
 
 def test_evaluation_sees_patches_as_they_are(root: Path) -> None:
-    task, data = Recorder(), datamodule(root)
-    trainer().fit(task, data)
+    task, data = fit(root)
     (batch,) = task.batches['val']
     for number in range(2):
         sample = data.val_dataset[number]  # type: ignore[index]
@@ -283,14 +273,12 @@ def test_what_is_known_of_the_data(root: Path) -> None:
 )
 def test_bad_settings(root: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        trainer().fit(Recorder(), datamodule(root, **options))
+        fit(root, **options)
 
 
 def test_statistics_travel_in_checkpoints(root: Path, tmp_path: Path) -> None:
-    task, data = Recorder(), datamodule(root)
-    first = trainer()
-    first.fit(task, data)
-    first.save_checkpoint(tmp_path / 'last.ckpt')
+    task, data = fit(root)
+    task.trainer.save_checkpoint(tmp_path / 'last.ckpt')
     elsewhere = tmp_path / 'elsewhere'
     write_patch(elsewhere, '32ULU', size=SIZE)
     other = datamodule(elsewhere, splits={'test': ['32ULU']})
@@ -320,9 +308,8 @@ def test_statistics_travel_in_checkpoints(root: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_spares_the_statistics(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner, data = trainer(), datamodule(root)
-    runner.fit(Recorder(), data)
-    runner.save_checkpoint(tmp_path / 'last.ckpt')
+    task, data = fit(root)
+    task.trainer.save_checkpoint(tmp_path / 'last.ckpt')
     for path in root.glob('statistics_*.json'):
         path.unlink()
     opened, real = list[str](), rasters.open_raster
@@ -363,12 +350,12 @@ def test_a_given_file_of_statistics_wins(root: Path, tmp_path: Path, beside: boo
 def test_no_labelled_training_pixel_is_an_error_before_training(tmp_path: Path) -> None:
     for tile in ('31UEQ', '32ULU'):
         write_patch(tmp_path, tile, size=8, labels=np.full((8, 8), 60, np.uint8))
-    task, data = Recorder(), datamodule(tmp_path, batch_size=1)
+    task = Recorder()
     message = (
         r'no pixel of split .train.* hold 60 \(100.0%\), the classes claim \[1, 2, 3.*Give classes'
     )
     with pytest.raises(ValueError, match=message):
-        trainer().fit(task, data)
+        trainer().fit(task, datamodule(tmp_path, batch_size=1))
     assert not task.batches
     for path in (tmp_path / 'ground_reference').iterdir():
         path.unlink()
@@ -376,7 +363,7 @@ def test_no_labelled_training_pixel_is_an_error_before_training(tmp_path: Path) 
         pytest.raises(ValueError, match='the label rasters hold nothing'),
         pytest.warns(S1S2Warning, match='2 of ground_reference'),
     ):
-        trainer().fit(task, datamodule(tmp_path, batch_size=1))
+        fit(tmp_path, batch_size=1)
 
 
 def test_labels_without_a_class_and_classes_without_a_label_are_said(tmp_path: Path) -> None:
@@ -385,9 +372,8 @@ def test_labels_without_a_class_and_classes_without_a_label_are_said(tmp_path: P
     labels[0], labels[1] = 77, 0
     for tile in ('31UEQ', '32ULU'):
         write_patch(tmp_path, tile, size=8, labels=labels)
-    data = datamodule(tmp_path, batch_size=1, classes=6)
     with pytest.warns(S1S2Warning) as said:
-        trainer().fit(Recorder(), data)
+        fit(tmp_path, batch_size=1, classes=6)
     (text,) = (str(w.message) for w in said if 'training pixel' in str(w.message))
     assert 'no class claims the labels 0 (12.5%), 77 (12.5%)' in text
     assert 'no training pixel is of Dense Built-Up, Sparse Built-Up, Specialized Built-Up' in text
@@ -478,8 +464,7 @@ def test_a_mistake_in_the_classes_of_a_configuration_is_named(
 
 
 def test_day_of_year_comes_after_each_sensor(root: Path) -> None:
-    task, data, plain = Recorder(), datamodule(root, day_of_year=True), datamodule(root)
-    trainer().fit(task, data)
+    (task, data), plain = fit(root, day_of_year=True), datamodule(root)
     assert data.channels == {'s2': 12, 's1': 4}
     assert data.mean.shape == data.std.shape == (4 * 16,)
     batch = task.batches['val'][0]
@@ -498,8 +483,7 @@ def test_day_of_year_comes_after_each_sensor(root: Path) -> None:
 
 
 def test_dropout_is_of_training_only(root: Path) -> None:
-    task, data = Recorder(), datamodule(root, dropout=SeriesDropout(date=1), day_of_year=True)
-    trainer().fit(task, data)
+    task, _ = fit(root, dropout=SeriesDropout(date=1), day_of_year=True)
     for batch in task.batches['train']:
         assert (batch['valid'].flatten(1).sum(1) == 1).all()
         slots = torch.stack(
@@ -510,51 +494,39 @@ def test_dropout_is_of_training_only(root: Path) -> None:
     assert task.batches['val'][0]['valid'].all()
 
 
-Draws = dict[int, dict[int, list[int]]]
-
-
-class Dates(Recorder):
-    """Keeps the Sentinel-2 dates of each patch in each epoch, of training and validation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dates: dict[str, Draws] = {'train': {}, 'val': {}}
-
-    def step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
-        times = batch['acquisition_times'][..., 0].tolist()
-        epoch = self.dates[self.stage].setdefault(self.current_epoch, {})
-        epoch |= zip(batch['index'].tolist(), times, strict=True)
-        return super().step(batch, batch_idx)
-
-    training_step = validation_step = step
-
-
 class Starts(MultiSenGEDataModule):
     """Keeps the epoch in which worker processes would begin to read."""
 
-    epoch = -1
-
     def train_dataloader(self) -> DataLoader[Any]:
         loader = super().train_dataloader()
-        self.epoch = self.train_dataset.epoch  # type: ignore[union-attr]
+        self.start = self.train_dataset.epoch  # type: ignore[union-attr]
         return loader
 
 
-def draws(root: Path, workers: int = 0, ckpt_path: Path | None = None, **options: Any) -> Dates:
-    task = Dates()
+Draws = list[dict[int, str]]
+
+
+def draws(
+    root: Path, workers: int = 0, ckpt_path: Path | None = None, **options: Any
+) -> tuple[Draws, Draws, int]:
+    """Sentinel-2 dates of each patch by epoch, of training and validation, and the first epoch."""
+    task = Recorder()
     data = Starts(root, 1, workers, splits=SPLITS, series=RandomDates(n=2))
     trainer(**({'max_epochs': 4} | options)).fit(task, data, ckpt_path=ckpt_path)
-    assert data.epoch == min(task.dates['train'])
-    return task
+    train, val = (
+        [(int(b['index']), str(b['acquisition_times'][0, :, 0].tolist())) for b in task.batches[s]]
+        for s in ('train', 'val')
+    )
+    return [*map(dict, batched(train, 4))], [*map(dict, batched(val, 2))], data.start
 
 
-def test_random_dates_change_with_the_epoch_and_nothing_else(root: Path) -> None:
-    drawn = draws(root).dates
-    assert sorted(drawn['train']) == [0, 1, 2, 3]
-    assert all(sorted(dates) == [0, 1, 2, 3] for dates in drawn['train'].values())
-    assert len({str(sorted(dates.items())) for dates in drawn['train'].values()}) == 4
-    assert all(dates == drawn['val'][0] for dates in drawn['val'].values())
-    assert draws(root).dates == draws(root, workers=1).dates == drawn
+def test_random_dates_change_with_the_patch_the_epoch_and_nothing_else(root: Path) -> None:
+    train, val, start = draws(root)
+    assert [sorted(dates) for dates in train] == [[0, 1, 2, 3]] * 4
+    assert len({str(sorted(dates.items())) for dates in train}) == 4
+    assert len({date for dates in train for date in dates.values()}) > 4
+    assert val == val[:1] * 4
+    assert draws(root) == draws(root, workers=1) == (train, val, start)
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -564,10 +536,9 @@ def test_a_resumed_training_draws_as_if_it_had_not_stopped(
 ) -> None:
     saver = ModelCheckpoint(tmp_path, '{epoch}', save_on_train_epoch_end=not after_validation)
     draws(root, max_epochs=2, enable_checkpointing=True, callbacks=[saver])
-    path = tmp_path / 'epoch=1.ckpt'
-    resumed = draws(root, workers, path).dates['train']
-    complete = draws(root).dates['train']
-    assert resumed == {epoch: complete[epoch] for epoch in (2, 3)}
+    resumed, _, start = draws(root, workers, tmp_path / 'epoch=1.ckpt')
+    complete, _, _ = draws(root)
+    assert (resumed, start) == (complete[2:], 2)
 
 
 def test_a_second_fit_follows_the_epochs_once(root: Path) -> None:
@@ -595,10 +566,10 @@ def images(batches: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
 
 
 def test_a_run_copies_what_it_reads(root: Path, tmp_path: Path) -> None:
-    plain, task, source = Recorder(), Recorder(), Copy(str(tmp_path / 'copy'))
-    trainer().fit(plain, datamodule(root, augment=False))
+    source = Copy(str(tmp_path / 'copy'))
+    plain, _ = fit(root, augment=False)
     trainer().validate(Recorder(), datamodule(root, source=source), verbose=False)
-    trainer().fit(task, datamodule(root, augment=False, source=source))
+    task, _ = fit(root, augment=False, source=source)
     assert sorted(path.name for path in (tmp_path / 'copy').iterdir() if path.is_dir()) == [
         'ground_reference', 'labels', 's1', 's2',
     ]  # fmt: skip
@@ -610,7 +581,7 @@ def test_a_run_copies_what_it_reads(root: Path, tmp_path: Path) -> None:
     # Whatever reads the root now fails; other rules and bands are served as well.
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / 'copy').rglob('*.tif')}
     options = {'series': RandomDates(n=2), 'bands': ['B02', 'VV'], 'classes': 6, 'num_workers': 1}
-    trainer().fit(Recorder(), datamodule(root, source=source, **options))
+    fit(root, source=source, **options)
     assert {path: path.stat().st_mtime_ns for path in written} == written
     away = datamodule(tmp_path / 'copy', augment=False)
     trainer().validate(Recorder(), away, verbose=False)

@@ -7,21 +7,18 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import run_script, write_pastis
+from conftest import SHIPPED, run_script, write_pastis
 from torch import Tensor
 from torchgeo.datamodules import PASTISDataModule
 from torchgeo.datasets import PASTIS
 from torchgeo.datasets.utils import pad_across_batches
 from torchgeo.tasks import SemanticSegmentation
 
-import torchgeo_s1s2
 from torchgeo_s1s2.datamodules import PASTISSeriesDataModule
 from torchgeo_s1s2.datasets import AllDates
 from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
 from torchgeo_s1s2.transforms import NormalizeSeries
-
-SHIPPED = Path(torchgeo_s1s2.__file__).parent / 'conf'
 
 
 @pytest.fixture(scope='module')

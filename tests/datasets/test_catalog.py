@@ -110,9 +110,6 @@ def test_rasters_are_found_by_name(
         dataset = MultiSenGE(two_zones, 'all')
     assert dataset.catalog.missing == {'s2': 0, 's1': 0}
     assert all(np.array_equal(before[key], value) for key, value in dataset[1].items())
-    path = dataset.catalog.path(1, folder, 0)
-    assert path.exists()
-    assert path.name == Path(change(path.name)).name.replace('.tifff', '.tiff')
 
 
 def test_folders_behind_links_are_read_and_hidden_files_are_not(two_zones: Path) -> None:
@@ -181,9 +178,7 @@ def test_a_date_that_is_listed_twice_counts_once(two_zones: Path) -> None:
 )
 def test_two_images_of_a_day_are_both_kept(tmp_path: Path, names: tuple[str, str]) -> None:
     """Of -10 and -20 dB; their mean in power is 0.055."""
-    write_patch(tmp_path, '31UEQ', size=8)
-    for path in (tmp_path / 's1').iterdir():
-        path.unlink()
+    write_patch(tmp_path, '31UEQ', size=8, s1={})
     for name, power in zip(names, (0.1, 0.01), strict=True):
         image = np.full((2, 8, 8), power, np.float32)
         write_raster(tmp_path / 's1' / name, image, *ORIGINS['31UEQ'])
@@ -236,6 +231,9 @@ def with_image(name: str) -> Callable[[Path], Any]:
     return lambda path: write_label_file(path.parents[1], '31UEQ', 1, 1, corresponding_s2=name)
 
 
+NO_IMAGE = 'as an image of s2; expected 31UEQ_YYYYMMDD_S2_1_1.tif'
+
+
 @pytest.mark.parametrize(
     ('write', 'message'),
     [
@@ -246,15 +244,9 @@ def with_image(name: str) -> Callable[[Path], Any]:
             with_text('{"labels": 1, "projection": "", "corresponding_s1": ""}'),
             'is malformed .(CRSError|AttributeError)',
         ),
-        (with_image('31UEQ_20200706_S2_0_257.tif'), 'names .31UEQ_20200706_S2_0_257'),
-        (
-            with_image('31UEQ_20201340_S2_1_1.tif'),
-            'image of s2; expected 31UEQ_YYYYMMDD_S2_1_1.tif',
-        ),
-        (
-            with_image('32ULU_20200706_S2_1_1.tif'),
-            'image of s2; expected 31UEQ_YYYYMMDD_S2_1_1.tif',
-        ),
+        (with_image('31UEQ_20200706_S2_0_257.tif'), f'names .*_0_257.tif. {NO_IMAGE}'),
+        (with_image('31UEQ_20201340_S2_1_1.tif'), NO_IMAGE),
+        (with_image('32ULU_20200706_S2_1_1.tif'), NO_IMAGE),
         (Path.mkdir, 'cannot be read: .*Fetch the file again or delete'),
         (lambda path: path.symlink_to('/nowhere'), 'cannot be read: .*Fetch the file again or'),
     ],

@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import read_raster, write_patch
+from conftest import write_patch
 
 from torchgeo_s1s2.datasets import MonthlySeries, MultiSenGE, MultiSenNA
 from torchgeo_s1s2.errors import NoPatchesError, S1S2Warning
@@ -81,18 +81,3 @@ def test_multisenna_adds_a_class_and_takes_its_own_split(tmp_path: Path) -> None
     assert len(MultiSenNA(tmp_path, split='train', splits={'train': ['31UEQ']})) == 1
     with pytest.raises(ValueError, match="no split 'train'; choose one of all"):
         MultiSenNA(tmp_path, split='train')
-
-
-def test_real_sample(real_sample: Path) -> None:
-    series = MonthlySeries(year=2018)
-    dataset = MultiSenGE(real_sample, split='all', series=series, classes=10)
-    sample = dataset[0]
-    assert sample['image'].shape == (4, 12, 64, 64)
-    assert sample['image'].isfinite().float().mean() > 0.99
-    gap = sample['acquisition_times'][:, 0].diff()
-    assert (gap >= 17 * 86400).all()
-    days = (sample['acquisition_times'][:, 0] - sample['acquisition_times'][:, 1]).abs() / 86400
-    assert (days <= 2).all()
-    (labels,) = read_raster(real_sample / 'ground_reference' / '31UDS_GR_10140_7032.tif')
-    expected = np.select([labels == 2, labels == 6, labels == 9], [1, 5, 7], 255)
-    assert np.array_equal(sample['mask'].numpy(), expected)
