@@ -1,8 +1,8 @@
 import inspect
-import json
 import math
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,22 +249,20 @@ def test_weights_with_which_no_training_pixel_counts_are_refused(
         quiet_trainer(tmp_path).fit(small(class_weights=[0.0, 0.0, 1.0]), data_of(root))
 
 
-@pytest.mark.parametrize('pixels', [{}, {'pixels': (1, 2)}])
-@pytest.mark.parametrize('weights', [None, [1.0, 2.0, 3.0], 'balanced'])
-def test_statistics_that_tell_no_labels_serve_but_for_balanced_weights(
-    root: Path, tmp_path: Path, weights: Any, pixels: dict[str, Any]
-) -> None:
-    """A file of mean and standard deviation alone, and one that counts other classes."""
-    data, path = data_of(root), tmp_path / 'mine.json'
-    data.setup('fit')
-    known = {key: getattr(data.statistics, key) for key in ('bands', 'mean', 'std')}
-    path.write_text(json.dumps(known | pixels))
+def test_statistics_of_other_data_do_not_weigh_classes(root: Path, tmp_path: Path) -> None:
+    own, path = data_of(root), tmp_path / 'others.json'
+    own.setup('fit')
+    assert own.statistics is not None
+    labels = own.statistics.labels
+    replace(own.statistics, mean=(7.5,) * 12, pixels=(9, 1), labels=((1, 1),)).save(path)
     data = MultiSenGEDataModule(
-        root, batch_size=2, classes=CLASSES, splits=data.kwargs['splits'], statistics=path
+        root, batch_size=2, classes=CLASSES, splits=own.kwargs['splits'], statistics=path
     )
-    refused = pytest.raises(ValueError, match=r'no training pixel .* as far as the statistics tell')
-    with refused if weights == 'balanced' else nullcontext():
-        quiet_trainer(tmp_path, fast_dev_run=True).fit(tiny(class_weights=weights), data)
+    task = tiny(class_weights='balanced')
+    quiet_trainer(tmp_path, fast_dev_run=True).fit(task, data)
+    assert data.statistics is not None
+    assert (data.statistics.mean, data.statistics.labels) == ((7.5,) * 12, labels)
+    assert torch.equal(task.criterion.weight, own.class_weights)  # type: ignore[arg-type]
 
 
 def test_a_fit_may_follow_a_test(root: Path, tmp_path: Path) -> None:

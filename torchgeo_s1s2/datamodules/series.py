@@ -399,7 +399,7 @@ class SeriesDataModule(NonGeoDataModule):
     def _find_statistics(self) -> Statistics | None:
         """Statistics of the training patches, or else from a file given; None without either."""
         path = self.statistics_path
-        given = Statistics.load(path, self.classes) if path else None
+        given = Statistics.load(path) if path else None
         if given and not self._trains:
             return given
         try:

@@ -122,18 +122,17 @@ class Statistics:
         return cls._of(content | of_images, dataset.classes)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], classes: ClassScheme | None = None) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a file that ``save`` wrote, or that is kept beside the data.
 
         Args:
             path: The file.
-            classes: Classes to count the labels of a file beside the data by.
 
         Raises:
             DataError: If the file is malformed.
         """
         try:
-            return cls._of(json.loads(Path(path).read_text()), classes)
+            return cls._of(json.loads(Path(path).read_text()))
         except _MALFORMED as error:
             raise DataError(
                 f'{path} is not a file of statistics ({error!r}); delete it and it is computed anew'
