@@ -4,16 +4,17 @@ from torchgeo_s1s2.callbacks.published import PublishedResults, comparison, past
 
 
 @pytest.mark.parametrize(
-    ('backbone', 'row'),
+    ('model', 'backbone', 'row'),
     [
-        ('vgg16_convlstm_s2', 'ConvLSTM-S2 0.8696 0.7445 0.5000 0.2500'),
-        ('resnet18_convlstm', 'ConvLSTM-S1S2 0.8600 0.7482 0.5000 0.2500'),
-        ('vgg16_convlstm_inception', 'ConvLSTM+Inception-S1S2 0.8851 0.7945 0.5000 0.2500'),
-        ('resnet18', 'resnet18 - - 0.5000 0.2500'),
+        ('unet', 'vgg16_convlstm_s2', 'ConvLSTM-S2 0.8696 0.7445 0.5000 0.2500'),
+        ('unet', 'resnet18_convlstm', 'unet, resnet18_convlstm - - 0.5000 0.2500'),
+        ('fpn', 'vgg16_convlstm', 'fpn, vgg16_convlstm - - 0.5000 0.2500'),
+        ('unet', 'vgg16_convlstm_inception', 'ConvLSTM+Inception-S1S2 0.8851 0.7945 0.5000 0.2500'),
+        ('unet', 'resnet18', 'unet, resnet18 - - 0.5000 0.2500'),
     ],
 )
-def test_result_stands_beside_what_is_published(backbone: str, row: str) -> None:
-    hparams = {'backbone': backbone, 'num_classes': 10}
+def test_result_stands_beside_what_is_published(model: str, backbone: str, row: str) -> None:
+    hparams = {'model': model, 'backbone': backbone, 'num_classes': 10}
     text = comparison(hparams, {'test_WeightedF1Score': 0.5, 'test_Kappa': 0.25})
     rows = [' '.join(line.split()) for line in text.splitlines()]
     assert row in rows

@@ -548,6 +548,59 @@ def test_a_second_fit_follows_the_epochs_once(root: Path) -> None:
     assert [type(c).__name__ for c in runner.callbacks].count('_FollowEpochs') == 1  # type: ignore[attr-defined]
 
 
+def test_what_is_not_of_training_has_the_first_draw(root: Path) -> None:
+    data = datamodule(root, series=RandomDates(n=2), predict_split='train')
+    found, seen = list[Statistics | None](), list[dict[int, torch.Tensor]]()
+    for _ in range(2):
+        trainer(max_epochs=2).fit(Recorder(), data)
+        found.append(data.statistics)
+        task = Recorder()
+        trainer().predict(task, data)
+        seen.append(images(task.batches['predict']))
+    assert found[0] == found[1]
+    assert all(torch.equal(seen[0][i], seen[1][i]) for i in range(4))
+
+
+@pytest.mark.parametrize('option', [{'download': True}, {'checksum': True}, {'split': 'train'}])
+def test_arguments_of_the_data_set_that_a_data_module_decides_are_refused(
+    root: Path, option: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=f'no {next(iter(option))}; to download, give source'):
+        datamodule(root, **option)
+
+
+class Brighter(nn.Module):
+    def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
+        return {**sample, 'image': sample['image'] + 0.25}
+
+
+class Twice(nn.Module):
+    def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
+        return {**sample, 'image': sample['image'].repeat(1, 2, 1, 1)}
+
+
+def test_statistics_are_those_of_transformed_samples(root: Path) -> None:
+    plain, brighter = datamodule(root), datamodule(root, transforms=Brighter())
+    for data in (plain, brighter, plain):
+        data.setup('fit')
+    assert plain.statistics is not None
+    assert brighter.statistics is not None
+    expected = [mean + 0.25 for mean in plain.statistics.mean]
+    assert brighter.statistics.mean == pytest.approx(expected)
+    with pytest.raises(ValueError, match='have 24 channels after transforms'):
+        datamodule(root, transforms=Twice()).setup('fit')
+
+
+@pytest.mark.parametrize('stage', ['test', 'predict'])
+def test_other_units_than_the_checkpoint_s_are_warned_of(root: Path, stage: str) -> None:
+    data = datamodule(root, unit={'s2': 'reflectance'})
+    own = datamodule(root)
+    own.setup('fit')
+    data.load_state_dict(own.state_dict())
+    with pytest.warns(S1S2Warning, match=r"split 'test' .* hold reflectance x 10,000; give unit"):
+        getattr(trainer(), stage)(Recorder(), data)
+
+
 def test_a_fit_after_a_test_finds_statistics_of_its_own_data(root: Path) -> None:
     data = datamodule(root)
     data.setup('fit')

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -106,6 +108,17 @@ def test_a_file_beside_the_data_is_written_once_and_used(noise: Path) -> None:
     path.write_text(json.dumps({key: content[key] for key in content if key != 'labels'}))
     assert Statistics.beside(dataset) == first
     assert [p.name for p in noise.glob('statistics_*')] == [path.name]
+
+
+def test_another_process_has_the_same_file(noise: Path) -> None:
+    code = (
+        'import sys; from torchgeo_s1s2.datamodules.statistics import statistics_path; '
+        'from torchgeo_s1s2.datasets import MultiSenGE; '
+        "print(statistics_path(MultiSenGE(sys.argv[1], 'test')))"
+    )
+    run = [sys.executable, '-c', code, str(noise)]
+    other = subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
+    assert Path(other) == statistics_path(MultiSenGE(noise, 'test'))
 
 
 def test_other_settings_have_another_file(noise: Path) -> None:

@@ -137,7 +137,8 @@ class MapWriter(BasePredictionWriter):
             classes: Class scheme, or number of classes; that of the data set unless given.
         """
         super().__init__(write_interval='batch')
-        self.output_dir = Path(output_dir).expanduser() if output_dir is not None else None
+        self._given_dir = Path(output_dir).expanduser() if output_dir is not None else None
+        self.output_dir = self._given_dir
         self.classes = class_scheme(classes) if classes is not None else None
         self._workplace: Workplace | None = None
         self._unfinished: Path | None = None
@@ -163,7 +164,7 @@ class MapWriter(BasePredictionWriter):
         if stage == 'predict':
             if getattr(pl_module, 'hparams', {}).get('task') == 'multilabel':
                 raise MapError('a map holds one class a pixel, and the task is multilabel')
-            self.output_dir = self.output_dir or Path(trainer.default_root_dir) / 'maps'
+            self.output_dir = self._given_dir or Path(trainer.default_root_dir) / 'maps'
             if trainer.is_global_zero:
                 self._workplace = self._open(self.output_dir)
             path = self._workplace.path if self._workplace else None

@@ -150,6 +150,10 @@ def write_layers(
             rasterio.shutil.copy(source, target, **options)
             layer.write_category_names(target)
             _check(target, sums)
+    for layer in layers:
+        if layer.scheme is None:  # statistics that another program kept of the raster before
+            path = layer.path(folder, name)
+            path.with_name(f'{path.name}.aux.xml').unlink(missing_ok=True)
 
 
 def is_map(path: Path) -> bool:

@@ -22,11 +22,11 @@ PUBLISHED: dict[int, dict[str, tuple[float, float]]] = {
 }
 """Published figures by number of classes and model, not measured here."""
 
-_BACKBONES = {
-    'convlstm_s1': 'ConvLSTM-S1',
-    'convlstm_s2': 'ConvLSTM-S2',
-    'convlstm': 'ConvLSTM-S1S2',
-    'convlstm_inception': 'ConvLSTM+Inception-S1S2',
+_MODELS = {
+    'unet, vgg16_convlstm_s1': 'ConvLSTM-S1',
+    'unet, vgg16_convlstm_s2': 'ConvLSTM-S2',
+    'unet, vgg16_convlstm': 'ConvLSTM-S1S2',
+    'unet, vgg16_convlstm_inception': 'ConvLSTM+Inception-S1S2',
 }
 
 # Percent of overall accuracy (None where none is published) and mean IoU on PASTIS-R, over the five
@@ -99,7 +99,7 @@ def comparison(hparams: Any, metrics: Any) -> str:
     """Table of the published figures and of a test.
 
     Args:
-        hparams: ``backbone`` and ``num_classes`` of the task.
+        hparams: ``model``, ``backbone`` and ``num_classes`` of the task.
         metrics: ``test_WeightedF1Score`` and ``test_Kappa``.
 
     Returns:
@@ -111,8 +111,8 @@ def comparison(hparams: Any, metrics: Any) -> str:
         return f'nothing is published for {classes} classes, only for 6 and 10'
     if 'test_WeightedF1Score' not in metrics:
         return 'weighted F1 and kappa are published, which the task S1S2SemanticSegmentation logs'
-    suffix = hparams['backbone'][hparams['backbone'].find('convlstm') :]
-    ours = _BACKBONES.get(suffix, hparams['backbone'])
+    ours = ', '.join(str(hparams[key]) for key in ('model', 'backbone') if key in hparams)
+    ours = _MODELS.get(ours, ours)
     result = float(metrics['test_WeightedF1Score']), float(metrics['test_Kappa'])
     titles = ['published (31UEQ)', 'this test'], ['weighted F1', 'kappa']
     columns = pd.MultiIndex.from_product(titles, names=['', 'model'])

@@ -47,6 +47,11 @@ class Report(Callback):
         self._losses: list[Tensor] = []
         self._evaluated: dict[str, float] = {}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin new curves; a checkpoint brings its own after this."""
+        if stage == 'fit':
+            self.history, self._losses, self._evaluated = [], [], {}
+
     def state_dict(self) -> dict[str, Any]:
         """The curves so far, so that a run that goes on has them whole."""
         return {'history': self.history}

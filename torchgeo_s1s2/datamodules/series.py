@@ -15,7 +15,7 @@ from torchgeo.datamodules import NonGeoDataModule
 from torchgeo.samplers import GriddedPatchSampler
 
 from torchgeo_s1s2.datamodules.batches import EvenBatches, RandomCrops, pad_samples
-from torchgeo_s1s2.datamodules.statistics import Statistics
+from torchgeo_s1s2.datamodules.statistics import Statistics, warn_of_other_units
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
 from torchgeo_s1s2.datasets.time_series import check_at_least
@@ -327,6 +327,8 @@ class SeriesDataModule(NonGeoDataModule):
         if split not in self._datasets:
             dataset = self.open_split(split)
             dataset.check()
+            if not self._trains:
+                warn_of_other_units(dataset)
             self._datasets[split] = dataset
         self._datasets[split].epoch = 0
         return self._datasets[split]

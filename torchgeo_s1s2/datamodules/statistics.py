@@ -20,7 +20,7 @@ from torchgeo_s1s2.datamodules.plausible import Floor, check_values
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE
 from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.series import SeriesDataset
-from torchgeo_s1s2.errors import DataError, warn
+from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, warn
 from torchgeo_s1s2.files import stamps, write_json
 
 WINDOW = 512
@@ -60,7 +60,7 @@ class Statistics:
             DataError: If a band has no value at all.
             ImplausibleValuesError: If values are not in the units they are taken for.
         """
-        content = _image_statistics(dataset, num_workers, progress)
+        content = _image_statistics(_Windows(dataset), num_workers, progress)
         content['labels'] = count_labels(dataset, num_workers, progress)
         return cls._of(content, dataset.classes)
 
@@ -106,7 +106,7 @@ class Statistics:
         replaced = kept.get('replaced', [])
         stale = kept.get('made_of') != made_of or replaced != _all_images(dataset, dict(replaced))
         if given is None and (stale or dataset.transforms):
-            content |= _image_statistics(dataset, num_workers) | {'made_of': made_of}
+            content |= _image_statistics(_Windows(dataset), num_workers) | {'made_of': made_of}
             content['replaced'] = _all_images(dataset, content['replaced'])
         content['labelled_by'] = labelled_by
         if kept.get('labelled_by') == labelled_by and 'labels' in kept:
@@ -177,11 +177,13 @@ def statistics_path(dataset: SeriesDataset) -> Path:
 class _Windows(Dataset[Any]):
     """Windows of all rows of a data set, each read by a function."""
 
-    def __init__(self, dataset: SeriesDataset, labels: bool) -> None:
+    def __init__(
+        self, dataset: SeriesDataset, labels: bool = False, rows: Iterable[int] | None = None
+    ) -> None:
         self.dataset, self.labels = dataset, labels
         self.windows = [
             (index, top, left, min(WINDOW, height - top), min(WINDOW, width - left))
-            for index in range(len(dataset))
+            for index in (range(len(dataset)) if rows is None else rows)
             for height, width in [dataset.shape(index)]
             for top in range(0, height, WINDOW)
             for left in range(0, width, WINDOW)
@@ -205,19 +207,29 @@ class _Windows(Dataset[Any]):
         return bar
 
 
-def _image_statistics(
-    dataset: SeriesDataset, num_workers: int, progress: bool = True
-) -> dict[str, Any]:
+def warn_of_other_units(dataset: SeriesDataset) -> None:
+    """Look at a window in the middle, where a checkpoint brings the statistics."""
+    windows = _Windows(dataset, rows=[len(dataset) // 2])
+    windows.windows = windows.windows[len(windows) // 2 :][:1]
+    try:
+        _image_statistics(windows, num_workers=0, progress=False)
+    except ImplausibleValuesError as error:
+        warn(f'{dataset.title}: {error}')
+    except DataError:  # no value there
+        return
+
+
+def _image_statistics(windows: _Windows, num_workers: int, progress: bool = True) -> dict[str, Any]:
     """Bands, mean and standard deviation; checked against what the sensors can measure.
 
     ``replaced`` are the rows that were read around an image that cannot be read.
     """
+    dataset = windows.dataset
     bands = [band for names in dataset.bands.values() for band in names]
     sizes = [len(names) for names in dataset.bands.values()]
     count, total, squares = torch.zeros(3, len(bands), dtype=torch.float64)
     lowest = torch.full((len(bands),), torch.inf)
     highest, floors, replaced = -lowest, list[Floor](), set[int]()
-    windows = _Windows(dataset, labels=False)
     for sample in windows.read('Computing statistics', num_workers, progress):
         image = sample['image']
         if image.shape[1] != len(bands):

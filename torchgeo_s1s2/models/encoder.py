@@ -349,12 +349,15 @@ def _fit_channels(
     """Weights of images for other channels; None if they are of a sensor that is not read.
 
     Bands are those of each sensor that the encoder, with its *own* weights, reads; none if it reads
-    features.
+    features. Only what reads these is fitted.
     """
     fitted = dict(weights)
+    read = next((like.shape[1] for like in own.values() if like.ndim == 4), 0)
     for key, like in own.items():
         weight = weights.get(key)
         if weight is None or weight.ndim != 4 or weight.shape[1] == like.shape[1]:
+            continue
+        if like.ndim != 4 or like.shape[1] != read:
             continue
         old, new = weight.shape[1], like.shape[1]
         sensor, columns = PRETRAINED.get(old, ('', []))
@@ -427,11 +430,14 @@ def freeze(module: nn.Module, frozen: bool = True) -> None:
     for part in module.modules():
         vars(part).pop('train', None)
     module.train(not frozen)
-    if frozen:
-        module.train = partial(_stay, module)  # type: ignore[method-assign]
+    for part in module.modules() if frozen else ():
+        part.train = partial(_stay, part)  # type: ignore[method-assign]
 
 
 def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Change the mode of those parts only that have been unfrozen since."""
+    for part in module.children():
+        part.train(mode)
     return module
 
 

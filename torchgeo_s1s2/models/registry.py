@@ -114,11 +114,14 @@ def spatial_encoders() -> list[str]:
     ]
 
 
-@cache
 def parse_name(name: object) -> Backbone | None:
     """What a name says, None for names of others."""
-    if not isinstance(name, str):
-        return None
+    backbone = _parse(name) if isinstance(name, str) else None
+    return backbone if backbone and _knows(backbone.spatial_encoder) else None
+
+
+@cache
+def _parse(name: str) -> Backbone | None:
     front = next((f for f in _ENCODERS if f'_{f}' in name), None)
     spatial, _, rest = name.partition(f'_{front}' if front else '_')
     if (front is None) != (spatial == UTAE):
@@ -145,7 +148,7 @@ def _fits(backbone: Backbone) -> bool:
     always = {'full_resolution'} if backbone.spatial_encoder == UTAE else set()
     foreign = vars(backbone).keys() - backbone.arguments.keys() | always
     strange = any(getattr(backbone, k) != getattr(default, k) for k in foreign)
-    return _knows(backbone.spatial_encoder) and min(sizes) >= 1 and not strange
+    return min(sizes) >= 1 and not strange
 
 
 def _knows(spatial_encoder: str) -> bool:

@@ -67,9 +67,14 @@ def _on_part(model: nn.Module, name: str, head: Any) -> None:
     """Give the first head of a model of smp the features at full resolution."""
     if name != 'segmentation_head' or not isinstance(model, SegmentationModel):
         return
-    encoder, decoder = model.encoder, model.decoder
+    encoder, decoder = (getattr(model, part, None) for part in ('encoder', 'decoder'))
     if not getattr(encoder, 'full_resolution', False) or hasattr(decoder, 'full_resolution'):
         return
+    if encoder is None or decoder is None:
+        raise TypeError(
+            f'{type(model).__name__} has no decoder when it gets its head, so that cannot see '
+            'features at full resolution; set decoder first, or leave full_resolution out'
+        )
     conv = head[0]
     join = FullResolution(conv.in_channels, encoder.out_channels[0])
     decoder.full_resolution = join

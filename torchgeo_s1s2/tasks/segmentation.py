@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, Literal
 
+import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -124,6 +126,10 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         self._pretrained_classes: list[str] | None = None
         self._tally: dict[str, Tensor] = {}
         super().__init__(weights=weights)  # TorchGeo takes all arguments from this call's frame
+        # PyTorch refuses checkpoints with numbers of NumPy.
+        numbers: Any = np.generic, np.ndarray
+        plain = apply_to_collection(dict(self.hparams), numbers, lambda value: value.tolist())
+        self.hparams.update(plain)
         for name, value, remedy in (
             ('figures', figures, 'give it to the callback torchgeo_s1s2.callbacks.Report instead'),
             ('checkpoint', checkpoint, 'its name is recompute_gates now'),

@@ -1,5 +1,6 @@
 """Initial weights of a segmentation model."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,10 @@ def _read(path: str) -> Mapping[str, Any]:
             return checkpoint
         found = type(checkpoint).__name__
     except Exception as error:  # whatever the bytes of another kind of file lead to
+        unsafe = re.search(r'GLOBAL (\S+)', str(error))
         found = f'{type(error).__name__}: {error}'.partition('\n')[0]
+        if unsafe:
+            found = f'it holds {unsafe[1]}, which PyTorch does not load for safety'
     raise ValueError(
         f'{path} holds no weights by name ({found}); give the checkpoint of a task, or what '
         'torch.save wrote of model.state_dict()'

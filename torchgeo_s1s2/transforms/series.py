@@ -58,10 +58,10 @@ class NormalizeSeries(nn.Module):
             image = image.where(unpadded(batch)[..., None, None, None], torch.nan)
         if 'valid' in batch:
             parts = image.split(list(channels), 2)
-            seen = torch.stack([~part.isnan().flatten(2).all(2) for part in parts], 2)
+            seen = torch.stack([part.isfinite().flatten(2).any(2) for part in parts], 2)
             batch = {**batch, **_only(batch, seen)}
         normalized = (image - self.mean.to(image)) / self.std.to(image)
-        return {**batch, 'image': normalized.nan_to_num_(0.0)}
+        return {**batch, 'image': normalized.nan_to_num_(0.0, 0.0, 0.0)}
 
 
 class SeriesDropout(nn.Module):
