@@ -114,6 +114,23 @@ def test_a_part_of_a_part_can_be_named(tmp_path: Path) -> None:
     assert changed == {'convlstm'}
 
 
+def test_a_part_of_a_frozen_part_learns_from_its_stage_on_and_is_evaluated(tmp_path: Path) -> None:
+    modes = list[bool]()
+
+    class Modes(Callback):
+        def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+            modes.extend(part.training for part in pl_module.model.modules())
+
+    task = task_of()
+    stages = [Stage(0, ['segmentation_head', 'decoder']), Stage(1, ['encoder.convlstm'])]
+    before = {k: v.clone() for k, v in task.model.encoder.state_dict().items()}
+    fit(tmp_path, task, GradualUnfreezing(stages), Modes(), epochs=2)
+    assert modes
+    assert not any(modes)
+    after = task.model.encoder.state_dict()
+    assert {k.split('.')[0] for k in after if not after[k].equal(before[k])} == {'convlstm'}
+
+
 def test_the_rates_of_all_stages_drop_on_a_plateau(tmp_path: Path) -> None:
     task = task_of(patience=0, lr=1e-30)  # nothing is learnt, so the loss stays where it is
     changes = Changes()

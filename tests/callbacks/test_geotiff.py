@@ -128,6 +128,22 @@ def test_the_folder_may_lie_in_the_home(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(maps(tmp_path)) == 3
 
 
+def test_a_writer_may_serve_two_runs(tmp_path: Path) -> None:
+    writer = GeoTIFFWriter()
+    for name in ('one', 'two'):
+        predict(tmp_path / name, writer)
+        assert len(maps(tmp_path / name)) == 3
+
+
+def test_statistics_of_the_raster_before_do_not_stay(tmp_path: Path) -> None:
+    predict(tmp_path, GeoTIFFWriter(confidence=True))
+    path = tmp_path / 'maps' / '31UEQ_0_0_confidence.tif'
+    sidecar = path.with_name(f'{path.name}.aux.xml')
+    sidecar.write_text('<PAMDataset/>')
+    predict(tmp_path, GeoTIFFWriter(confidence=True))
+    assert not sidecar.exists()
+
+
 def test_a_confidence_of_an_earlier_run_is_told_apart(tmp_path: Path) -> None:
     predict(tmp_path, GeoTIFFWriter(confidence=True))
     with pytest.warns(S1S2Warning, match='3 files in .* earlier run .*31UEQ_0_0_confidence.tif'):

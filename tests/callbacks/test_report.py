@@ -117,6 +117,8 @@ def test_curves_go_on_where_a_run_was_interrupted(tmp_path: Path) -> None:
         pytest.approx(list(epoch.values())) for epoch in whole.history
     ]
     assert [epoch['epoch'] for epoch in second.history] == [1, 2, 3]
+    run(tmp_path, second, epochs=1)
+    assert [epoch['epoch'] for epoch in second.history] == [1]
 
 
 def in_tensorboard(root: Path) -> set[str]:

@@ -392,6 +392,37 @@ def test_freezing_keeps_weights_and_statistics_of_the_spatial_encoder(name: str)
     assert not model.state_dict()[mean].equal(before[mean])
 
 
+def test_a_part_may_be_unfrozen_within_a_frozen_one() -> None:
+    spatial: Any = spatial_encoder(smp.Unet('resnet18', encoder_weights=None, in_channels=12))
+    freeze(spatial)
+    freeze(spatial.layer4, frozen=False)
+    learning = {f'layer4.{name}' for name, _ in spatial.layer4.named_modules() if name}
+    for mode, expected in ((True, learning | {'layer4'}), (False, set())):
+        spatial.train(mode)
+        assert {name for name, part in spatial.named_modules() if part.training} == expected
+
+
+def test_other_models_of_smp_may_lack_parts() -> None:
+    class Heads(smp.base.SegmentationModel):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.encoder = get_encoder(name, in_channels=12)
+            self.segmentation_head = smp.base.SegmentationHead(16, 3)
+
+    Heads('resnet18')
+    with pytest.raises(TypeError, match='Heads has no decoder when it gets its head'):
+        Heads(NAMES['resnet18'] + '_fullres')
+
+
+def test_an_encoder_may_be_registered_after_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(KeyError):
+        get_encoder('mine_convlstm', in_channels=12)
+    monkeypatch.setitem(smp.encoders.encoders, 'mine', smp.encoders.encoders['resnet18'])
+    assert get_encoder('mine_convlstm', in_channels=12).sensors == {'s2': 10, 's1': 2}
+
+
 @pytest.mark.parametrize('spatial', LOADERS)
 def test_spatial_weights_are_repeated_over_the_features_as_smp_does(spatial: str) -> None:
     alone = get_encoder(spatial)

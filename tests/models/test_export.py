@@ -170,6 +170,14 @@ def test_drop_in_exports_with_series_of_any_length() -> None:
     torch.testing.assert_close(module(*fewer), model(*fewer), rtol=0, atol=1e-5)
 
 
+def test_decoders_that_need_a_larger_image_and_that_cannot_be_converted(tmp_path: Path) -> None:
+    name = 'resnet18_convlstm_inception_h4_t4'
+    export_program(smp.PAN(name, encoder_weights=None, in_channels=12))
+    model = smp.PSPNet(name, encoder_weights=None, in_channels=12)
+    with pytest.raises(RuntimeError, match=r'cannot export PSPNet .* use another architecture'):
+        export_onnx(model, tmp_path / 'x.onnx')
+
+
 def test_other_models_are_refused() -> None:
     with pytest.raises(
         TypeError, match=r'cannot export Unet, expected .* ConvLSTMInceptionEncoder'

@@ -274,6 +274,15 @@ def test_a_fit_may_follow_a_test(root: Path, tmp_path: Path) -> None:
     assert math.isfinite(trainer.callback_metrics['train_loss'])
 
 
+def test_numbers_of_numpy_come_back_from_a_checkpoint(root: Path, tmp_path: Path) -> None:
+    """As np.logspace and compute_class_weight of scikit-learn give them."""
+    trainer = quiet_trainer(tmp_path, fast_dev_run=True)
+    trainer.fit(tiny(class_weights=np.array([1.0, 2.0, 3.0]), lr=np.float64(0.5)), data_of(root))
+    trainer.save_checkpoint(tmp_path / 'x.ckpt')
+    task = S1S2SemanticSegmentation.load_from_checkpoint(tmp_path / 'x.ckpt', map_location='cpu')
+    assert (task.hparams['class_weights'], task.hparams['lr']) == ([1, 2, 3], 0.5)
+
+
 def test_balanced_weights_need_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'needs a data module that computes them.* give a list'):
         quiet_trainer(tmp_path).fit(passing(class_weights='balanced'), loader(batch_of(CONFUSION)))

@@ -2,6 +2,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -129,6 +130,7 @@ def test_nothing_fitting_is_an_error(tmp_path: Path) -> None:
             ValueError,
             r'list.pt holds no weights by name \(list\); give the checkpoint of',
         ),
+        ('numpy.pt', ValueError, r'holds numpy.*scalar, which PyTorch does not load for safety'),
         ('notes.txt', ValueError, r'notes.txt holds no weights by name \(KeyError'),
         ('.', ValueError, r'holds no weights by name \(IsADirectoryError'),
         ('gone.ckpt', FileNotFoundError, r'no checkpoint .*gone.ckpt; correct the path in weights'),
@@ -139,6 +141,7 @@ def test_files_of_something_else_and_missing_ones_are_named(
 ) -> None:
     torch.save({'a': torch.zeros(1)}, tmp_path / 'x.pt')
     torch.save([torch.zeros(1)], tmp_path / 'list.pt')
+    torch.save({'a': np.float64(1)}, tmp_path / 'numpy.pt')
     (tmp_path / 'notes.txt').write_text('hello')
     with pytest.raises(error, match=message):
         task_of(2, weights=tmp_path / name)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torchgeo.datasets import DependencyNotFoundError
 
 from .encoder import SeriesEncoder, series_encoder
 
+_LEAST = 128  # pixels, which PAN's pyramid needs
 _REMEDY = '; use another architecture, such as Unet'
 _AXES = {'batch': 0, 'slots': 1, 'height': 3, 'width': 4}
 
@@ -38,7 +40,7 @@ def export_program(model: nn.Module) -> ExportedProgram:
     free = {axis: steps.get(name, 1) * Dim(name) for name, axis in _AXES.items()}
     # No size is 1, which would be fixed, or that of another axis, which would be taken for it.
     here = _on_cpu(model)
-    image = _example(here, batch=2, slots=3, rows=4, columns=5)
+    image = _example(here, batch=2, slots=3, size=(_LEAST, _LEAST + 1))
     program = torch.export.export(here, (image,), dynamic_shapes=(free,))
     return program if here is model else move_to_device_pass(program, _device(model))
 
@@ -111,11 +113,12 @@ def _series_encoder(model: nn.Module) -> SeriesEncoder:
     )
 
 
-def _example(model: nn.Module, batch: int, slots: int, rows: int, columns: int) -> Tensor:
-    """Random image of some strides in height and width, whose first slot is missing."""
+def _example(model: nn.Module, batch: int, slots: int, size: tuple[int, int]) -> Tensor:
+    """Random image of at least a size, in whole strides, whose first slot is missing."""
     encoder = _series_encoder(model)
-    size = rows * encoder.output_stride, columns * encoder.output_stride
-    image = next(model.parameters()).new_empty(batch, slots, encoder.channels, *size).normal_()
+    stride = encoder.output_stride
+    shape = batch, slots, encoder.channels, *(stride * math.ceil(n / stride) for n in size)
+    image = next(model.parameters()).new_empty(shape).normal_()
     image[0, 0] = 0
     return image
 
@@ -125,8 +128,11 @@ def _check_runtime(model: nn.Module, file: bytes) -> None:
     """Compare ONNX Runtime with the model at sizes that the export did not see."""
     import onnxruntime
 
-    image = _example(model, batch=1, slots=4, rows=5, columns=4)
-    (logits,) = onnxruntime.InferenceSession(file).run(None, {'image': image.numpy()})
+    image = _example(model, batch=1, slots=4, size=(_LEAST + 1, _LEAST))
+    try:
+        (logits,) = onnxruntime.InferenceSession(file).run(None, {'image': image.numpy()})
+    except Exception as error:  # its own have no class of their own
+        raise RuntimeError(f'{_refusal(model)} ONNX Runtime cannot run it{_REMEDY}') from error
     expected = model(image)
     error = (expected - torch.from_numpy(logits)).abs().max().item()
     # The runtime computes in the file's precision; what the model rounds more is not its error.
