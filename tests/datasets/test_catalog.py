@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 from conftest import ORIGINS, S1_DATES, S2_DATES, write_label_file, write_patch, write_raster
 from geopandas.testing import assert_geodataframe_equal
 from pandas.testing import assert_frame_equal
+from rasterio.errors import NotGeoreferencedWarning
 
 from torchgeo_s1s2.datasets import AllDates, Catalog, EvenlySpaced, MultiSenGE, cache, rasters
-from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError
+from torchgeo_s1s2.errors import DataError, NoPatchesError, S1S2Warning, UnreadableError
 
 IMAGE = '31UEQ_20200704_S1_0_0.tif'
 
@@ -221,6 +223,39 @@ def test_root_without_what_it_needs(two_zones: Path) -> None:
         path.unlink()
     with pytest.raises(FileNotFoundError, match=r'labels holds no label file; expected TILE_X_Y'):
         Catalog(two_zones, files=False)
+    (two_zones / 'labels').rename(two_zones / 'LABELS')
+    with pytest.raises(FileNotFoundError, match=r"has no folder 'labels'.*as root"):
+        Catalog(two_zones)
+
+
+def test_labels_without_rasters_and_rasters_of_one_sensor_say_what_to_do(two_zones: Path) -> None:
+    for path in (two_zones / 's2').iterdir():
+        path.unlink()
+    with (
+        pytest.warns(S1S2Warning, match='not on disk'),
+        pytest.raises(NoPatchesError, match=r"Choose another series, or leader='s1'"),
+    ):
+        MultiSenGE(two_zones, 'all', AllDates(missing='keep'))
+    for folder in ('s1', 'ground_reference'):
+        for path in (two_zones / folder).iterdir():
+            path.unlink()
+    with (
+        pytest.warns(S1S2Warning, match='not on disk'),
+        pytest.raises(NoPatchesError, match=r'has label files, and no raster .* fetch these'),
+    ):
+        MultiSenGE(two_zones, 'all', AllDates())
+
+
+def test_a_world_file_that_is_mended_counts(two_zones: Path) -> None:
+    path = two_zones / 'ground_reference' / '31UEQ_GR_0_0.tif'
+    with rasterio.open(path) as src:
+        profile = {k: v for k, v in src.profile.items() if k != 'transform'}
+    path.unlink()
+    with pytest.warns(NotGeoreferencedWarning), rasterio.open(path, 'w', **profile) as dst:
+        dst.write(np.ones((1, 32, 32), np.uint8))
+    for left in (500000, 500080):  # corrected in place
+        path.with_suffix('.tfw').write_text(f'10\n0\n0\n-10\n{left + 5}\n5499995\n')
+        assert Catalog(two_zones).patches['xmin'].iat[0] == left
 
 
 def with_text(text: str) -> Callable[[Path], Any]:

@@ -133,7 +133,7 @@ class Catalog:
 
     What was learnt is kept in ``catalog.parquet`` in root, a GeoParquet of the patches, and used
     as long as no file was added to or removed from the folders, and no label file and none of the
-    rasters that were opened was written anew; see
+    rasters that were opened, nor a file beside them, was written anew; see
     :class:`~torchgeo_s1s2.datasets.cache.TableCache` for what escapes that. A start from it lists
     no images and opens no raster.
 
@@ -231,9 +231,7 @@ class Catalog:
     def files(self, patch: int, folder: str, position: int) -> list[Path]:
         """A raster, and the files beside it that belong to it."""
         path, sidecars = self.raster(patch, folder, position)
-        endings = [*_BESIDE, *map(str.upper, _BESIDE)] if sidecars else []
-        beside = (path.with_name(f'{n}.{e}') for n in (path.name, path.stem) for e in endings)
-        return [path, *filter(Path.exists, beside)]
+        return [path, *_beside(path)] if sidecars else [path]
 
     def patch(self, patch: int) -> Patch:
         """What reading needs to know of a patch, faster than a row of the table.
@@ -276,14 +274,14 @@ class _Builder:
 
     def build(self, cache: TableCache | None) -> gpd.GeoDataFrame:
         """The table, kept in the cache if there is one."""
-        folders = [self._folder(f).name for f in (FOLDERS if self.files else ())]
+        folders = [self._folder(f).name for f in (LABELS, *(FOLDERS if self.files else ()))][1:]
         everything = [where for f in folders for where, _ in walk(self.root, f)]
         state = cache.state(LABELS, LABELS + CONTENTS, *everything) if cache else {}
         if state:
             wait_for_next_tick(state)
         labels = self._read_labels()
         missing = self._find_images(labels) if self.files else {}
-        opened = self._find_grids(labels) if self.files else []
+        opened = [*chain(*self._find_grids(labels))] if self.files else []
         table = _table(labels)
         table.attrs |= {'missing': dict.fromkeys(SENSORS, 0) | missing, 'notes': self.notes}
         if cache:
@@ -342,13 +340,13 @@ class _Builder:
             )
         return {sensor: missing[sensor] for sensor in SENSORS}
 
-    def _find_grids(self, labels: Sequence[_Label]) -> list[str]:
-        """Open a raster a patch to learn where it lies; the paths of these."""
+    def _find_grids(self, labels: Sequence[_Label]) -> list[list[str]]:
+        """Open a raster a patch to learn where it lies; the paths of what was read."""
         hidden = not self.progress or len(labels) < 1000
         with ThreadPoolExecutor(8) as pool:
             paths = pool.map(partial(_find_grid, self.root), labels)
             bar = tqdm(paths, 'Locating patches', len(labels), disable=hidden, unit='patch')
-            return [*filter(None, bar)]
+            return [*bar]
 
 
 def walk(root: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
@@ -497,12 +495,20 @@ def _listed(path: Path, sensor: str, names: Iterable[str]) -> Iterator[Image]:
             ) from error
 
 
-def _find_grid(root: Path, label: _Label) -> str:
+def _beside(raster: Path) -> Iterator[Path]:
+    """Files beside a raster that belong to it."""
+    endings = [*_BESIDE, *map(str.upper, _BESIDE)]
+    names = (f'{name}.{ending}' for name in (raster.name, raster.stem) for ending in endings)
+    return filter(Path.exists, map(raster.with_name, names))
+
+
+def _find_grid(root: Path, label: _Label) -> list[str]:
     """Find the grid of a patch: of its label raster, or the first image that can be opened."""
     images = label.images[GROUND_REFERENCE][:1] or [*chain(*(label.images[s] for s in SENSORS))]
     if not images:
-        return ''
-    path, grid = first_grid(image.raster(root, label.name) for image in images)
+        return []
+    rasters = dict(image.raster(root, label.name) for image in images)
+    path, grid = first_grid(rasters.items())
     if grid.epsg != label.epsg:
         raise DataError(
             f'{path} is in {grid.crs}, its label file says EPSG:{label.epsg}; mend one of them'
@@ -510,7 +516,8 @@ def _find_grid(root: Path, label: _Label) -> str:
     if not grid.is_north_up:
         raise DataError(f'{path} is not north-up ({grid.transform[:6]}); warp it to be')
     label.grid = grid
-    return path.relative_to(root).as_posix()
+    read = [path, *_beside(path)] if rasters[path] else [path]
+    return [file.relative_to(root).as_posix() for file in read]
 
 
 def _table(labels: Sequence[_Label]) -> gpd.GeoDataFrame:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pyproj import CRS
 from torchgeo.datasets import DatasetNotFoundError
 
-from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog
+from torchgeo_s1s2.datasets.catalog import FOLDERS, GROUND_REFERENCE, LABELS, Catalog
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.download import SeasonDownload
 from torchgeo_s1s2.datasets.ground import GroundSplits
@@ -216,6 +216,11 @@ class MultiSenGE(SeriesDataset):
         rows = patches['xmin'].notna().to_numpy()
         if wanted is not None:
             rows = rows & patches['tile'].isin(wanted).to_numpy()
+        if patches['xmin'].isna().all():
+            raise NoPatchesError(
+                f'{self.root} has label files, and no raster of their patches in '
+                f'{", ".join(FOLDERS)}; fetch these'
+            )
         if not rows.any():
             tiles = ', '.join(sorted(set(patches['tile'])))
             raise NoPatchesError(

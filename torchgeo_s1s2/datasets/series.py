@@ -401,9 +401,12 @@ class SeriesDataset(GeoDataset):
             why = '; '.join(f'{n} patches have {reason}' for reason, n in failed.most_common(3))
             of = f'of the {len(patches)} patches of {self.title}'
             if not chosen:
+                leader, others = self.series.leader, [s for s in sensors if s != self.series.leader]
+                led = any(len(self.times_of(patch, leader)) for patch in patches)
+                mend = 'missing="keep"' if led or not others else f'leader={others[0]!r}'
                 raise NoPatchesError(
                     f'none {of} has the series {self.series}: {why}. Choose another series, or '
-                    'missing="keep"'
+                    f'{mend}'
                 )
             warn(f'{failed.total()} {of} are left out: {why}')
         return chosen

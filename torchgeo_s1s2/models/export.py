@@ -134,11 +134,11 @@ def _check_runtime(model: nn.Module, file: bytes) -> None:
     except Exception as error:  # its own have no class of their own
         raise RuntimeError(f'{_refusal(model)} ONNX Runtime cannot run it{_REMEDY}') from error
     expected = model(image)
-    error = (expected - torch.from_numpy(logits)).abs().max().item()
-    # The runtime computes in the file's precision; what the model rounds more is not its error.
+    difference = (expected - torch.from_numpy(logits)).abs().max().item()
+    # The runtime computes in the file's precision; what the model rounds more is not its fault.
     epsilon = max(torch.finfo(expected.dtype).eps, 1e-6)
-    if not error <= 100 * epsilon * max(1, expected.abs().max().item()):
+    if not difference <= 100 * epsilon * max(1, expected.abs().max().item()):
         raise RuntimeError(
-            f'{_refusal(model)} ONNX Runtime differs from it by {error:.2g} for an image of shape '
-            f'{tuple(image.shape)}{_REMEDY}'
+            f'{_refusal(model)} ONNX Runtime differs from it by {difference:.2g} for an image of '
+            f'shape {tuple(image.shape)}{_REMEDY}'
         )
