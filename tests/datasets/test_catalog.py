@@ -228,6 +228,22 @@ def test_root_without_what_it_needs(two_zones: Path) -> None:
         Catalog(two_zones)
 
 
+def test_label_files_are_found_at_any_depth(two_zones: Path) -> None:
+    before = Catalog(two_zones).patches
+    deeper = two_zones / 'labels' / 'labels'
+    deeper.mkdir()
+    for path in [*(two_zones / 'labels').glob('*.json')]:
+        path.rename(deeper / path.name)
+    assert_frame_equal(Catalog(two_zones).patches, before)
+    shutil.copy(deeper / '31UEQ_0_0.json', two_zones / 'labels')
+    with pytest.warns(S1S2Warning, match='1 label files have the name of another, which is read'):
+        assert_frame_equal(Catalog(two_zones).patches, before)
+    (deeper / '31UEQ_0_0.json').unlink()
+    (deeper / '32ULU_0_0.json').unlink()
+    with pytest.warns(S1S2Warning, match='are of places without a label file'):
+        assert len(Catalog(two_zones).patches) == 2
+
+
 def test_labels_without_rasters_and_rasters_of_one_sensor_say_what_to_do(two_zones: Path) -> None:
     for path in (two_zones / 's2').iterdir():
         path.unlink()
@@ -282,7 +298,6 @@ NO_IMAGE = 'as an image of s2; expected 31UEQ_YYYYMMDD_S2_1_1.tif'
         (with_image('31UEQ_20200706_S2_0_257.tif'), f'names .*_0_257.tif. {NO_IMAGE}'),
         (with_image('31UEQ_20201340_S2_1_1.tif'), NO_IMAGE),
         (with_image('32ULU_20200706_S2_1_1.tif'), NO_IMAGE),
-        (Path.mkdir, 'cannot be read: .*Fetch the file again or delete'),
         (lambda path: path.symlink_to('/nowhere'), 'cannot be read: .*Fetch the file again or'),
     ],
 )

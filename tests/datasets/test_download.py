@@ -143,6 +143,34 @@ def test_exactly_the_files_of_the_season(
     assert len(server.asked) == 4  # a second run asks for nothing
 
 
+def test_what_the_data_set_reads_is_not_fetched_again(
+    server: Files, source: Path, tmp_path: Path
+) -> None:
+    """At any depth, and in capitals, as an archive unpacked by hand may have it."""
+    for folder in FOLDERS:
+        target = tmp_path / folder / 'unpacked' / folder
+        target.mkdir(parents=True)
+        for path in (source / folder).iterdir():
+            shutil.copy(path, target / path.name.replace('.tif', '.TIF'))
+    plan = season(server, tmp_path).plan()
+    assert not any(plan.missing.values())
+    assert sum(map(len, plan.needed.values())) == 4 + 3 * 4 * 2
+    season(server, tmp_path).verify()
+    assert not server.asked
+    assert len(MultiSenGE(tmp_path, split='train', download=True)) == 3
+    assert not server.asked
+    damaged = tmp_path / 's1' / 'unpacked' / 's1' / f'{min(plan.needed["s1"])[:-4]}.TIF'
+    damaged.write_bytes(b'damaged')
+    with pytest.raises(DownloadError, match=f'is another for {damaged}'):
+        season(server, tmp_path).verify()
+
+
+def test_a_root_that_cannot_be_written_to_says_so(server: Files, tmp_path: Path) -> None:
+    (tmp_path / '.download').write_text('no folder')
+    with pytest.raises(DownloadError, match=r'cannot be written to .*; leave the download out'):
+        season(server, tmp_path).plan()
+
+
 def test_reading_ends_with_the_last_file_needed(
     server: Files, source: Path, tmp_path: Path, expected: Mapping[str, bytes]
 ) -> None:

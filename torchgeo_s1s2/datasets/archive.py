@@ -430,6 +430,13 @@ class GzipReader:
         return bool(probe.eof) and probe.unused_data == (trailer if self._raw else b'')
 
 
+def usual_name(name: str) -> str:
+    """Name of a file, with ``.tif`` for ``.TIF`` and ``.tiff``."""
+    path = PurePosixPath(name)
+    suffix = path.suffix.lower()
+    return path.stem + ('.tif' if suffix == '.tiff' else suffix)
+
+
 _Members = Iterator[tuple[str, tarfile.TarInfo, GzipReader]]
 
 
@@ -568,6 +575,5 @@ class RemoteArchive:
         plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
         if not plain or path.is_absolute() or '..' in path.parts:
             return None
-        suffix = path.suffix.lower()
-        name = path.stem + ('.tif' if suffix == '.tiff' else suffix)
+        name = usual_name(path.name)
         return name if re.fullmatch(self.kind.names, name) else None

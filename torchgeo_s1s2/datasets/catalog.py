@@ -275,8 +275,10 @@ class _Builder:
     def build(self, cache: TableCache | None) -> gpd.GeoDataFrame:
         """The table, kept in the cache if there is one."""
         folders = [self._folder(f).name for f in (LABELS, *(FOLDERS if self.files else ()))][1:]
+        labelled = [where for where, _ in walk(self.root, LABELS)]
+        contents = (where + CONTENTS for where in labelled)
         everything = [where for f in folders for where, _ in walk(self.root, f)]
-        state = cache.state(LABELS, LABELS + CONTENTS, *everything) if cache else {}
+        state = cache.state(*labelled, *contents, *everything) if cache else {}
         if state:
             wait_for_next_tick(state)
         labels = self._read_labels()
@@ -300,13 +302,16 @@ class _Builder:
 
     def _read_labels(self) -> list[_Label]:
         folder = self._folder(LABELS)
-        there = (entry.name for entry in os.scandir(folder) if entry.name[0] != '.')
-        names = sorted(name for name in there if name.endswith('.json'))
-        if not names:
+        there = ((name, where) for where, names in walk(self.root, LABELS) for name in names)
+        places = sorted(own for own in there if own[0].endswith('.json') and own[0][0] != '.')
+        if not places:
             raise FileNotFoundError(f'{folder} holds no label file; expected TILE_X_Y.json')
-        hidden = not self.progress or len(names) < 1000
-        bar = tqdm(names, 'Reading labels', disable=hidden, unit='patch')
-        labels = [_read_label(folder / name) for name in bar]
+        files = dict(reversed(places))
+        if again := len(places) - len(files):
+            self.notes.append(f'{again} label files have the name of another, which is read')
+        hidden = not self.progress or len(files) < 1000
+        bar = tqdm(sorted(files.items()), 'Reading labels', disable=hidden, unit='patch')
+        labels = [_read_label(self.root / where / name) for name, where in bar]
         if twice := sum(label.twice for label in labels):
             self.notes.append(f'label files name {twice} images twice; each counts once')
         return labels

@@ -14,8 +14,8 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from torchgeo_s1s2.datasets.archive import Journal, Kind, RemoteArchive
-from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog, reference_name
+from torchgeo_s1s2.datasets.archive import Journal, Kind, RemoteArchive, usual_name
+from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog, reference_name, walk
 from torchgeo_s1s2.datasets.sensors import SENSORS, in_order
 from torchgeo_s1s2.datasets.time_series import DateRule, MonthlySeries
 from torchgeo_s1s2.errors import ArchiveChangedError, DownloadError, NoSeriesError, warn
@@ -188,12 +188,12 @@ class SeasonDownload:
                 self._verify(folder, names - plan.missing[folder])
 
     def _verify(self, folder: str, names: Iterable[str]) -> None:
-        wrong, there = [], sorted(names)
+        wrong, there, paths = [], sorted(names), self._finished(folder)
         hidden = not (self.progress and there)
         for name in tqdm(there, f'Verifying {folder}', unit='file', disable=hidden):
-            digest = hashlib.sha256((self.root / folder / name).read_bytes()).hexdigest()
+            digest = hashlib.sha256(paths[name].read_bytes()).hexdigest()
             if not self._checksums.agrees(f'{folder}/{name}', digest):
-                wrong.append(str(self.root / folder / name))
+                wrong.append(str(paths[name]))
             self._checksums.add(f'{folder}/{name}', digest)
         if wrong:
             more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
@@ -205,8 +205,15 @@ class SeasonDownload:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One process at a time; what others have done in the meantime is read anew."""
-        (self.root / _HIDDEN).mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / _HIDDEN / 'lock'):
+        try:
+            (self.root / _HIDDEN).mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.root / _HIDDEN / 'lock').acquire()
+        except OSError as error:
+            raise DownloadError(
+                f'{self.root} cannot be written to ({error}); leave the download out where the '
+                'data are complete, or give another root'
+            ) from error
+        with lock:
             self._checksums, self._changed = _Checksums(self.root / CHECKSUMS), set[str]()
             self._archives = {
                 folder: RemoteArchive(
@@ -241,7 +248,7 @@ class SeasonDownload:
         if journal.version is None and any(map(_LABEL.fullmatch, there)):
             return  # they came in another way
         names = journal.all_names if journal.complete else None
-        if (names is None or names - there) and not self._extract(LABELS, names):
+        if (names is None or names - there.keys()) and not self._extract(LABELS, names):
             self._extract(LABELS)
 
     def _carry_out(self, plan: DownloadPlan) -> bool:
@@ -293,13 +300,15 @@ class SeasonDownload:
             temporary.write_bytes(content)
         self._checksums.add(f'{folder}/{name}', digest)
 
-    def _finished(self, folder: str) -> set[str]:
-        """Names of the files on disk, without those of an archive that was replaced."""
-        path = self.root / folder
-        there = {entry.name for entry in os.scandir(path)} if path.is_dir() else set()
-        if not self._archives[folder].journal.replaced:
-            return there
-        return {name for name in there if f'{folder}/{name}' in self._checksums}
+    def _finished(self, folder: str) -> dict[str, Path]:
+        """Files on disk by their usual names, without those of an archive that was replaced."""
+        replaced = self._archives[folder].journal.replaced
+        return {
+            usual: self.root / where / name
+            for where, names in walk(self.root, folder)
+            for name in names
+            if f'{folder}/{(usual := usual_name(name))}' in self._checksums or not replaced
+        }
 
     def _plan(self) -> DownloadPlan:
         catalog = Catalog(self.root, files=False, progress=self.progress)
@@ -326,7 +335,7 @@ class SeasonDownload:
             chosen,
             len(patches),
             {folder: frozenset(names) for folder, names in needed.items()},
-            {f: frozenset(names - self._finished(f)) for f, names in needed.items()},
+            {f: frozenset(names - self._finished(f).keys()) for f, names in needed.items()},
             {GROUND_REFERENCE: len(patches), **in_all},
             {folder: journal.files for folder, journal in journals.items()},
             {folder: journals[folder].file_size or size for folder, size in FILE_SIZE.items()},
@@ -335,7 +344,7 @@ class SeasonDownload:
     def _held(self, folder: str) -> Set[str] | None:
         """Names of the files that there are to choose from, None while all may be."""
         journal = self._archives[folder].journal
-        return journal.all_names | self._finished(folder) if journal.complete else None
+        return journal.all_names | self._finished(folder).keys() if journal.complete else None
 
     def _images(
         self, catalog: Catalog, row: int, held: Mapping[str, Set[str] | None]
