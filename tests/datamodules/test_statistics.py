@@ -339,10 +339,6 @@ KINDS: dict[str, tuple[str, str, Callable[[np.ndarray, str], Any], dict, str, di
         's1', 'uint16', lambda v, d: 1000 * np.sqrt(v), {}, 'unit="amplitude"',
         {'unit': 'amplitude'},
     ),
-    'no data of Sentinel-1 without a tag': (
-        's1', 'float32', lambda v, d: np.where(np.arange(8) < 5, -9999, v), {},
-        "nodata={'s1': -9999}", {'nodata': {'s1': -9999}},
-    ),
 }  # fmt: skip
 
 

@@ -132,6 +132,13 @@ def test_what_has_no_power_is_missing(
     check_halves(power[:, 2:, 2:6].repeat(2, axis=2), seen)
 
 
+def test_what_stands_for_no_power_may_fill_a_window(tmp_path: Path) -> None:
+    write_patch(tmp_path, '31UEQ', 0, 0, 8, s1={DAY: half(-9999, 'float32', 0.1, 2)})
+    dataset = MultiSenGE(tmp_path, 'all', EvenlySpaced(n=1, leader='s1'), sensors=['s1'])
+    check_halves(dataset[0]['image'][0].numpy(), -10)
+    assert dataset.crop(0, 0, 0, 8, 4)['image'].isnan().all()
+
+
 @pytest.mark.parametrize('how', ['internal', 'sidecar', 'alpha'])
 @pytest.mark.parametrize(('dtype', 'tag'), [('uint16', None), ('float32', None), ('uint16', 5)])
 def test_masks_are_obeyed(tmp_path: Path, how: str, dtype: str, tag: float | None) -> None:

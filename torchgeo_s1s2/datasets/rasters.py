@@ -423,7 +423,10 @@ def _rescale(value: NDArray[Any], src: rasterio.DatasetReader, indexes: Sequence
 
 def check_power(where: object, value: NDArray[Any], name: str = 's1') -> None:
     """Raise an error where values that shall be power are mostly well below 0."""
-    if (value < 0).any() and (middle := float(np.nanmedian(value))) < -1:
+    if not (value < 0).any():
+        return
+    known = value[value > -100]  # below, it is no dB either
+    if known.size and (middle := float(np.median(known))) < -1:
         raise ImplausibleValuesError(
             f'{where} holds mostly negative values (median {middle:.4g}), which are no power. If '
             f"they are dB, give unit={{{name!r}: 'db'}}; if that value stands for none, give "

@@ -429,7 +429,7 @@ def clean(
     if value.dtype.kind == 'f':
         empty |= ~np.isfinite(value)
     if positive:
-        check_power('s1', value[~empty & (value > -100)])  # below, it is no dB either
+        check_power('s1', value[~empty])
         empty |= ~(value > 0)
     for cloud in clouds:
         empty |= cloud
