@@ -1,5 +1,6 @@
 """Regions from a STAC API on loopback, with what Earth Search and Planetary Computer do."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -224,6 +225,8 @@ def test_sentinel_1(orbits: Any, names: list[str], world: World, tmp_path: Path)
         np.testing.assert_array_equal(
             value, np.where(first > 0, first, np.where(last > 0, last, np.nan))[at][:64, :64]
         )
+    with pytest.raises(DataError, match='made with other orbits; choose another tile or root'):
+        region(world, 'sentinel-1-rtc', orbits='descending').write(tmp_path, ['s1'])
 
 
 def test_a_date_rule_reads_what_it_chooses(world: World, tmp_path: Path) -> None:
@@ -248,8 +251,56 @@ def test_goes_on_without_asking_twice(world: World, tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == written
     with pytest.raises(DataError, match='choose another tile or root'):
         replace(source, epsg=32631).write(tmp_path, ['s2'], progress=False)
-    with pytest.raises(DataError, match='made with other clouds; choose another tile or root'):
-        replace(source, clouds=[]).write(tmp_path, ['s2'], progress=False)
+
+
+def test_images_that_are_there_are_those_asked_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched, search = list[StacCollection](), SentinelRegion._search
+
+    def count(self: SentinelRegion, collection: StacCollection) -> Any:
+        searched.append(collection)
+        return search(self, collection)
+
+    monkeypatch.setattr(SentinelRegion, '_search', count)
+    place = str(tmp_path / 'place.gpkg')
+    gpd.GeoSeries([box(*INNER)], crs=32632).to_file(place)
+    source = region(world, 'pc-l2a', region=place, season=['2021-06-01', '2021-12-31'])
+    own = source.collection('s2')
+
+    def write(root: str = 'a', **changes: Any) -> int:
+        replace(source, **changes).write(tmp_path / root, ['s2'], progress=False)
+        return len([*(tmp_path / root / 's2').iterdir()])
+
+    assert write() == 1
+    others: dict[str, dict[str, Any]] = {
+        'mask, clouds': {'clouds': []},
+        'offset': {'collections': {'s2': replace(own, offset=-900)}},
+        'nodata': {'collections': {'s2': replace(own, nodata=1)}},
+        'resampling': {'resampling': 'cubic'},
+    }
+    for what, changes in others.items():
+        with pytest.raises(DataError, match=f'made with other {what}; choose another tile or root'):
+            write(**changes)
+    assert write(offset='item', clouds=[10, 9, 8, 3], orbits='merged') == 1
+    assert write(season=['2021-06-01', '2022-12-31'], max_clouds=1.0) == 3
+    fewer: list[dict[str, Any]] = [{'season': ['2022-01-01', '2022-12-31']}, {'max_clouds': 0.5}]
+    for changes in fewer:
+        with pytest.raises(DataError, match=r'has [12] images of region, such as .* do not give;'):
+            write(**changes)
+    searched.clear()
+    for season, times in (('2021-12-31', 1), ('2100-01-01', 2)):
+        for _ in range(2):
+            write(season, season=['2021-06-01', season])
+        assert len(searched) == times
+        searched.clear()
+    # As an earlier release left it, which knew nothing of pixels.
+    state = tmp_path / '2021-12-31' / 'region.region.json'
+    kept = json.loads(state.read_text())
+    state.write_text(json.dumps({k: v for k, v in kept.items() if k != 'pixels'}))
+    gpd.GeoSeries([box(*INNER).buffer(-100)], crs=32632).to_file(place)
+    with pytest.raises(DataError, match=r'lies at .*; choose another tile or root'):
+        write('2021-12-31')
 
 
 @pytest.mark.parametrize(

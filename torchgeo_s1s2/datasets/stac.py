@@ -66,6 +66,7 @@ FRESH = {'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'}  # forgets what GDAL had of a 
 Offset = float | Literal['item', 'harmonised']
 Orbits = Literal['apart', 'merged', 'ascending', 'descending']
 _WIDEST = 100_000  # pixels: 1,000 km, more than a zone with its margins
+_PUBLISHED = pd.Timedelta(days=7)  # for images that are published late
 _EDGE = 20  # metres: where Sentinel-2's pixels of both 10 and 20 m begin
 
 
@@ -149,8 +150,9 @@ class SentinelRegion(Source):
     Values are reflectance x 10,000 (int16) and linear power (float32), offsets applied; clouds are
     missing. Of a date rule, only the dates that it may choose are read. What will be read is told
     before. An image is there whole or not at all, and an interrupted run goes on; a finished one
-    needs no network as long as its images are there. A missing or broken file is left out with a
-    warning that names it.
+    needs no network as long as its images are there, if its season had been over for a week. A
+    missing or broken file is left out with a warning that names it. Images of this tile that the
+    arguments do not give are refused.
 
     Attributes:
         region: West, south, east and north in degrees, or a file of geometries, whose bounds count.
@@ -169,7 +171,7 @@ class SentinelRegion(Source):
         num_workers: Number of threads that read.
 
     Raises:
-        DataError: If a collection is refused, or says too little.
+        DataError: If a collection is refused or says too little, or images are there of others.
         DownloadError: If the API or its files cannot be reached.
         NoSeriesError: If the dates there make no series.
         UnreadableError: If the file of geometries cannot be read.
@@ -236,19 +238,32 @@ class SentinelRegion(Source):
         """
         root, sensors = Path(root), in_order(sensors, [*SENSORS], 'sensor')
         root.mkdir(parents=True, exist_ok=True)
-        state = _State(root / f'{self.tile}.region.json', self._settings(sensors, series))
-        if state.changed and images_of(root, self.tile):
-            raise DataError(
-                f'the images of {self.tile} in {root} were made with other {state.changed}; choose '
-                'another tile or root, or delete them'
-            )
+        known = {sensor: self.collection(sensor) for sensor in sensors}
+        pixels = {sensor: self._pixels(sensor, c) for sensor, c in known.items()}
+        state = _State(root / f'{self.tile}.region.json', self._settings(sensors, series), pixels)
+        there = [path for path in images_of(root, self.tile) if path.parent.name in sensors]
+        for path in there:
+            if changed := state.changed[path.parent.name]:
+                raise DataError(
+                    f'the images of {self.tile} in {root} were made with other {changed}; choose '
+                    'another tile or root, or delete them'
+                )
         if state.finished and all(root.joinpath(image).exists() for image in state.images):
             return root
-        known = {sensor: self.collection(sensor) for sensor in sensors}
+        late = pd.Period(self.season[-1]).end_time + _PUBLISHED
+        is_over = pd.Timestamp.now('UTC').tz_localize(None) > late
         grid = self.grid()
         images = {sensor: self._images(sensor, c, grid) for sensor, c in known.items()}
         with optional('dask').config.set(num_workers=self.num_workers):
             self._leave_clouds_out(images.get('s2', {}), state, progress)
+            state.save()
+            given = {name for own in images.values() for name in own} - {*state.left_out}
+            if others := [path for path in there if path.name not in given]:
+                raise DataError(
+                    f'{root} has {len(others)} images of {self.tile}, such as {others[0].name}, '
+                    'that the region, season, source or max_clouds now asked for do not give; '
+                    'delete them, or choose another tile or root'
+                )
             while True:
                 chosen = self._choose(images, state.left_out, series)
                 if not any(chosen.values()):
@@ -260,8 +275,9 @@ class SentinelRegion(Source):
                 state.left_out |= failed
                 paths = paths_of(Path(), chosen)
                 state.images = [str(path) for path in paths if path.name not in failed]
-                state.save(finished=not failed or series is None)
-                if state.finished:
+                finished = not failed or series is None
+                state.save(finished=finished and is_over)
+                if finished:
                     return root
 
     def collection(self, sensor: str) -> StacCollection:
@@ -284,9 +300,10 @@ class SentinelRegion(Source):
                 f'clouds are {self.clouds}, and no mask of {known.collection} is known; describe '
                 'it, as in StacCollection(mask=...)'
             )
-        given: dict[str, Any] = {'clouds': self.clouds, 'offset': self.offset}
+        offset = self.offset if sensor == 's2' else None
+        given: dict[str, Any] = {'clouds': self.clouds, 'offset': offset}
         known = replace(known, **{k: v for k, v in given.items() if v is not None})
-        return known if known.clouds else replace(known, mask='')
+        return known if known.clouds and known.mask else replace(known, mask='', clouds=())
 
     @cached_property
     def geometry(self) -> BaseGeometry:
@@ -323,9 +340,18 @@ class SentinelRegion(Source):
         return Grid(crs_of(epsg), Affine(10, 0, left, 0, -10, top), width, height)
 
     def _settings(self, sensors: Sequence[str], series: DateRule | None) -> dict[str, Any]:
-        ignored = ('chunk', 'num_workers')
-        settings = {k: v for k, v in asdict(self).items() if k not in ignored}
-        return json.loads(json.dumps(settings | {'series': repr(series), 'sensors': sensors}))
+        """What decides which images there are, and what they hold."""
+        settings = asdict(replace(self, chunk=1, num_workers=1))
+        rule = {'series': repr(series), 'sensors': sensors}
+        return settings | rule | {'bounds': self.geometry.bounds}
+
+    def _pixels(self, sensor: str, collection: StacCollection) -> dict[str, Any]:
+        """What decides what the images of a sensor hold, wherever they come from."""
+        elsewhere = ('url', 'sign', 'refused')
+        pixels = {k: v for k, v in asdict(collection).items() if k not in elsewhere}
+        pixels |= {'clouds': sorted(collection.clouds), 'nodata': str(float(collection.nodata))}
+        pixels |= {'orbits': self.orbits} if sensor == 's1' else {}
+        return pixels | {'resampling': self.resampling}
 
     def _images(
         self, sensor: str, collection: StacCollection, grid: Grid
@@ -397,7 +423,6 @@ class SentinelRegion(Source):
         bar = tqdm(todo.items(), 'Looking for clouds', disable=not (progress and todo), unit='date')
         for name, image in bar:
             state.clouds[name] = image.cloud_share()
-        state.save()
         cloudy = {n for n, share in state.clouds.items() if share > self.max_clouds}
         state.left_out |= dict.fromkeys(cloudy, f'have more than {self.max_clouds:.0%} of clouds')
 
@@ -439,14 +464,19 @@ class SentinelRegion(Source):
 class _State:
     """What a run has learnt, in a file, so that the next one need not."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, settings: dict[str, Any], pixels: dict[str, dict[str, Any]]
+    ) -> None:
         self.path, self.settings = path, settings
         kept = json.loads(path.read_text()) if path.exists() else {}
-        before = kept.get('settings', settings)
+        before = kept.get('pixels', {})
         # Images that are there stay, so what their pixels depend on must.
-        pixels = ('offset', 'clouds', 'orbits', 'resampling')
-        self.changed = ', '.join(k for k in pixels if before.get(k) != settings[k])
-        same = 'settings' in kept and before == settings
+        self.changed = {
+            sensor: ', '.join(k for k in own if before.get(sensor, own).get(k, own[k]) != own[k])
+            for sensor, own in pixels.items()
+        }
+        self.pixels = before | pixels
+        same = json.dumps(kept.get('settings')) == json.dumps(settings)
         self.finished: bool = same and kept['finished']
         self.left_out: dict[str, str] = kept['left_out'] if same else {}
         self.clouds: dict[str, float] = kept['clouds'] if same else {}
@@ -454,7 +484,7 @@ class _State:
 
     def save(self, finished: bool = False) -> None:
         self.finished = finished
-        names = ('settings', 'finished', 'left_out', 'clouds', 'images')
+        names = ('settings', 'pixels', 'finished', 'left_out', 'clouds', 'images')
         write_json(self.path, {n: getattr(self, n) for n in names}, indent=1)
 
 
