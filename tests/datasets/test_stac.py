@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import geopandas as gpd
@@ -333,10 +334,29 @@ def test_what_is_missing_or_broken_is_named(world: World, tmp_path: Path) -> Non
     assert len([*(tmp_path / 'b' / 's2').iterdir()]) == 1
 
 
-def test_a_server_that_wants_no_more_is_an_error(world: World, tmp_path: Path) -> None:
-    world.files.faults['fragile_8/B02.tif'] = [429] * 1000
+@pytest.mark.parametrize('status', [401, 403, 408, 429])
+def test_a_server_that_wants_no_more_is_an_error(status: int, world: World, tmp_path: Path) -> None:
+    world.files.faults['fragile_8/B02.tif'] = [status] * 1000
     source = region(world, 'fragile', season=['2022-01-08', '2022-01-08'])
-    with pytest.raises(DownloadError, match=r'cannot be reached .*429.*start again later'):
+    with pytest.raises(DownloadError, match=rf'cannot be reached .*{status}.*start again later'):
+        source.write(tmp_path, ['s2'], progress=False)
+
+
+def refuse(href: str) -> None:
+    raise OSError('403 Client Error')  # as those of requests are
+
+
+@pytest.mark.parametrize(
+    ('sign', 'why'), [(refuse, '403 Client Error'), (lambda _: Event().wait(), 'no answer')]
+)
+def test_a_service_that_does_not_sign_is_an_error(
+    sign: Any, why: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip('planetary_computer'), 'sign', sign)
+    monkeypatch.setattr(stac, '_SIGNING', 0.1)
+    own = replace(region(world, 'pc-l2a').collection('s2'), sign=True)
+    source = region(world, 'pc-l2a', collections={'s2': own})
+    with pytest.raises(DownloadError, match=rf'cannot be signed .*\({why}\); start again later'):
         source.write(tmp_path, ['s2'], progress=False)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import ceil, floor
+from multiprocessing import TimeoutError
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -62,6 +64,7 @@ HTTP = {
     'GDAL_HTTP_RETRY_DELAY': 1,
     'GDAL_HTTP_RETRY_CODES': ','.join(map(str, _BUSY)),
 }
+_SIGNING = 60.0  # seconds; planetary_computer would ask for minutes, or wait for ever
 FRESH = {'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'}  # forgets what GDAL had of a file
 Offset = float | Literal['item', 'harmonised']
 Orbits = Literal['apart', 'merged', 'ascending', 'descending']
@@ -583,7 +586,7 @@ class StacImage:
                 chunks={'x': self.chunk, 'y': self.chunk},
                 resampling={'*': self.resampling, self.collection.mask or 'mask': 'nearest'},
                 stac_cfg={item.collection_id: {'assets': kinds}, '*': {'warnings': 'ignore'}},
-                patch_url=optional('planetary_computer').sign if self.collection.sign else None,
+                patch_url=_signed if self.collection.sign else None,
             )
         arrays = [data[name].isel(time=0) for name in assets]
         return [(array.data, float(array.attrs.get('nodata', nodata))) for array in arrays]
@@ -616,16 +619,29 @@ class StacImage:
                     value.map_blocks(lambda block: block[:1, :1]).compute(**how)
             except RasterioError as error:
                 href = item.assets[asset].href
-                if re.search(r'CURL error|response code: (429|5\d\d)', str(error)):
+                if re.search(r'CURL error|response code: (401|403|408|429|5\d\d)', str(error)):
                     raise DownloadError(
                         f'{href} cannot be reached ({error}); start again later, and the run goes '
-                        'on'
+                        'on, or see whether you have access'
                     ) from None
                 return f'{asset} of {item.id} ({href}) is left out: {error}'
         return ''
 
 
 _Images = dict[str, dict[str, StacImage]]
+
+
+def _signed(href: str) -> str:
+    """Address of a file as Planetary Computer signs it."""
+    sign = optional('planetary_computer').sign
+    try:
+        with ThreadPool(1) as pool:  # of threads that nobody waits for
+            return str(pool.apply_async(sign, (href,)).get(_SIGNING))
+    except (OSError, ValueError, TimeoutError) as error:
+        raise DownloadError(
+            f'{href} cannot be signed by Planetary Computer ({str(error) or "no answer"}); start '
+            'again later, and the run goes on, or see whether PC_SDK_SUBSCRIPTION_KEY is right'
+        ) from None
 
 
 def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str]:
