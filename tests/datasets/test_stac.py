@@ -465,3 +465,28 @@ def test_items_that_say_something_else(
         assert stac._assets(own, 's2', StacCollection('c'))['B12'] == 'B12'
         added = 0 if 0 in told.values() else -1000
         assert stac._offset(own, 'B02', StacCollection('c')) == added
+
+
+@pytest.mark.parametrize('place', ['gsd', 'bands', 'raster:bands'])
+def test_of_several_assets_of_a_band_the_finest_is_taken(place: str, tmp_path: Path) -> None:
+    """As CDSE names them; a common name counts only where no name tells."""
+    pystac = pytest.importorskip('pystac')
+    write_cog(tmp_path / 'a.tif', np.ones((4, 4), 'uint16'), LEFT, TOP)
+
+    def asset(size: int) -> dict[str, Any]:
+        told = {'gsd': size} if place == 'gsd' else {place: [{'spatial_resolution': size}]}
+        return {'href': 'a.tif', 'eo:common_name': 'blue'} | told
+
+    def item_of(assets: dict[str, Any]) -> Any:
+        told: dict[str, Any] = {'s2:processing_baseline': '05.00'}
+        day = '2022-07-01T10:30:21Z'
+        return pystac.Item.from_dict(item('a', 'c', day, assets, tmp_path / 'a.tif', **told))
+
+    assets = {f'{b}_{m}m': asset(m) for b in BANDS for m in (60, 10, 20)}
+    known = stac._assets(item_of(assets), 's2', StacCollection('c'))
+    assert known == {b: f'{b}_10m' for b in BANDS}
+    for also in (asset(10), {'href': 'a.tif'}):
+        own = item_of({'B02': also, 'B02_10m': asset(10)} | {b: asset(10) for b in BANDS[1:]})
+        with pytest.raises(DataError, match='a has B02 as B02 and B02_10m; say which is meant, as'):
+            stac._assets(own, 's2', StacCollection('c'))
+        assert stac._assets(own, 's2', StacCollection('c', bands={'B02': 'B02'}))['B02'] == 'B02'

@@ -48,7 +48,7 @@ from torchgeo_s1s2.datasets.region import (
     write_bands,
     write_patch,
 )
-from torchgeo_s1s2.datasets.sensors import SENSORS, in_order
+from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, in_order
 from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import read_vectors
@@ -80,7 +80,8 @@ class StacCollection:
     Attributes:
         collection: Its id.
         url: Address of its STAC API; that of the region's source unless given.
-        bands: Asset of each band, where neither its name nor its common name tells.
+        bands: Asset of each band, where neither its name nor its common name tells, and of several
+            the resolution does not.
         nodata: Value without an observation in files that have no tag.
         offset: What to add to Sentinel-2's values, or ``'item'``: after what the item says, -1000
             from processing baseline 04.00 on, unless it has been added or the asset has another. Or
@@ -646,10 +647,8 @@ def _signed(href: str) -> str:
 
 def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str]:
     """Asset of each band; an error if the item lacks one, or its values are others."""
-    known = SENSORS[sensor]
-    named = {known.band(_told(item, key).get('common_name')): key for key in item.assets}
-    named |= {known.band(key): key for key in item.assets}
-    assets = {band: collection.bands.get(band, named.get(band, '')) for band in known.bands}
+    bands = SENSORS[sensor].bands
+    assets = {b: collection.bands.get(b) or _named(item, b, SENSORS[sensor]) for b in bands}
     wanted = {**assets, 'mask': collection.mask} if collection.mask else assets
     lacking = [f'{b} ({a or "no such name"})' for b, a in wanted.items() if a not in item.assets]
     if lacking:
@@ -665,6 +664,24 @@ def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str
         if scale is not None and not any(np.isclose(scale, known) for known in (1, 1e-4)):
             raise DataError(f'{asset} of {item.id} has the scale {scale}; expected 0.0001')
     return assets
+
+
+def _named(item: Any, band: str, sensor: Sensor) -> str:
+    """Asset of a band by name, else by common name, of several the finest; empty for none."""
+    names = [key for key in item.assets if sensor.band(key) == band] or [
+        key for key in item.assets if sensor.band(_told(item, key).get('common_name')) == band
+    ]
+    told = [_told(item, name) for name in names]
+    sizes: list[Any] = [own.get('gsd') or own.get('spatial_resolution') for own in told]
+    finest = [
+        name for name, size in zip(names, sizes, strict=True) if None in sizes or size == min(sizes)
+    ]
+    if len(finest) > 1:
+        raise DataError(
+            f'{item.id} has {band} as {" and ".join(finest)}; say which is meant, as in '
+            f'StacCollection(bands={{{band!r}: {finest[0]!r}}})'
+        )
+    return finest[0] if finest else ''
 
 
 def _time(item: Any) -> Any:
