@@ -107,6 +107,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             s2('pc_old', late, 'pc-l2a', **old),
             s2('pc_reprocessed', early, 'pc-l2a', low=1000, **new),
             s2('pc_clouds', autumn, 'pc-l2a', cloudy=0.9, **new),
+            s2('twice_new', early, 'twice', cloudy=0.4, **new),
+            s2('twice_old', early, 'twice', cloudy=0, **old),
             s2('silent', early, 'silent'),
             s1('s1_a', '2021-07-04T05:40:10Z', slice(0, 60), 'descending'),
             s1('s1_b', '2021-07-04T05:40:35Z', slice(50, 96), 'descending'),
@@ -189,6 +191,13 @@ def test_pixels_and_offsets(
         f's2: {len(paths)} of {seen} dates, {len(paths)} images of {kind}'
         in capsys.readouterr().out
     )
+
+
+def test_of_two_processings_the_newest_tells_clouds(world: World, tmp_path: Path) -> None:
+    region(world, 'twice').write(tmp_path, ['s2'], progress=False)
+    (path,) = (tmp_path / 's2').iterdir()
+    expected = direct(world, 'twice_new', path, -1000, False)
+    np.testing.assert_array_equal(read_raster(path), expected)
 
 
 def test_items_that_deny_being_harmonised_are_said(world: World, tmp_path: Path) -> None:

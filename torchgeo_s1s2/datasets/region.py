@@ -416,7 +416,7 @@ def lazily(function: Callable[..., NDArray[Any]], *arrays: Any, **kwargs: Any) -
 
 def clean(
     value: NDArray[Any],
-    *clouds: NDArray[np.bool_],
+    *,
     kind: str,
     tag: float,
     missing: float,
@@ -424,15 +424,13 @@ def clean(
     positive: bool = False,
     convert: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
 ) -> NDArray[Any]:
-    """Values as files have them: a tag for what is missing, cloudy, not finite, or not positive."""
+    """Values as files have them: a tag for what is missing, not finite, or not positive."""
     empty = _is(value, missing)
     if value.dtype.kind == 'f':
         empty |= ~np.isfinite(value)
     if positive:
         check_power('s1', value[~empty & (value > -100)])  # below, it is no dB either
         empty |= ~(value > 0)
-    for cloud in clouds:
-        empty |= cloud
     if offset:
         value = value.astype(np.float32 if value.dtype.kind == 'f' else np.int32) + offset
     if convert:

@@ -522,9 +522,7 @@ class StacImage:
     def __call__(self, path: Path) -> Outcome:
         """Write it, without items of which a file cannot be read."""
         outcome, notes = self._patiently(
-            lambda items: write_bands(
-                path, self.grid, [self._layer(*own) for own in items], self.tag
-            )
+            lambda items: write_bands(path, self.grid, [self._bands(items)], self.tag)
         )
         why = 'cannot be read' if outcome is None else outcome.left_out
         return Outcome(why, tuple(notes))
@@ -533,33 +531,37 @@ class StacImage:
         """Share of the pixels seen that are clouds, 0 if none is seen."""
 
         def count(items: Sequence[Any]) -> float:
-            layers = [{'mask': self._load(item, [self.collection.mask])[0][0]} for item, _ in items]
-            mask = fuse(layers, 0)['mask']
-            cloudy = self._cloudy(mask).sum()
+            mask, cloudy = self._mask(items)
             with threads() as how:
-                seen, clouds = optional('dask').compute((mask != 0).sum(), cloudy, **how)
+                seen, clouds = optional('dask').compute((mask != 0).sum(), cloudy.sum(), **how)
             return float(clouds / max(seen, 1))
 
         return self._patiently(count)[0] or 0
 
-    def _cloudy(self, mask: Any) -> Any:
-        """Where a mask has clouds."""
-        return lazily(np.isin, mask, dtype=bool, test_elements=[*self.collection.clouds])
+    def _mask(self, items: Sequence[Any]) -> tuple[Any, Any]:
+        """Classes of the first item that has a pixel, and where they are clouds."""
+        layers = [{'mask': self._load(item, [self.collection.mask])[0][0]} for item, _ in items]
+        mask, classes = fuse(layers, 0)['mask'], [*self.collection.clouds]
+        return mask, lazily(np.isin, mask, dtype=bool, test_elements=classes)
+
+    def _bands(self, items: Sequence[Any]) -> dict[str, Any]:
+        """Bands of the first item that has a pixel, clouds missing."""
+        bands = fuse([self._layer(*own) for own in items], self.tag)
+        if not self.collection.mask:
+            return bands
+        _, cloudy = self._mask(items)
+        where = optional('dask.array').where
+        return {name: where(cloudy, a.dtype.type(self.tag), a) for name, a in bands.items()}
 
     def _layer(self, item: Any, assets: Mapping[str, str]) -> dict[str, Any]:
-        """Bands of an item in the unit of the layout, clouds missing."""
+        """Bands of an item in the unit of the layout."""
         loaded = self._load(item, [*assets.values()])
-        clouds = []
-        if self.collection.mask:
-            ((mask, _),) = self._load(item, [self.collection.mask])
-            clouds = [self._cloudy(mask)]
         kind = 'int16' if self.sensor == 's2' else 'float32'
         how = {'dtype': kind, 'kind': kind, 'tag': self.tag, 'positive': self.sensor == 's1'}
         return {
             band: lazily(
                 clean,
                 value,
-                *clouds,
                 missing=nodata,
                 offset=_offset(item, asset, self.collection) if self.sensor == 's2' else 0,
                 **how,
