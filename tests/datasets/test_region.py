@@ -124,6 +124,16 @@ def test_shapes(shape: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(value.mask, expected == 0)
 
 
+def test_where_no_attribute_tells_corners_from_centres_the_user_does(tmp_path: Path) -> None:
+    data = cubo().drop_attrs()  # as arithmetic of xarray does
+    with pytest.raises(DataError, match='attributes that tell are lost; give corners=False or'):
+        write_series(tmp_path, data, progress=False)
+    for corners, left in ((True, LEFT), (False, LEFT - 5)):
+        root = write_series(tmp_path / str(corners), data, corners=corners, progress=False)
+        with rasterio.open(next((root / 's2').iterdir())) as src:
+            assert src.bounds.left == left
+
+
 def test_reads_as_a_data_set(tmp_path: Path) -> None:
     labels = xr.DataArray(RNG.integers(1, 15, (HEIGHT, WIDTH)), {'y': Y, 'x': X}, ('y', 'x'))
     labels.attrs['crs'] = 'EPSG:32632'

@@ -626,12 +626,19 @@ def _at_corners(dataset: Any) -> bool:
     """Whether coordinates are those of upper left corners, as far as sentle and stackstac tell.
 
     sentle says so in an attribute of x and y. stackstac, also below cubo, gives corners unless
-    asked, on a grid whose corners are multiples of the resolution.
+    asked, on a grid whose corners are multiples of the resolution. Its coordinate ``epsg`` stays
+    where its attributes are lost.
     """
     x, attrs = dataset['x'], dataset.attrs
     if 'coord_save_mode' in x.attrs:
         return bool(x.attrs['coord_save_mode'] == 'top-left')
     if not {'spec', 'central_x'} & {*attrs} or 'resolution' not in attrs:
+        if 'epsg' in dataset.coords:
+            raise DataError(
+                'x and y may be those of the centres of pixels or, as stackstac gives them unless '
+                'asked, of their upper left corners, and the attributes that tell are lost; give '
+                'corners=False or corners=True'
+            )
         return False
     return bool(abs(float(x[0]) / float(attrs['resolution']) % 1 - 0.5) > 0.25)
 
