@@ -136,6 +136,29 @@ def test_polygons_name_the_split_of_their_ground(tmp_path: Path) -> None:
         part(root, over, 'train')
 
 
+@pytest.mark.parametrize('halved', [0, 1])
+def test_polygons_that_meet_in_degrees_share_no_pixel_and_leave_none(
+    tmp_path: Path, halved: int
+) -> None:
+    """A border of 72 km along a parallel is 100 m off a straight line in metres."""
+    root = write(tmp_path, ('31UEQ', 0, 0))
+    (lat,) = gpd.GeoSeries.from_xy([LEFT], [TOP - 120], crs=32631).to_crs(4326).y
+    shapes = [box(2.5, lat, 3.5, 50), box(2.5, 49, 3.5, lat)]
+    west, south, _, north = shapes[halved].bounds
+    shapes[halved] = box(2.9, south, 3.5, north)
+    table = gpd.GeoDataFrame(
+        {'part': ['north', 'south', 'west']},
+        crs=4326,
+        geometry=[*shapes, box(west, south, 2.9, north)],
+    )
+    table.to_file(tmp_path / 'parts.gpkg')
+    splits = PolygonSplits(str(tmp_path / 'parts.gpkg'), 'part')
+    for split, rows in (('north', range(12)), ('south', range(12, 24))):
+        assert Counter(n // SIZE for _, n in held(part(root, splits, split))) == dict.fromkeys(
+            rows, 24
+        )
+
+
 def test_pieces_have_names_of_their_own_and_bad_numbers_are_refused(tmp_path: Path) -> None:
     root = write(tmp_path, ('31UEQ', 0, 0))
     names = {*part(root, BlockSplits(80, {'train': 1.0}), 'all').index['name']}

@@ -133,16 +133,18 @@ class PolygonSplits(GroundSplits):
             DataError: If polygons of two splits overlap.
         """
         crs = int(patches['epsg'].mode()[0])
-        table = self._polygons.to_crs(crs).dissolve('value')
+        table = self._polygons.dissolve('value')
         for name, shape in table.geometry.items():
             others = table.geometry.drop(name)
-            overlap = others[others.intersection(shape).area > 1]
+            overlap = others[others.intersection(shape).to_crs(crs).area > 1]
             if len(overlap):
                 raise DataError(
                     f'polygons of {self.file} overlap that are of the splits {name} and '
                     f'{overlap.index[0]}; ground is in one split'
                 )
-        parts = table.explode().reset_index(names='split')
+        # About 100 m, over which edges that meet stay within a millimetre when projected.
+        table.geometry = table.segmentize(0.001 if table.crs.is_geographic else 100)
+        parts = table.to_crs(crs).explode().reset_index(names='split')
         return parts[['split', 'geometry']]
 
     @cached_property
