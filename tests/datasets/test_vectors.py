@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shapely import LineString, Polygon, box
 from shapely.affinity import translate
 
-from torchgeo_s1s2.datasets import Catalog, MultiSenGE, VectorLabels, rasterize_labels
+from torchgeo_s1s2.datasets import Catalog, MultiSenGE, VectorLabels, rasterize_labels, vectors
 from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError
 
 LEFT, TOP = 500000.0, 5500000.0
@@ -158,6 +158,20 @@ def test_other_rasters_stay_and_the_same_are_not_written_again(root: Path) -> No
     assert (labels(root) == 9).all()
     assert write(root, path, 'cover', IDS, overwrite=True) == 1 + 1
     assert labels(root).tolist() == EXPECTED.tolist()
+
+
+@pytest.mark.parametrize('step', ['write_json', 'check_written'])
+def test_an_interrupted_run_goes_on(step: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    path = polygons(root)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(vectors, step, stop)
+        rasterize_labels(root, path, 'cover', IDS, progress=False)
+    assert write(root, path, 'cover', IDS) == 2
+    assert labels(root).tolist() == EXPECTED.tolist()
+    assert Catalog(root).patches['classes'].tolist() == [(6, 11), ()]
 
 
 def test_rasters_without_a_label_are_told_each_time(root: Path) -> None:

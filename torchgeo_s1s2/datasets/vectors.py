@@ -281,18 +281,18 @@ def _rasterized(
 
 
 def _write(catalog: Catalog, number: int, labels: NDArray[Any], grid: Grid, made_of: str) -> None:
-    """Write a label raster, and the labels in it into the label file."""
+    """Write the labels into the label file, then the raster, which tells that both are there."""
     name = catalog.patch(number).name
     usual = catalog.root / GROUND_REFERENCE / reference_name(name)
     path = catalog.ground_reference(number) or usual
     profile = {'driver': 'GTiff', 'count': 1, 'dtype': labels.dtype, 'nodata': 0}
     profile |= {'compress': 'deflate', 'tiled': max(labels.shape) > 512, **vars(grid)}
+    listing = catalog.root / LABELS / f'{name}.json'
+    content = json.loads(listing.read_text())
+    content['labels'] = ';'.join(map(str, np.unique(labels[labels > 0])))
+    write_json(listing, content)
     with whole(path) as temporary:
         with rasterio.open(temporary, 'w', **profile) as dst:
             dst.write(labels, 1)
             dst.update_tags(**{TAG: made_of})
         check_written(temporary, path)
-    listing = catalog.root / LABELS / f'{name}.json'
-    content = json.loads(listing.read_text())
-    content['labels'] = ';'.join(map(str, np.unique(labels[labels > 0])))
-    write_json(listing, content)
