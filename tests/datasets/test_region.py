@@ -36,6 +36,10 @@ def odc(values: Any = VALUES, names: Any = BANDS, dtype: str = 'uint16', **attrs
     return xr.Dataset(bands, {'time': TIMES, 'y': Y, 'x': X, 'spatial_ref': crs})
 
 
+def coded(epsg: Any) -> Any:
+    return odc().drop_vars('spatial_ref').assign_attrs(epsg=epsg)
+
+
 def xee() -> Any:
     """Earth Engine: decoded floats, the CRS in an attribute."""
     values = np.where(VALUES == 0, np.nan, VALUES)
@@ -92,6 +96,10 @@ SHAPES: dict[str, Callable[[], Any]] = {
     'time with a zone': lambda: odc().assign_coords(
         time=np.array([*TIMES.tz_localize('UTC').tz_convert('Asia/Tokyo')], object)
     ),
+    'NaN of whole numbers': lambda: odc(nodata=np.nan),
+    'EPSG code as text': lambda: coded('32632'),
+    'EPSG code of NumPy': lambda: coded(np.int64(32632)),
+    'EPSG code as a fraction': lambda: coded(32632.0),
     '65535': lambda: odc(np.where(VALUES == 0, 65535, VALUES), nodata=65535),
     'dask': lambda: odc().chunk({'time': 1, 'y': 17, 'x': 30}),
 }

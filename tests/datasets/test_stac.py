@@ -15,7 +15,7 @@ import pytest
 import rasterio
 from conftest import read_raster
 from rasterio.warp import transform_bounds
-from shapely import box
+from shapely import Polygon, box
 
 from benchmarks.server import Files, item, serve_files, serve_items, write_cog
 from torchgeo_s1s2.datasets import SENSOR_BANDS, SentinelRegion, StacCollection, stac
@@ -274,7 +274,9 @@ def test_images_that_are_there_are_those_asked_for(
 
     monkeypatch.setattr(SentinelRegion, '_search', count)
     place = str(tmp_path / 'place.gpkg')
-    gpd.GeoSeries([box(*INNER)], crs=32632).to_file(place)
+    left, low, right, high = INNER
+    bow = Polygon([(left, low), (right, high), (right, low), (left, high)])  # is invalid
+    gpd.GeoSeries([box(*INNER), bow, None], crs=32632).to_file(place)
     source = region(world, 'pc-l2a', region=place, season=['2021-06-01', '2021-12-31'])
     own = source.collection('s2')
 
@@ -427,6 +429,7 @@ def test_a_file_of_geometries_and_a_zone(tmp_path: Path) -> None:
         ({'region': [-180, -80, 180, 80]}, 'pixels of EPSG:32630, too wide for one zone'),
         ({'epsg': 4326}, 'epsg is 4326, whose unit is the degree; give that of a UTM zone'),
         ({'epsg': 2263}, 'epsg is 2263, whose unit is the US survey foot; give that of a UTM'),
+        ({'region': [10, 84.5, 11, 84.6]}, r'no UTM zone is known for \[10.*; give epsg, that of'),
         ({'region': Path('none.gpkg')}, 'none.gpkg cannot be read'),
     ],
 )

@@ -141,6 +141,11 @@ def test_polygons_elsewhere_or_nowhere_are_refused(root: Path) -> None:
     gpd.read_file(far).set_crs(None, allow_override=True).to_parquet(nowhere)
     with pytest.raises(DataError, match='does not say its CRS'):
         rasterize_labels(root, nowhere, 'cover', IDS)
+    undefined = root / 'undefined.gpkg'
+    table = gpd.read_file(far).set_crs(None, allow_override=True)
+    table.to_file(undefined, layer_options={'SRID': '-1'})
+    with pytest.raises(DataError, match=r'does not say its CRS \(Undefined Cartesian SRS\)'):
+        rasterize_labels(root, undefined, 'cover', IDS)
     with pytest.raises(UnreadableError, match=r'gone.gpkg cannot be read'):
         rasterize_labels(root, root / 'gone.gpkg', 'cover', IDS)
 
@@ -166,9 +171,10 @@ def test_an_interrupted_run_goes_on(step: str, root: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     path = polygons(root)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(vectors, step, stop)
-        rasterize_labels(root, path, 'cover', IDS, progress=False)
+        with pytest.raises(KeyboardInterrupt):
+            rasterize_labels(root, path, 'cover', IDS, progress=False)
     assert write(root, path, 'cover', IDS) == 2
     assert labels(root).tolist() == EXPECTED.tolist()
     assert Catalog(root).patches['classes'].tolist() == [(6, 11), ()]

@@ -385,7 +385,7 @@ class _Cube:
     def _missing(self, variable: Any) -> float:
         """Value without an observation."""
         usual = {'f': np.nan, 'u': 0.0, 'i': self.sensor.nodata}[variable.dtype.kind]
-        return _tag_of(variable, usual) if self.nodata is None else self.nodata
+        return _tag_of(variable, usual, self.nodata)
 
 
 def optional(module: str) -> Any:
@@ -587,10 +587,12 @@ def _times(coordinate: Any) -> list[pd.Timestamp]:
     return times
 
 
-def _tag_of(variable: Any, usual: float) -> float:
-    """Value that a variable says to have where it has none."""
-    told = (variable.attrs.get(name) for name in ('_FillValue', 'nodata', 'missing_value'))
-    return float(next((tag for tag in told if tag is not None), usual))
+def _tag_of(variable: Any, usual: float, given: float | None = None) -> float:
+    """Value that a variable is given, or says, to have where it has none."""
+    told = [variable.attrs.get(name) for name in ('_FillValue', 'nodata', 'missing_value')]
+    tags = [float(tag) for tag in (given, *told) if tag is not None]
+    whole_numbers = variable.dtype.kind in 'iu'  # among which there is no NaN
+    return next((tag for tag in tags if not (whole_numbers and np.isnan(tag))), usual)
 
 
 def _to_layout(sensor: Sensor, unit: str, value: NDArray[Any]) -> NDArray[Any]:
@@ -650,8 +652,9 @@ def _crs(dataset: Any) -> CRS:
     places.append({n: v.item() for n, v in dataset.coords.items() if n in names and not v.dims})
     for name in names:
         for value in (place[name] for place in places if place.get(name)):
+            code = str(value).removesuffix('.0')  # as text, or of a type of NumPy
             with suppress(CRSError, ValueError):
-                return CRS.from_user_input(value)
+                return CRS.from_user_input(int(code) if code.isdigit() else value)
     raise DataError('the array does not say its CRS; give it, as in data.rio.write_crs(32632)')
 
 

@@ -22,8 +22,6 @@ from affine import Affine
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
 from shapely import box
-from shapely.geometry import mapping
-from shapely.geometry.base import BaseGeometry
 from tqdm import tqdm
 from urllib3.util import Retry
 
@@ -310,25 +308,30 @@ class SentinelRegion(Source):
         return known if known.clouds and known.mask else replace(known, mask='', clouds=())
 
     @cached_property
-    def geometry(self) -> BaseGeometry:
-        """The region in degrees."""
+    def geometry(self) -> gpd.GeoSeries:
+        """Geometries in degrees, whose bounds count."""
         if isinstance(self.region, str):
-            table = read_vectors(Path(self.region))
-            if table.crs is None or table.union_all().is_empty:
-                raise DataError(f'{self.region} says no CRS, or has no geometry')
-            return table.to_crs(4326).union_all()
+            shapes = read_vectors(Path(self.region)).geometry
+            if np.isnan(shapes.total_bounds).any():
+                raise DataError(f'{self.region} has no geometry')
+            return shapes.to_crs(4326)
         west, south, east, north = self.region if len(self.region) == 4 else [np.nan] * 4
         if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
             raise DataError(
                 f'region is {self.region}; expected west, south, east, north in degrees, and two '
                 'regions where one crosses 180'
             )
-        return box(west, south, east, north)
+        return gpd.GeoSeries([box(west, south, east, north)], crs=4326)
 
     def grid(self) -> Grid:
         """Pixels of the region."""
-        place = gpd.GeoSeries([self.geometry.segmentize(0.01)], crs=4326)
-        epsg = self.epsg or place.estimate_utm_crs().to_epsg()
+        place = self.geometry.segmentize(0.01)
+        try:
+            epsg = self.epsg or place.estimate_utm_crs().to_epsg()
+        except RuntimeError:
+            raise DataError(
+                f'no UTM zone is known for {self.region}; give epsg, that of a CRS in metres'
+            ) from None
         unit, _ = crs_of(epsg).units_factor
         if unit != 'metre':
             raise DataError(f'epsg is {epsg}, whose unit is the {unit}; give that of a UTM zone')
@@ -347,7 +350,7 @@ class SentinelRegion(Source):
         """What decides which images there are, and what they hold."""
         settings = asdict(replace(self, chunk=1, num_workers=1))
         rule = {'series': repr(series), 'sensors': sensors}
-        return settings | rule | {'bounds': self.geometry.bounds}
+        return settings | rule | {'bounds': self.geometry.total_bounds.tolist()}
 
     def _pixels(self, sensor: str, collection: StacCollection) -> dict[str, Any]:
         """What decides what the images of a sensor hold, wherever they come from."""
@@ -400,7 +403,7 @@ class SentinelRegion(Source):
             )
             search = api.search(
                 collections=[collection.collection],
-                intersects=mapping(self.geometry),
+                bbox=self.geometry.total_bounds.tolist(),
                 datetime='/'.join(self.season),
             )
             items = [*search.items()]

@@ -118,8 +118,6 @@ def read_polygons(
     if attribute not in table or attribute == table.geometry.name:
         columns = ', '.join(map(str, table.columns.drop(table.geometry.name)))
         raise DataError(f'{file} has no attribute {attribute!r}; it has {columns or "none"}')
-    if table.crs is None:
-        raise DataError(f'{file} does not say its CRS; write it with GeoDataFrame.set_crs')
     values = table[attribute].map(_key, na_action='ignore')
     shapes, notes = _valid(table.geometry)
     notes[f'have no {attribute} and are left out'] = int(values.isna().sum())
@@ -164,17 +162,21 @@ def _polygons(
 
 
 def read_vectors(file: Path, layer: str | None = None) -> gpd.GeoDataFrame:
-    """Features of a vector file; one that is a table only is refused."""
+    """Features of a vector file; one that is a table only, or lies nowhere, is refused."""
     try:
-        if file.suffix.lower() in ('.parquet', '.geoparquet'):
-            return gpd.read_parquet(file)
-        table = gpd.read_file(file, layer=layer)
+        parquet = file.suffix.lower() in ('.parquet', '.geoparquet')
+        table = gpd.read_parquet(file) if parquet else gpd.read_file(file, layer=layer)
     except (DataSourceError, DataLayerError, OSError, ValueError) as error:
         raise UnreadableError(
             f'{file} cannot be read: {error}; expected a GeoPackage, GeoParquet or Shapefile'
         ) from error
     if not isinstance(table, gpd.GeoDataFrame):
         raise DataError(f'{file} has no geometries, only a table; choose another layer')
+    if table.crs is None or not (table.crs.is_geographic or table.crs.is_projected):
+        raise DataError(
+            f'{file} does not say its CRS ({getattr(table.crs, "name", "none")}); write it with '
+            'GeoDataFrame.set_crs'
+        )
     return table
 
 
