@@ -149,12 +149,14 @@ class Workplace:
             self.path.rmdir()
 
     def _hold(self, name: str) -> bool:
-        """Hold it until the lock is closed; False if another run does, or there are no locks."""
+        """Hold it until the lock is closed; False if another run does. Without locks all do."""
         self._lock = (self.path / name).open('ab')
         try:
             if fcntl is not None:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             self._lock.close()
             return False
+        except OSError:
+            pass  # a file system without locks
         return True

@@ -81,6 +81,9 @@ def test_the_draw_follows_shares_and_seed_and_no_date_rule(tmp_path: Path) -> No
     train = held(part(root, splits, 'train'))
     assert held(part(root, BlockSplits(80, SHARES), 'train')) == train
     assert held(part(root, BlockSplits(80, SHARES, seed=2), 'train')) != train
+    write(root, ('31UEQ', 80, 0), size=16)  # four more blocks, each of which moves at most two
+    assert sum(len(part(root, splits, split)) for split in splits) == 104
+    assert len({*train} - {*held(part(root, splits, 'train'))}) <= 8 * 64
 
 
 def test_a_buffer_keeps_splits_apart(tmp_path: Path) -> None:
@@ -96,8 +99,8 @@ def test_crops_of_a_scene_lie_within_the_blocks(tmp_path: Path) -> None:
     root = write(tmp_path, ('31UEQ', 0, 0), size=128)
     splits = BlockSplits(320, SHARES)
     crops = RandomCrops(part(root, splits, 'train'), (16, 16))
-    assert len(crops) == 8 * 4
     own = set(held(part(root, splits, 'train')))
+    assert len(crops) == len(own) / 16**2
     seen = set()
     for i in range(len(crops)):
         image = crops[i]['image'][0, 0]
@@ -134,6 +137,29 @@ def test_polygons_name_the_split_of_their_ground(tmp_path: Path) -> None:
     over = polygons(tmp_path / 'over.gpkg', west[0], west[1], split=['train', 'test'])
     with pytest.raises(DataError, match=r'overlap that are of the splits test and train'):
         part(root, over, 'train')
+
+
+@pytest.mark.parametrize('halved', [0, 1])
+def test_polygons_that_meet_in_degrees_share_no_pixel_and_leave_none(
+    tmp_path: Path, halved: int
+) -> None:
+    """A border of 72 km along a parallel is 100 m off a straight line in metres."""
+    root = write(tmp_path, ('31UEQ', 0, 0))
+    (lat,) = gpd.GeoSeries.from_xy([LEFT], [TOP - 120], crs=32631).to_crs(4326).y
+    shapes = [box(2.5, lat, 3.5, 50), box(2.5, 49, 3.5, lat)]
+    west, south, _, north = shapes[halved].bounds
+    shapes[halved] = box(2.9, south, 3.5, north)
+    table = gpd.GeoDataFrame(
+        {'part': ['north', 'south', 'west']},
+        crs=4326,
+        geometry=[*shapes, box(west, south, 2.9, north)],
+    )
+    table.to_file(tmp_path / 'parts.gpkg')
+    splits = PolygonSplits(str(tmp_path / 'parts.gpkg'), 'part')
+    for split, rows in (('north', range(12)), ('south', range(12, 24))):
+        assert Counter(n // SIZE for _, n in held(part(root, splits, split))) == dict.fromkeys(
+            rows, 24
+        )
 
 
 def test_pieces_have_names_of_their_own_and_bad_numbers_are_refused(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ def odc(values: Any = VALUES, names: Any = BANDS, dtype: str = 'uint16', **attrs
     return xr.Dataset(bands, {'time': TIMES, 'y': Y, 'x': X, 'spatial_ref': crs})
 
 
+def coded(epsg: Any) -> Any:
+    return odc().drop_vars('spatial_ref').assign_attrs(epsg=epsg)
+
+
 def xee() -> Any:
     """Earth Engine: decoded floats, the CRS in an attribute."""
     values = np.where(VALUES == 0, np.nan, VALUES)
@@ -92,6 +96,10 @@ SHAPES: dict[str, Callable[[], Any]] = {
     'time with a zone': lambda: odc().assign_coords(
         time=np.array([*TIMES.tz_localize('UTC').tz_convert('Asia/Tokyo')], object)
     ),
+    'NaN of whole numbers': lambda: odc(nodata=np.nan),
+    'EPSG code as text': lambda: coded('32632'),
+    'EPSG code of NumPy': lambda: coded(np.int64(32632)),
+    'EPSG code as a fraction': lambda: coded(32632.0),
     '65535': lambda: odc(np.where(VALUES == 0, 65535, VALUES), nodata=65535),
     'dask': lambda: odc().chunk({'time': 1, 'y': 17, 'x': 30}),
 }
@@ -122,6 +130,16 @@ def test_shapes(shape: str, tmp_path: Path) -> None:
             assert src.crs.to_epsg() == 32632
         np.testing.assert_array_equal(value.filled(0), expected)
         np.testing.assert_array_equal(value.mask, expected == 0)
+
+
+def test_where_no_attribute_tells_corners_from_centres_the_user_does(tmp_path: Path) -> None:
+    data = cubo().drop_attrs()  # as arithmetic of xarray does
+    with pytest.raises(DataError, match='attributes that tell are lost; give corners=False or'):
+        write_series(tmp_path, data, progress=False)
+    for corners, left in ((True, LEFT), (False, LEFT - 5)):
+        root = write_series(tmp_path / str(corners), data, corners=corners, progress=False)
+        with rasterio.open(next((root / 's2').iterdir())) as src:
+            assert src.bounds.left == left
 
 
 def test_reads_as_a_data_set(tmp_path: Path) -> None:

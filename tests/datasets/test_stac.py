@@ -1,10 +1,12 @@
 """Regions from a STAC API on loopback, with what Earth Search and Planetary Computer do."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import geopandas as gpd
@@ -13,7 +15,7 @@ import pytest
 import rasterio
 from conftest import read_raster
 from rasterio.warp import transform_bounds
-from shapely import box
+from shapely import Polygon, box
 
 from benchmarks.server import Files, item, serve_files, serve_items, write_cog
 from torchgeo_s1s2.datasets import SENSOR_BANDS, SentinelRegion, StacCollection, stac
@@ -105,6 +107,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             s2('pc_old', late, 'pc-l2a', **old),
             s2('pc_reprocessed', early, 'pc-l2a', low=1000, **new),
             s2('pc_clouds', autumn, 'pc-l2a', cloudy=0.9, **new),
+            s2('twice_new', early, 'twice', cloudy=0.4, **new),
+            s2('twice_old', early, 'twice', cloudy=0, **old),
             s2('silent', early, 'silent'),
             s1('s1_a', '2021-07-04T05:40:10Z', slice(0, 60), 'descending'),
             s1('s1_b', '2021-07-04T05:40:35Z', slice(50, 96), 'descending'),
@@ -189,6 +193,13 @@ def test_pixels_and_offsets(
     )
 
 
+def test_of_two_processings_the_newest_tells_clouds(world: World, tmp_path: Path) -> None:
+    region(world, 'twice').write(tmp_path, ['s2'], progress=False)
+    (path,) = (tmp_path / 's2').iterdir()
+    expected = direct(world, 'twice_new', path, -1000, False)
+    np.testing.assert_array_equal(read_raster(path), expected)
+
+
 def test_items_that_deny_being_harmonised_are_said(world: World, tmp_path: Path) -> None:
     """es_new says baseline 05.10, not applied, and an offset of -0.1; es_old is of 03.01."""
     with pytest.warns(S1S2Warning, match="1 of 2 items, such as es_new, .* give offset='item'"):
@@ -224,6 +235,8 @@ def test_sentinel_1(orbits: Any, names: list[str], world: World, tmp_path: Path)
         np.testing.assert_array_equal(
             value, np.where(first > 0, first, np.where(last > 0, last, np.nan))[at][:64, :64]
         )
+    with pytest.raises(DataError, match='made with other orbits; choose another tile or root'):
+        region(world, 'sentinel-1-rtc', orbits='descending').write(tmp_path, ['s1'])
 
 
 def test_a_date_rule_reads_what_it_chooses(world: World, tmp_path: Path) -> None:
@@ -248,8 +261,58 @@ def test_goes_on_without_asking_twice(world: World, tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == written
     with pytest.raises(DataError, match='choose another tile or root'):
         replace(source, epsg=32631).write(tmp_path, ['s2'], progress=False)
-    with pytest.raises(DataError, match='made with other clouds; choose another tile or root'):
-        replace(source, clouds=[]).write(tmp_path, ['s2'], progress=False)
+
+
+def test_images_that_are_there_are_those_asked_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched, search = list[StacCollection](), SentinelRegion._search
+
+    def count(self: SentinelRegion, collection: StacCollection) -> Any:
+        searched.append(collection)
+        return search(self, collection)
+
+    monkeypatch.setattr(SentinelRegion, '_search', count)
+    place = str(tmp_path / 'place.gpkg')
+    left, low, right, high = INNER
+    bow = Polygon([(left, low), (right, high), (right, low), (left, high)])  # is invalid
+    gpd.GeoSeries([box(*INNER), bow, None], crs=32632).to_file(place)
+    source = region(world, 'pc-l2a', region=place, season=['2021-06-01', '2021-12-31'])
+    own = source.collection('s2')
+
+    def write(root: str = 'a', **changes: Any) -> int:
+        replace(source, **changes).write(tmp_path / root, ['s2'], progress=False)
+        return len([*(tmp_path / root / 's2').iterdir()])
+
+    assert write() == 1
+    others: dict[str, dict[str, Any]] = {
+        'mask, clouds': {'clouds': []},
+        'offset': {'collections': {'s2': replace(own, offset=-900)}},
+        'nodata': {'collections': {'s2': replace(own, nodata=1)}},
+        'resampling': {'resampling': 'cubic'},
+    }
+    for what, changes in others.items():
+        with pytest.raises(DataError, match=f'made with other {what}; choose another tile or root'):
+            write(**changes)
+    assert write(offset='item', clouds=[10, 9, 8, 3], orbits='merged') == 1
+    assert write(season=['2021-06-01', '2022-12-31'], max_clouds=1.0) == 3
+    fewer: list[dict[str, Any]] = [{'season': ['2022-01-01', '2022-12-31']}, {'max_clouds': 0.5}]
+    for changes in fewer:
+        with pytest.raises(DataError, match=r'has [12] images of region, such as .* do not give;'):
+            write(**changes)
+    searched.clear()
+    for season, times in (('2021-12-31', 1), ('2100-01-01', 2)):
+        for _ in range(2):
+            write(season, season=['2021-06-01', season])
+        assert len(searched) == times
+        searched.clear()
+    # As an earlier release left it, which knew nothing of pixels.
+    state = tmp_path / '2021-12-31' / 'region.region.json'
+    kept = json.loads(state.read_text())
+    state.write_text(json.dumps({k: v for k, v in kept.items() if k != 'pixels'}))
+    gpd.GeoSeries([box(*INNER).buffer(-100)], crs=32632).to_file(place)
+    with pytest.raises(DataError, match=r'lies at .*; choose another tile or root'):
+        write('2021-12-31')
 
 
 @pytest.mark.parametrize(
@@ -282,10 +345,29 @@ def test_what_is_missing_or_broken_is_named(world: World, tmp_path: Path) -> Non
     assert len([*(tmp_path / 'b' / 's2').iterdir()]) == 1
 
 
-def test_a_server_that_wants_no_more_is_an_error(world: World, tmp_path: Path) -> None:
-    world.files.faults['fragile_8/B02.tif'] = [429] * 1000
+@pytest.mark.parametrize('status', [401, 403, 408, 429])
+def test_a_server_that_wants_no_more_is_an_error(status: int, world: World, tmp_path: Path) -> None:
+    world.files.faults['fragile_8/B02.tif'] = [status] * 1000
     source = region(world, 'fragile', season=['2022-01-08', '2022-01-08'])
-    with pytest.raises(DownloadError, match=r'cannot be reached .*429.*start again later'):
+    with pytest.raises(DownloadError, match=rf'cannot be reached .*{status}.*start again later'):
+        source.write(tmp_path, ['s2'], progress=False)
+
+
+def refuse(href: str) -> None:
+    raise OSError('403 Client Error')  # as those of requests are
+
+
+@pytest.mark.parametrize(
+    ('sign', 'why'), [(refuse, '403 Client Error'), (lambda _: Event().wait(), 'no answer')]
+)
+def test_a_service_that_does_not_sign_is_an_error(
+    sign: Any, why: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip('planetary_computer'), 'sign', sign)
+    monkeypatch.setattr(stac, '_SIGNING', 0.1)
+    own = replace(region(world, 'pc-l2a').collection('s2'), sign=True)
+    source = region(world, 'pc-l2a', collections={'s2': own})
+    with pytest.raises(DownloadError, match=rf'cannot be signed .*\({why}\); start again later'):
         source.write(tmp_path, ['s2'], progress=False)
 
 
@@ -347,6 +429,7 @@ def test_a_file_of_geometries_and_a_zone(tmp_path: Path) -> None:
         ({'region': [-180, -80, 180, 80]}, 'pixels of EPSG:32630, too wide for one zone'),
         ({'epsg': 4326}, 'epsg is 4326, whose unit is the degree; give that of a UTM zone'),
         ({'epsg': 2263}, 'epsg is 2263, whose unit is the US survey foot; give that of a UTM'),
+        ({'region': [10, 84.5, 11, 84.6]}, r'no UTM zone is known for \[10.*; give epsg, that of'),
         ({'region': Path('none.gpkg')}, 'none.gpkg cannot be read'),
     ],
 )
@@ -394,3 +477,28 @@ def test_items_that_say_something_else(
         assert stac._assets(own, 's2', StacCollection('c'))['B12'] == 'B12'
         added = 0 if 0 in told.values() else -1000
         assert stac._offset(own, 'B02', StacCollection('c')) == added
+
+
+@pytest.mark.parametrize('place', ['gsd', 'bands', 'raster:bands'])
+def test_of_several_assets_of_a_band_the_finest_is_taken(place: str, tmp_path: Path) -> None:
+    """As CDSE names them; a common name counts only where no name tells."""
+    pystac = pytest.importorskip('pystac')
+    write_cog(tmp_path / 'a.tif', np.ones((4, 4), 'uint16'), LEFT, TOP)
+
+    def asset(size: int) -> dict[str, Any]:
+        told = {'gsd': size} if place == 'gsd' else {place: [{'spatial_resolution': size}]}
+        return {'href': 'a.tif', 'eo:common_name': 'blue'} | told
+
+    def item_of(assets: dict[str, Any]) -> Any:
+        told: dict[str, Any] = {'s2:processing_baseline': '05.00'}
+        day = '2022-07-01T10:30:21Z'
+        return pystac.Item.from_dict(item('a', 'c', day, assets, tmp_path / 'a.tif', **told))
+
+    assets = {f'{b}_{m}m': asset(m) for b in BANDS for m in (60, 10, 20)}
+    known = stac._assets(item_of(assets), 's2', StacCollection('c'))
+    assert known == {b: f'{b}_10m' for b in BANDS}
+    for also in (asset(10), {'href': 'a.tif'}):
+        own = item_of({'B02': also, 'B02_10m': asset(10)} | {b: asset(10) for b in BANDS[1:]})
+        with pytest.raises(DataError, match='a has B02 as B02 and B02_10m; say which is meant, as'):
+            stac._assets(own, 's2', StacCollection('c'))
+        assert stac._assets(own, 's2', StacCollection('c', bands={'B02': 'B02'}))['B02'] == 'B02'

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shapely import LineString, Polygon, box
 from shapely.affinity import translate
 
-from torchgeo_s1s2.datasets import Catalog, MultiSenGE, VectorLabels, rasterize_labels
+from torchgeo_s1s2.datasets import Catalog, MultiSenGE, VectorLabels, rasterize_labels, vectors
 from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError
 
 LEFT, TOP = 500000.0, 5500000.0
@@ -141,6 +141,11 @@ def test_polygons_elsewhere_or_nowhere_are_refused(root: Path) -> None:
     gpd.read_file(far).set_crs(None, allow_override=True).to_parquet(nowhere)
     with pytest.raises(DataError, match='does not say its CRS'):
         rasterize_labels(root, nowhere, 'cover', IDS)
+    undefined = root / 'undefined.gpkg'
+    table = gpd.read_file(far).set_crs(None, allow_override=True)
+    table.to_file(undefined, layer_options={'SRID': '-1'})
+    with pytest.raises(DataError, match=r'does not say its CRS \(Undefined Cartesian SRS\)'):
+        rasterize_labels(root, undefined, 'cover', IDS)
     with pytest.raises(UnreadableError, match=r'gone.gpkg cannot be read'):
         rasterize_labels(root, root / 'gone.gpkg', 'cover', IDS)
 
@@ -158,6 +163,21 @@ def test_other_rasters_stay_and_the_same_are_not_written_again(root: Path) -> No
     assert (labels(root) == 9).all()
     assert write(root, path, 'cover', IDS, overwrite=True) == 1 + 1
     assert labels(root).tolist() == EXPECTED.tolist()
+
+
+@pytest.mark.parametrize('step', ['write_json', 'check_written'])
+def test_an_interrupted_run_goes_on(step: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    path = polygons(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(vectors, step, stop)
+        with pytest.raises(KeyboardInterrupt):
+            rasterize_labels(root, path, 'cover', IDS, progress=False)
+    assert write(root, path, 'cover', IDS) == 2
+    assert labels(root).tolist() == EXPECTED.tolist()
+    assert Catalog(root).patches['classes'].tolist() == [(6, 11), ()]
 
 
 def test_rasters_without_a_label_are_told_each_time(root: Path) -> None:

@@ -1,5 +1,6 @@
 """Splits by the ground, so that neighbouring pixels are not in two of them."""
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -43,6 +44,10 @@ class BlockSplits(GroundSplits):
     that the patches reach, whatever the date rule makes of these, so that data sets of other rules
     have the same parts. Close patches and zones, as far as they overlap, are cut alike.
 
+    Patches that are added move a few of the blocks that were there to other splits, since the
+    shares stay exact, and all of them if most patches are then in another zone. Ground on which a
+    model was trained may so come to test it; take ``PolygonSplits`` for splits that must not move.
+
     Attributes:
         size: Side of a block in metres; a multiple of a pixel keeps blocks rectangular.
         shares: Share of the blocks of each split; their sum is 1.
@@ -83,7 +88,9 @@ class BlockSplits(GroundSplits):
         pixel = ((patches['xmax'] - patches['xmin']) / patches['width']).max()
         if self.size < pixel:
             raise DataError(f'size is {self.size}, less than a pixel, {pixel:g}; give metres')
-        corners = np.unique(np.concatenate([*self._reached(patches, crs)]), axis=0) * self.size
+        places = np.unique(np.concatenate([*self._reached(patches, crs)]), axis=0)
+        places = np.array(sorted(places.tolist(), key=self._draw))
+        corners = places * self.size
         low, high = corners + self.buffer / 2, corners + self.size - self.buffer / 2
         blocks = shapely.box(*low.T, *high.T)
         if patches['epsg'].nunique() > 1:  # where blocks meet, they stay alike when projected
@@ -95,8 +102,11 @@ class BlockSplits(GroundSplits):
                 f'{len(blocks)} blocks of {self.size} m are too few for the shares {self.shares}; '
                 'give a smaller size'
             )
-        names = np.random.default_rng(self.seed).permutation(np.repeat([*self], counts))
-        return gpd.GeoDataFrame({'split': names}, geometry=blocks, crs=crs)
+        return gpd.GeoDataFrame({'split': np.repeat([*self], counts)}, geometry=blocks, crs=crs)
+
+    def _draw(self, place: list[int]) -> bytes:
+        """What a block has drawn by its column and row, whatever others there are."""
+        return hashlib.sha256(f'{self.seed} {place}'.encode()).digest()
 
     def _reached(self, patches: gpd.GeoDataFrame, crs: int) -> Iterator[np.ndarray]:
         """Columns and rows of the blocks that patches reach."""
@@ -133,16 +143,18 @@ class PolygonSplits(GroundSplits):
             DataError: If polygons of two splits overlap.
         """
         crs = int(patches['epsg'].mode()[0])
-        table = self._polygons.to_crs(crs).dissolve('value')
+        table = self._polygons.dissolve('value')
         for name, shape in table.geometry.items():
             others = table.geometry.drop(name)
-            overlap = others[others.intersection(shape).area > 1]
+            overlap = others[others.intersection(shape).to_crs(crs).area > 1]
             if len(overlap):
                 raise DataError(
                     f'polygons of {self.file} overlap that are of the splits {name} and '
                     f'{overlap.index[0]}; ground is in one split'
                 )
-        parts = table.explode().reset_index(names='split')
+        # About 100 m, over which edges that meet stay within a millimetre when projected.
+        table.geometry = table.segmentize(0.001 if table.crs.is_geographic else 100)
+        parts = table.to_crs(crs).explode().reset_index(names='split')
         return parts[['split', 'geometry']]
 
     @cached_property

@@ -385,7 +385,7 @@ class _Cube:
     def _missing(self, variable: Any) -> float:
         """Value without an observation."""
         usual = {'f': np.nan, 'u': 0.0, 'i': self.sensor.nodata}[variable.dtype.kind]
-        return _tag_of(variable, usual) if self.nodata is None else self.nodata
+        return _tag_of(variable, usual, self.nodata)
 
 
 def optional(module: str) -> Any:
@@ -416,7 +416,7 @@ def lazily(function: Callable[..., NDArray[Any]], *arrays: Any, **kwargs: Any) -
 
 def clean(
     value: NDArray[Any],
-    *clouds: NDArray[np.bool_],
+    *,
     kind: str,
     tag: float,
     missing: float,
@@ -424,15 +424,13 @@ def clean(
     positive: bool = False,
     convert: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
 ) -> NDArray[Any]:
-    """Values as files have them: a tag for what is missing, cloudy, not finite, or not positive."""
+    """Values as files have them: a tag for what is missing, not finite, or not positive."""
     empty = _is(value, missing)
     if value.dtype.kind == 'f':
         empty |= ~np.isfinite(value)
     if positive:
         check_power('s1', value[~empty])
         empty |= ~(value > 0)
-    for cloud in clouds:
-        empty |= cloud
     if offset:
         value = value.astype(np.float32 if value.dtype.kind == 'f' else np.int32) + offset
     if convert:
@@ -589,10 +587,12 @@ def _times(coordinate: Any) -> list[pd.Timestamp]:
     return times
 
 
-def _tag_of(variable: Any, usual: float) -> float:
-    """Value that a variable says to have where it has none."""
-    told = (variable.attrs.get(name) for name in ('_FillValue', 'nodata', 'missing_value'))
-    return float(next((tag for tag in told if tag is not None), usual))
+def _tag_of(variable: Any, usual: float, given: float | None = None) -> float:
+    """Value that a variable is given, or says, to have where it has none."""
+    told = [variable.attrs.get(name) for name in ('_FillValue', 'nodata', 'missing_value')]
+    tags = [float(tag) for tag in (given, *told) if tag is not None]
+    whole_numbers = variable.dtype.kind in 'iu'  # among which there is no NaN
+    return next((tag for tag in tags if not (whole_numbers and np.isnan(tag))), usual)
 
 
 def _to_layout(sensor: Sensor, unit: str, value: NDArray[Any]) -> NDArray[Any]:
@@ -628,12 +628,19 @@ def _at_corners(dataset: Any) -> bool:
     """Whether coordinates are those of upper left corners, as far as sentle and stackstac tell.
 
     sentle says so in an attribute of x and y. stackstac, also below cubo, gives corners unless
-    asked, on a grid whose corners are multiples of the resolution.
+    asked, on a grid whose corners are multiples of the resolution. Its coordinate ``epsg`` stays
+    where its attributes are lost.
     """
     x, attrs = dataset['x'], dataset.attrs
     if 'coord_save_mode' in x.attrs:
         return bool(x.attrs['coord_save_mode'] == 'top-left')
     if not {'spec', 'central_x'} & {*attrs} or 'resolution' not in attrs:
+        if 'epsg' in dataset.coords:
+            raise DataError(
+                'x and y may be those of the centres of pixels or, as stackstac gives them unless '
+                'asked, of their upper left corners, and the attributes that tell are lost; give '
+                'corners=False or corners=True'
+            )
         return False
     return bool(abs(float(x[0]) / float(attrs['resolution']) % 1 - 0.5) > 0.25)
 
@@ -645,8 +652,9 @@ def _crs(dataset: Any) -> CRS:
     places.append({n: v.item() for n, v in dataset.coords.items() if n in names and not v.dims})
     for name in names:
         for value in (place[name] for place in places if place.get(name)):
+            code = str(value).removesuffix('.0')  # as text, or of a type of NumPy
             with suppress(CRSError, ValueError):
-                return CRS.from_user_input(value)
+                return CRS.from_user_input(int(code) if code.isdigit() else value)
     raise DataError('the array does not say its CRS; give it, as in data.rio.write_crs(32632)')
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import ceil, floor
+from multiprocessing import TimeoutError
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,8 +22,6 @@ from affine import Affine
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
 from shapely import box
-from shapely.geometry import mapping
-from shapely.geometry.base import BaseGeometry
 from tqdm import tqdm
 from urllib3.util import Retry
 
@@ -46,7 +46,7 @@ from torchgeo_s1s2.datasets.region import (
     write_bands,
     write_patch,
 )
-from torchgeo_s1s2.datasets.sensors import SENSORS, in_order
+from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, in_order
 from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import read_vectors
@@ -62,10 +62,12 @@ HTTP = {
     'GDAL_HTTP_RETRY_DELAY': 1,
     'GDAL_HTTP_RETRY_CODES': ','.join(map(str, _BUSY)),
 }
+_SIGNING = 60.0  # seconds; planetary_computer would ask for minutes, or wait for ever
 FRESH = {'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'}  # forgets what GDAL had of a file
 Offset = float | Literal['item', 'harmonised']
 Orbits = Literal['apart', 'merged', 'ascending', 'descending']
 _WIDEST = 100_000  # pixels: 1,000 km, more than a zone with its margins
+_PUBLISHED = pd.Timedelta(days=7)  # for images that are published late
 _EDGE = 20  # metres: where Sentinel-2's pixels of both 10 and 20 m begin
 
 
@@ -76,7 +78,8 @@ class StacCollection:
     Attributes:
         collection: Its id.
         url: Address of its STAC API; that of the region's source unless given.
-        bands: Asset of each band, where neither its name nor its common name tells.
+        bands: Asset of each band, where neither its name nor its common name tells, and of several
+            the resolution does not.
         nodata: Value without an observation in files that have no tag.
         offset: What to add to Sentinel-2's values, or ``'item'``: after what the item says, -1000
             from processing baseline 04.00 on, unless it has been added or the asset has another. Or
@@ -149,8 +152,9 @@ class SentinelRegion(Source):
     Values are reflectance x 10,000 (int16) and linear power (float32), offsets applied; clouds are
     missing. Of a date rule, only the dates that it may choose are read. What will be read is told
     before. An image is there whole or not at all, and an interrupted run goes on; a finished one
-    needs no network as long as its images are there. A missing or broken file is left out with a
-    warning that names it.
+    needs no network as long as its images are there, if its season had been over for a week. A
+    missing or broken file is left out with a warning that names it. Images of this tile that the
+    arguments do not give are refused.
 
     Attributes:
         region: West, south, east and north in degrees, or a file of geometries, whose bounds count.
@@ -169,7 +173,7 @@ class SentinelRegion(Source):
         num_workers: Number of threads that read.
 
     Raises:
-        DataError: If a collection is refused, or says too little.
+        DataError: If a collection is refused or says too little, or images are there of others.
         DownloadError: If the API or its files cannot be reached.
         NoSeriesError: If the dates there make no series.
         UnreadableError: If the file of geometries cannot be read.
@@ -236,19 +240,32 @@ class SentinelRegion(Source):
         """
         root, sensors = Path(root), in_order(sensors, [*SENSORS], 'sensor')
         root.mkdir(parents=True, exist_ok=True)
-        state = _State(root / f'{self.tile}.region.json', self._settings(sensors, series))
-        if state.changed and images_of(root, self.tile):
-            raise DataError(
-                f'the images of {self.tile} in {root} were made with other {state.changed}; choose '
-                'another tile or root, or delete them'
-            )
+        known = {sensor: self.collection(sensor) for sensor in sensors}
+        pixels = {sensor: self._pixels(sensor, c) for sensor, c in known.items()}
+        state = _State(root / f'{self.tile}.region.json', self._settings(sensors, series), pixels)
+        there = [path for path in images_of(root, self.tile) if path.parent.name in sensors]
+        for path in there:
+            if changed := state.changed[path.parent.name]:
+                raise DataError(
+                    f'the images of {self.tile} in {root} were made with other {changed}; choose '
+                    'another tile or root, or delete them'
+                )
         if state.finished and all(root.joinpath(image).exists() for image in state.images):
             return root
-        known = {sensor: self.collection(sensor) for sensor in sensors}
+        late = pd.Period(self.season[-1]).end_time + _PUBLISHED
+        is_over = pd.Timestamp.now('UTC').tz_localize(None) > late
         grid = self.grid()
         images = {sensor: self._images(sensor, c, grid) for sensor, c in known.items()}
         with optional('dask').config.set(num_workers=self.num_workers):
             self._leave_clouds_out(images.get('s2', {}), state, progress)
+            state.save()
+            given = {name for own in images.values() for name in own} - {*state.left_out}
+            if others := [path for path in there if path.name not in given]:
+                raise DataError(
+                    f'{root} has {len(others)} images of {self.tile}, such as {others[0].name}, '
+                    'that the region, season, source or max_clouds now asked for do not give; '
+                    'delete them, or choose another tile or root'
+                )
             while True:
                 chosen = self._choose(images, state.left_out, series)
                 if not any(chosen.values()):
@@ -260,8 +277,9 @@ class SentinelRegion(Source):
                 state.left_out |= failed
                 paths = paths_of(Path(), chosen)
                 state.images = [str(path) for path in paths if path.name not in failed]
-                state.save(finished=not failed or series is None)
-                if state.finished:
+                finished = not failed or series is None
+                state.save(finished=finished and is_over)
+                if finished:
                     return root
 
     def collection(self, sensor: str) -> StacCollection:
@@ -284,30 +302,36 @@ class SentinelRegion(Source):
                 f'clouds are {self.clouds}, and no mask of {known.collection} is known; describe '
                 'it, as in StacCollection(mask=...)'
             )
-        given: dict[str, Any] = {'clouds': self.clouds, 'offset': self.offset}
+        offset = self.offset if sensor == 's2' else None
+        given: dict[str, Any] = {'clouds': self.clouds, 'offset': offset}
         known = replace(known, **{k: v for k, v in given.items() if v is not None})
-        return known if known.clouds else replace(known, mask='')
+        return known if known.clouds and known.mask else replace(known, mask='', clouds=())
 
     @cached_property
-    def geometry(self) -> BaseGeometry:
-        """The region in degrees."""
+    def geometry(self) -> gpd.GeoSeries:
+        """Geometries in degrees, whose bounds count."""
         if isinstance(self.region, str):
-            table = read_vectors(Path(self.region))
-            if table.crs is None or table.union_all().is_empty:
-                raise DataError(f'{self.region} says no CRS, or has no geometry')
-            return table.to_crs(4326).union_all()
+            shapes = read_vectors(Path(self.region)).geometry
+            if np.isnan(shapes.total_bounds).any():
+                raise DataError(f'{self.region} has no geometry')
+            return shapes.to_crs(4326)
         west, south, east, north = self.region if len(self.region) == 4 else [np.nan] * 4
         if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
             raise DataError(
                 f'region is {self.region}; expected west, south, east, north in degrees, and two '
                 'regions where one crosses 180'
             )
-        return box(west, south, east, north)
+        return gpd.GeoSeries([box(west, south, east, north)], crs=4326)
 
     def grid(self) -> Grid:
         """Pixels of the region."""
-        place = gpd.GeoSeries([self.geometry.segmentize(0.01)], crs=4326)
-        epsg = self.epsg or place.estimate_utm_crs().to_epsg()
+        place = self.geometry.segmentize(0.01)
+        try:
+            epsg = self.epsg or place.estimate_utm_crs().to_epsg()
+        except RuntimeError:
+            raise DataError(
+                f'no UTM zone is known for {self.region}; give epsg, that of a CRS in metres'
+            ) from None
         unit, _ = crs_of(epsg).units_factor
         if unit != 'metre':
             raise DataError(f'epsg is {epsg}, whose unit is the {unit}; give that of a UTM zone')
@@ -323,9 +347,18 @@ class SentinelRegion(Source):
         return Grid(crs_of(epsg), Affine(10, 0, left, 0, -10, top), width, height)
 
     def _settings(self, sensors: Sequence[str], series: DateRule | None) -> dict[str, Any]:
-        ignored = ('chunk', 'num_workers')
-        settings = {k: v for k, v in asdict(self).items() if k not in ignored}
-        return json.loads(json.dumps(settings | {'series': repr(series), 'sensors': sensors}))
+        """What decides which images there are, and what they hold."""
+        settings = asdict(replace(self, chunk=1, num_workers=1))
+        rule = {'series': repr(series), 'sensors': sensors}
+        return settings | rule | {'bounds': self.geometry.total_bounds.tolist()}
+
+    def _pixels(self, sensor: str, collection: StacCollection) -> dict[str, Any]:
+        """What decides what the images of a sensor hold, wherever they come from."""
+        elsewhere = ('url', 'sign', 'refused')
+        pixels = {k: v for k, v in asdict(collection).items() if k not in elsewhere}
+        pixels |= {'clouds': sorted(collection.clouds), 'nodata': str(float(collection.nodata))}
+        pixels |= {'orbits': self.orbits} if sensor == 's1' else {}
+        return pixels | {'resampling': self.resampling}
 
     def _images(
         self, sensor: str, collection: StacCollection, grid: Grid
@@ -370,7 +403,7 @@ class SentinelRegion(Source):
             )
             search = api.search(
                 collections=[collection.collection],
-                intersects=mapping(self.geometry),
+                bbox=self.geometry.total_bounds.tolist(),
                 datetime='/'.join(self.season),
             )
             items = [*search.items()]
@@ -397,7 +430,6 @@ class SentinelRegion(Source):
         bar = tqdm(todo.items(), 'Looking for clouds', disable=not (progress and todo), unit='date')
         for name, image in bar:
             state.clouds[name] = image.cloud_share()
-        state.save()
         cloudy = {n for n, share in state.clouds.items() if share > self.max_clouds}
         state.left_out |= dict.fromkeys(cloudy, f'have more than {self.max_clouds:.0%} of clouds')
 
@@ -439,14 +471,19 @@ class SentinelRegion(Source):
 class _State:
     """What a run has learnt, in a file, so that the next one need not."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, settings: dict[str, Any], pixels: dict[str, dict[str, Any]]
+    ) -> None:
         self.path, self.settings = path, settings
         kept = json.loads(path.read_text()) if path.exists() else {}
-        before = kept.get('settings', settings)
+        before = kept.get('pixels', {})
         # Images that are there stay, so what their pixels depend on must.
-        pixels = ('offset', 'clouds', 'orbits', 'resampling')
-        self.changed = ', '.join(k for k in pixels if before.get(k) != settings[k])
-        same = 'settings' in kept and before == settings
+        self.changed = {
+            sensor: ', '.join(k for k in own if before.get(sensor, own).get(k, own[k]) != own[k])
+            for sensor, own in pixels.items()
+        }
+        self.pixels = before | pixels
+        same = json.dumps(kept.get('settings')) == json.dumps(settings)
         self.finished: bool = same and kept['finished']
         self.left_out: dict[str, str] = kept['left_out'] if same else {}
         self.clouds: dict[str, float] = kept['clouds'] if same else {}
@@ -454,7 +491,7 @@ class _State:
 
     def save(self, finished: bool = False) -> None:
         self.finished = finished
-        names = ('settings', 'finished', 'left_out', 'clouds', 'images')
+        names = ('settings', 'pixels', 'finished', 'left_out', 'clouds', 'images')
         write_json(self.path, {n: getattr(self, n) for n in names}, indent=1)
 
 
@@ -488,9 +525,7 @@ class StacImage:
     def __call__(self, path: Path) -> Outcome:
         """Write it, without items of which a file cannot be read."""
         outcome, notes = self._patiently(
-            lambda items: write_bands(
-                path, self.grid, [self._layer(*own) for own in items], self.tag
-            )
+            lambda items: write_bands(path, self.grid, [self._bands(items)], self.tag)
         )
         why = 'cannot be read' if outcome is None else outcome.left_out
         return Outcome(why, tuple(notes))
@@ -499,33 +534,37 @@ class StacImage:
         """Share of the pixels seen that are clouds, 0 if none is seen."""
 
         def count(items: Sequence[Any]) -> float:
-            layers = [{'mask': self._load(item, [self.collection.mask])[0][0]} for item, _ in items]
-            mask = fuse(layers, 0)['mask']
-            cloudy = self._cloudy(mask).sum()
+            mask, cloudy = self._mask(items)
             with threads() as how:
-                seen, clouds = optional('dask').compute((mask != 0).sum(), cloudy, **how)
+                seen, clouds = optional('dask').compute((mask != 0).sum(), cloudy.sum(), **how)
             return float(clouds / max(seen, 1))
 
         return self._patiently(count)[0] or 0
 
-    def _cloudy(self, mask: Any) -> Any:
-        """Where a mask has clouds."""
-        return lazily(np.isin, mask, dtype=bool, test_elements=[*self.collection.clouds])
+    def _mask(self, items: Sequence[Any]) -> tuple[Any, Any]:
+        """Classes of the first item that has a pixel, and where they are clouds."""
+        layers = [{'mask': self._load(item, [self.collection.mask])[0][0]} for item, _ in items]
+        mask, classes = fuse(layers, 0)['mask'], [*self.collection.clouds]
+        return mask, lazily(np.isin, mask, dtype=bool, test_elements=classes)
+
+    def _bands(self, items: Sequence[Any]) -> dict[str, Any]:
+        """Bands of the first item that has a pixel, clouds missing."""
+        bands = fuse([self._layer(*own) for own in items], self.tag)
+        if not self.collection.mask:
+            return bands
+        _, cloudy = self._mask(items)
+        where = optional('dask.array').where
+        return {name: where(cloudy, a.dtype.type(self.tag), a) for name, a in bands.items()}
 
     def _layer(self, item: Any, assets: Mapping[str, str]) -> dict[str, Any]:
-        """Bands of an item in the unit of the layout, clouds missing."""
+        """Bands of an item in the unit of the layout."""
         loaded = self._load(item, [*assets.values()])
-        clouds = []
-        if self.collection.mask:
-            ((mask, _),) = self._load(item, [self.collection.mask])
-            clouds = [self._cloudy(mask)]
         kind = 'int16' if self.sensor == 's2' else 'float32'
         how = {'dtype': kind, 'kind': kind, 'tag': self.tag, 'positive': self.sensor == 's1'}
         return {
             band: lazily(
                 clean,
                 value,
-                *clouds,
                 missing=nodata,
                 offset=_offset(item, asset, self.collection) if self.sensor == 's2' else 0,
                 **how,
@@ -553,7 +592,7 @@ class StacImage:
                 chunks={'x': self.chunk, 'y': self.chunk},
                 resampling={'*': self.resampling, self.collection.mask or 'mask': 'nearest'},
                 stac_cfg={item.collection_id: {'assets': kinds}, '*': {'warnings': 'ignore'}},
-                patch_url=optional('planetary_computer').sign if self.collection.sign else None,
+                patch_url=_signed if self.collection.sign else None,
             )
         arrays = [data[name].isel(time=0) for name in assets]
         return [(array.data, float(array.attrs.get('nodata', nodata))) for array in arrays]
@@ -586,10 +625,10 @@ class StacImage:
                     value.map_blocks(lambda block: block[:1, :1]).compute(**how)
             except RasterioError as error:
                 href = item.assets[asset].href
-                if re.search(r'CURL error|response code: (429|5\d\d)', str(error)):
+                if re.search(r'CURL error|response code: (401|403|408|429|5\d\d)', str(error)):
                     raise DownloadError(
                         f'{href} cannot be reached ({error}); start again later, and the run goes '
-                        'on'
+                        'on, or see whether you have access'
                     ) from None
                 return f'{asset} of {item.id} ({href}) is left out: {error}'
         return ''
@@ -598,12 +637,23 @@ class StacImage:
 _Images = dict[str, dict[str, StacImage]]
 
 
+def _signed(href: str) -> str:
+    """Address of a file as Planetary Computer signs it."""
+    sign = optional('planetary_computer').sign
+    try:
+        with ThreadPool(1) as pool:  # of threads that nobody waits for
+            return str(pool.apply_async(sign, (href,)).get(_SIGNING))
+    except (OSError, ValueError, TimeoutError) as error:
+        raise DownloadError(
+            f'{href} cannot be signed by Planetary Computer ({str(error) or "no answer"}); start '
+            'again later, and the run goes on, or see whether PC_SDK_SUBSCRIPTION_KEY is right'
+        ) from None
+
+
 def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str]:
     """Asset of each band; an error if the item lacks one, or its values are others."""
-    known = SENSORS[sensor]
-    named = {known.band(_told(item, key).get('common_name')): key for key in item.assets}
-    named |= {known.band(key): key for key in item.assets}
-    assets = {band: collection.bands.get(band, named.get(band, '')) for band in known.bands}
+    bands = SENSORS[sensor].bands
+    assets = {b: collection.bands.get(b) or _named(item, b, SENSORS[sensor]) for b in bands}
     wanted = {**assets, 'mask': collection.mask} if collection.mask else assets
     lacking = [f'{b} ({a or "no such name"})' for b, a in wanted.items() if a not in item.assets]
     if lacking:
@@ -619,6 +669,24 @@ def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str
         if scale is not None and not any(np.isclose(scale, known) for known in (1, 1e-4)):
             raise DataError(f'{asset} of {item.id} has the scale {scale}; expected 0.0001')
     return assets
+
+
+def _named(item: Any, band: str, sensor: Sensor) -> str:
+    """Asset of a band by name, else by common name, of several the finest; empty for none."""
+    names = [key for key in item.assets if sensor.band(key) == band] or [
+        key for key in item.assets if sensor.band(_told(item, key).get('common_name')) == band
+    ]
+    told = [_told(item, name) for name in names]
+    sizes: list[Any] = [own.get('gsd') or own.get('spatial_resolution') for own in told]
+    finest = [
+        name for name, size in zip(names, sizes, strict=True) if None in sizes or size == min(sizes)
+    ]
+    if len(finest) > 1:
+        raise DataError(
+            f'{item.id} has {band} as {" and ".join(finest)}; say which is meant, as in '
+            f'StacCollection(bands={{{band!r}: {finest[0]!r}}})'
+        )
+    return finest[0] if finest else ''
 
 
 def _time(item: Any) -> Any:

@@ -118,8 +118,6 @@ def read_polygons(
     if attribute not in table or attribute == table.geometry.name:
         columns = ', '.join(map(str, table.columns.drop(table.geometry.name)))
         raise DataError(f'{file} has no attribute {attribute!r}; it has {columns or "none"}')
-    if table.crs is None:
-        raise DataError(f'{file} does not say its CRS; write it with GeoDataFrame.set_crs')
     values = table[attribute].map(_key, na_action='ignore')
     shapes, notes = _valid(table.geometry)
     notes[f'have no {attribute} and are left out'] = int(values.isna().sum())
@@ -164,17 +162,21 @@ def _polygons(
 
 
 def read_vectors(file: Path, layer: str | None = None) -> gpd.GeoDataFrame:
-    """Features of a vector file; one that is a table only is refused."""
+    """Features of a vector file; one that is a table only, or lies nowhere, is refused."""
     try:
-        if file.suffix.lower() in ('.parquet', '.geoparquet'):
-            return gpd.read_parquet(file)
-        table = gpd.read_file(file, layer=layer)
+        parquet = file.suffix.lower() in ('.parquet', '.geoparquet')
+        table = gpd.read_parquet(file) if parquet else gpd.read_file(file, layer=layer)
     except (DataSourceError, DataLayerError, OSError, ValueError) as error:
         raise UnreadableError(
             f'{file} cannot be read: {error}; expected a GeoPackage, GeoParquet or Shapefile'
         ) from error
     if not isinstance(table, gpd.GeoDataFrame):
         raise DataError(f'{file} has no geometries, only a table; choose another layer')
+    if table.crs is None or not (table.crs.is_geographic or table.crs.is_projected):
+        raise DataError(
+            f'{file} does not say its CRS ({getattr(table.crs, "name", "none")}); write it with '
+            'GeoDataFrame.set_crs'
+        )
     return table
 
 
@@ -281,18 +283,18 @@ def _rasterized(
 
 
 def _write(catalog: Catalog, number: int, labels: NDArray[Any], grid: Grid, made_of: str) -> None:
-    """Write a label raster, and the labels in it into the label file."""
+    """Write the labels into the label file, then the raster, which tells that both are there."""
     name = catalog.patch(number).name
     usual = catalog.root / GROUND_REFERENCE / reference_name(name)
     path = catalog.ground_reference(number) or usual
     profile = {'driver': 'GTiff', 'count': 1, 'dtype': labels.dtype, 'nodata': 0}
     profile |= {'compress': 'deflate', 'tiled': max(labels.shape) > 512, **vars(grid)}
+    listing = catalog.root / LABELS / f'{name}.json'
+    content = json.loads(listing.read_text())
+    content['labels'] = ';'.join(map(str, np.unique(labels[labels > 0])))
+    write_json(listing, content)
     with whole(path) as temporary:
         with rasterio.open(temporary, 'w', **profile) as dst:
             dst.write(labels, 1)
             dst.update_tags(**{TAG: made_of})
         check_written(temporary, path)
-    listing = catalog.root / LABELS / f'{name}.json'
-    content = json.loads(listing.read_text())
-    content['labels'] = ';'.join(map(str, np.unique(labels[labels > 0])))
-    write_json(listing, content)

@@ -1,0 +1,28 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from torchgeo_s1s2 import files
+
+
+@pytest.mark.skipif(files.fcntl is None, reason='this system has no locks')
+@pytest.mark.parametrize(
+    ('code', 'held'),
+    [(errno.EWOULDBLOCK, False), (errno.EACCES, False)]
+    + [(code, True) for code in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)],
+)
+def test_only_a_lock_of_another_run_keeps_from_a_folder(
+    code: int, held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = files.Workplace.new(tmp_path)
+    (left.path / 'part-00000-00000.npz').touch()
+    left.leave()
+
+    def fail(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.fcntl, 'flock', fail)
+    found, living = files.Workplace.found(tmp_path)
+    assert ([other.path for other in found], living) == (([left.path], 0) if held else ([], 1))
