@@ -110,7 +110,7 @@ def check_maps(folder: Path, tile: str = '31UEQ', count: int = 2) -> None:
 @pytest.mark.parametrize(
     ('subcommand', 'options', 'message'),
     [
-        ('fit', ['--data.init_args.root=empty', '--data.init_args.source=null'], "folder 's2'; .*"),
+        ('fit', ['--data.init_args.root=empty', '--data.init_args.source=null'], "folder 'labels'; .*"),
         ('predict', ['--data.init_args.predict_split=tset'], "no split 'tset'; choose one of tra"),
         ('fit', ['--model.init_args.num_classes=14'], 'num_classes=14, the data have 10 classes'),
     ],
@@ -159,7 +159,7 @@ class Recorder(Callback):
             note('predict', 0, *batch['index'].tolist())
 
 if __name__ == '__main__':
-    statistics._image_statistics = noted('statistics', statistics._image_statistics)
+    statistics.count_labels = noted('statistics', statistics.count_labels)
     catalog._Builder.build = noted('catalog', catalog._Builder.build)
     common = ['--config={CONF}', '--trainer.devices=2', '--trainer.strategy=ddp',
               '--trainer.callbacks+=two.Recorder', '{PATCHES}']
