@@ -110,7 +110,11 @@ def check_maps(folder: Path, tile: str = '31UEQ', count: int = 2) -> None:
 @pytest.mark.parametrize(
     ('subcommand', 'options', 'message'),
     [
-        ('fit', ['--data.init_args.root=empty', '--data.init_args.source=null'], "folder 'labels'; .*"),
+        (
+            'fit',
+            ['--data.init_args.root=empty', '--data.init_args.source=null'],
+            "folder 'labels'; .*",
+        ),
         ('predict', ['--data.init_args.predict_split=tset'], "no split 'tset'; choose one of tra"),
         ('fit', ['--model.init_args.num_classes=14'], 'num_classes=14, the data have 10 classes'),
     ],

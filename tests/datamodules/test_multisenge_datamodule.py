@@ -1,3 +1,5 @@
+import re
+import warnings
 from itertools import batched
 from pathlib import Path
 from types import SimpleNamespace
@@ -303,6 +305,28 @@ def test_statistics_travel_in_checkpoints(root: Path, tmp_path: Path) -> None:
     fewer = datamodule(elsewhere, splits={'test': ['32ULU']}, sensors=['s1'])
     with pytest.raises(ValueError, match=r"the data module reads \('VV', 'VH'\); give the bands"):
         trainer().test(Recorder(), fewer, ckpt_path=tmp_path / 'last.ckpt', verbose=False)
+
+
+@pytest.mark.parametrize(
+    ('stage', 'splits', 'said'),
+    [
+        ('test', {'test': ['31UEQ', '32ULU']}, [r'6\d.\d%']),
+        ('validate', {'val': ['31UEQ']}, ['100.0%']),
+        ('test', {'test': ['32ULU']}, []),
+    ],
+)
+def test_ground_of_the_training_that_is_evaluated_is_said(
+    root: Path, tmp_path: Path, stage: str, splits: dict[str, list[str]], said: list[str]
+) -> None:
+    task, _ = fit(root)
+    task.trainer.save_checkpoint(tmp_path / 'last.ckpt')
+    data, evaluate = datamodule(root, splits=splits), getattr(trainer(), stage)
+    with warnings.catch_warnings(record=True) as caught:
+        evaluate(Recorder(), data, ckpt_path=tmp_path / 'last.ckpt', verbose=False)
+    found = [text for w in caught if 'trained on' in (text := str(w.message))]
+    assert len(found) == len(said)
+    for pattern, text in zip(said, found, strict=True):
+        assert re.match(f'{pattern} of the ground of split', text)
 
 
 def test_a_checkpoint_spares_the_statistics(

@@ -9,7 +9,6 @@ from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.pastis import FOLDS, PASTISSeries
 from torchgeo_s1s2.datasets.sensors import PASTIS_SENSORS
 from torchgeo_s1s2.datasets.time_series import AllDates, DateRule
-from torchgeo_s1s2.errors import warn
 
 
 class PASTISSeriesDataModule(SeriesDataModule):
@@ -82,20 +81,6 @@ class PASTISSeriesDataModule(SeriesDataModule):
             nodata=nodata,
             **kwargs,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The statistics, and which rotation a checkpoint is of."""
-        return super().state_dict() | {'fold': self.fold}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the statistics of a checkpoint, and say if it is of another rotation."""
-        statistics = dict(state_dict)
-        if (fold := statistics.pop('fold', self.fold)) != self.fold:
-            warn(
-                f'the checkpoint was trained with fold {fold}, the data module has fold '
-                f'{self.fold}: what it tests on may be what the checkpoint has learned from'
-            )
-        super().load_state_dict(statistics)
 
     def open_split(self, split: str) -> PASTISSeries:
         """Data set of a split; see :class:`~torchgeo_s1s2.datamodules.SeriesDataModule`."""

@@ -3,12 +3,15 @@
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import shapely
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from shapely.geometry.base import BaseGeometry
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torchgeo.datamodules import NonGeoDataModule
@@ -128,6 +131,7 @@ class SeriesDataModule(NonGeoDataModule):
         self.predict_sampler: list[Any] | None = None
         self.statistics_path = Path(statistics).expanduser() if statistics else None
         self.statistics: Statistics | None = None
+        self._trained_on = ''  # well-known binary of the ground, in hexadecimal
         self._prepared: Statistics | None = None
         self.mean, self.std = torch.tensor(0.0), torch.tensor(1.0)
         super().__init__(dataset_class, batch_size, num_workers, **kwargs)  # type: ignore[arg-type]
@@ -288,11 +292,13 @@ class SeriesDataModule(NonGeoDataModule):
         return {**sample, 'image': torch.cat([part[..., :-2, :, :] for part in parts], -3)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The statistics, so that a checkpoint normalises as in its training."""
-        return vars(self.statistics) if self.statistics else {}
+        """The statistics, so that a checkpoint normalises as in its training, and its ground."""
+        return vars(self.statistics) | {'ground': self._trained_on} if self.statistics else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Normalise with the statistics of a checkpoint, unless a file was given.
+
+        Ground of its training that is evaluated is warned of.
 
         Args:
             state_dict: What ``state_dict`` gave.
@@ -300,12 +306,28 @@ class SeriesDataModule(NonGeoDataModule):
         Raises:
             ValueError: If the checkpoint was trained on other bands.
         """
+        if self.train_dataset is None:
+            self._trained_on = state_dict.get('ground', '')
+            self._warn_of_trained_ground()
         if state_dict and self.statistics_path is None:
-            statistics = Statistics(**state_dict)
+            known = {f.name: state_dict[f.name] for f in fields(Statistics) if f.name in state_dict}
+            statistics = Statistics(**known)
             if self._datasets:
                 self._use(statistics)
             else:  # load_from_checkpoint: there are no bands to compare with before setup
                 self._prepared = statistics
+
+    def _warn_of_trained_ground(self) -> None:
+        dataset: Any = self.test_dataset or self.val_dataset
+        if dataset is None or not self._trained_on:
+            return
+        ground = _ground(dataset)
+        share = ground.intersection(shapely.from_wkb(self._trained_on)).area / ground.area
+        if share > 0.01:  # less may be borders in another CRS
+            warn(
+                f'{share:.1%} of the ground of {dataset.title} is ground that the checkpoint was '
+                'trained on, so scores tell little of other ground; give the splits of the training'
+            )
 
     @property
     def _trains(self) -> bool:
@@ -337,6 +359,7 @@ class SeriesDataModule(NonGeoDataModule):
         train = self._dataset('train')
         crops = RandomCrops(train, self.patch_size) if self.patch_size else None
         self.train_dataset, self._train_samples = train, crops or train
+        self._trained_on = shapely.to_wkb(_ground(train), hex=True)
         if len(self._train_samples) < self.batch_size:
             what = 'crops' if crops else 'patches'
             raise ValueError(
@@ -449,6 +472,11 @@ class SeriesDataModule(NonGeoDataModule):
                 'give a checkpoint, or the file statistics_*.json of the training as statistics'
             )
         return self.statistics
+
+
+def _ground(dataset: SeriesDataset) -> BaseGeometry:
+    """Ground of all rows in a CRS that keeps areas everywhere."""
+    return dataset.index.geometry.to_crs(6933).union_all()
 
 
 def spread(length: int, size: int) -> tuple[int, int]:
