@@ -313,6 +313,8 @@ def test_statistics_travel_in_checkpoints(root: Path, tmp_path: Path) -> None:
         ('test', {'test': ['31UEQ', '32ULU']}, [r'6\d.\d%']),
         ('validate', {'val': ['31UEQ']}, ['100.0%']),
         ('test', {'test': ['32ULU']}, []),
+        ('fit', {'train': ['32ULU'], 'val': ['31UEQ']}, ['100.0%']),
+        ('fit', SPLITS, []),
     ],
 )
 def test_ground_of_the_training_that_is_evaluated_is_said(
@@ -322,7 +324,8 @@ def test_ground_of_the_training_that_is_evaluated_is_said(
     task.trainer.save_checkpoint(tmp_path / 'last.ckpt')
     data, evaluate = datamodule(root, splits=splits), getattr(trainer(), stage)
     with warnings.catch_warnings(record=True) as caught:
-        evaluate(Recorder(), data, ckpt_path=tmp_path / 'last.ckpt', verbose=False)
+        quiet = {} if stage == 'fit' else {'verbose': False}
+        evaluate(Recorder(), data, ckpt_path=tmp_path / 'last.ckpt', **quiet)
     found = [text for w in caught if 'trained on' in (text := str(w.message))]
     assert len(found) == len(said)
     for pattern, text in zip(said, found, strict=True):

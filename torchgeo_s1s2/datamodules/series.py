@@ -11,6 +11,7 @@ import shapely
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from shapely import Polygon
 from shapely.geometry.base import BaseGeometry
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
@@ -306,8 +307,10 @@ class SeriesDataModule(NonGeoDataModule):
         Raises:
             ValueError: If the checkpoint was trained on other bands.
         """
-        if self.train_dataset is None:
-            self._trained_on = state_dict.get('ground', '')
+        if ground := state_dict.get('ground', ''):
+            own = self._trained_on or shapely.to_wkb(Polygon(), hex=True)  # a fit that goes on
+            both = shapely.union_all(shapely.from_wkb([own, ground]))
+            self._trained_on = shapely.to_wkb(both, hex=True)
             self._warn_of_trained_ground()
         if state_dict and self.statistics_path is None:
             known = {f.name: state_dict[f.name] for f in fields(Statistics) if f.name in state_dict}

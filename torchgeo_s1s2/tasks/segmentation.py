@@ -9,6 +9,7 @@ import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -229,8 +230,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         """
         if stage != 'fit' and self._checkpoint == '' and not self.weights:
             _warn(
-                f'torchgeo {stage} without --ckpt_path uses initial weights, which have learned '
-                'nothing; give the checkpoint of a training'
+                f'torchgeo {TrainerFn(stage).value} without --ckpt_path uses initial weights, which '
+                'have learned nothing; give the checkpoint of a training'
             )
         data = self._data
         balanced = self.hparams['class_weights'] == 'balanced'
