@@ -230,8 +230,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         """
         if stage != 'fit' and self._checkpoint == '' and not self.weights:
             _warn(
-                f'torchgeo {TrainerFn(stage).value} without --ckpt_path uses initial weights, which '
-                'have learned nothing; give the checkpoint of a training'
+                f'torchgeo {TrainerFn(stage).value} without --ckpt_path uses initial weights, '
+                'which have learned nothing; give the checkpoint of a training'
             )
         data = self._data
         balanced = self.hparams['class_weights'] == 'balanced'
