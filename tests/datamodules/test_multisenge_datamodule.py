@@ -12,6 +12,7 @@ from conftest import S2_DATES, Waits, quiet_trainer, random_images, read_raster,
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.utils.data import DataLoader
 from torchgeo.datamodules import BaseDataModule
@@ -626,6 +627,18 @@ def test_other_units_than_the_checkpoint_s_are_warned_of(root: Path, stage: str)
     data.load_state_dict(own.state_dict())
     with pytest.warns(S1S2Warning, match=r"split 'test' .* hold reflectance x 10,000; give unit"):
         getattr(trainer(), stage)(Recorder(), data)
+
+
+def test_a_glance_at_units_reads_a_small_window(
+    tmp_path: Path, windows_read: list[tuple[int, ...]]
+) -> None:
+    for tile in ('31UEQ', '32ULU'):
+        write_patch(tmp_path, tile, size=300)
+    data = datamodule(tmp_path)
+    data.trainer = trainer()
+    data.trainer.state.fn = TrainerFn.PREDICTING
+    data.setup('predict')
+    assert max(height * width for _, height, width in windows_read) == 128 * 128
 
 
 def test_a_fit_after_a_test_finds_statistics_of_its_own_data(root: Path) -> None:

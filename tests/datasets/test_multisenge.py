@@ -63,6 +63,8 @@ def test_patches_that_the_date_rule_leaves_out_are_counted(two_zones: Path) -> N
         ({'nodata': {'s2': None}}, 'nodata of s2 is None; expected a number'),
         ({'offset': np.nan}, 'offset is nan; expected a number'),
         ({'file_bands': {'s1': ['VV', 'VV']}}, 'list each band once, in order'),
+        ({'file_bands': {'s1': [1, 2]}}, 'list the names of its bands'),
+        ({'file_bands': {'s1': 'VV'}}, 'list the names of its bands'),
         ({'splits': {'test': '31UEQ'}}, r"split 'test' is '31UEQ'; give a list of tiles: \[31UEQ"),
         ({'series': MonthlySeries(months=(1, 7))}, '2 patches have no S2 date for January. Cho'),
     ],

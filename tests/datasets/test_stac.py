@@ -13,6 +13,7 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
+from conftest import COMMON as NAMES
 from conftest import read_raster
 from rasterio.warp import transform_bounds
 from shapely import Polygon, box
@@ -34,7 +35,7 @@ for module in ('odc.stac', 'pystac_client', 'rustac'):
 LEFT, TOP, SIZE = 399960, 5400000, 96  # metres, and pixels of 10 m
 INNER = (LEFT + 200, TOP - 700, LEFT + 800, TOP - 100)
 BANDS = SENSOR_BANDS['s2']
-COMMON = stac.SOURCES['earth-search']['s2'].bands
+COMMON = dict(zip(BANDS, NAMES, strict=True))
 COARSE = {'B05', 'B06', 'B07', 'B8A', 'B11', 'B12'}
 RNG = np.random.default_rng(0)
 
@@ -502,3 +503,29 @@ def test_of_several_assets_of_a_band_the_finest_is_taken(place: str, tmp_path: P
         with pytest.raises(DataError, match='a has B02 as B02 and B02_10m; say which is meant, as'):
             stac._assets(own, 's2', StacCollection('c'))
         assert stac._assets(own, 's2', StacCollection('c', bands={'B02': 'B02'}))['B02'] == 'B02'
+
+
+@pytest.mark.parametrize('source', ['earth-search', 'earth-search-c1', 'planetary-computer'])
+def test_the_assets_of_each_source_are_found(source: str) -> None:
+    """By the names that its items have, with the JPEG 2000 twins and pictures of Earth Search."""
+    pystac = pytest.importorskip('pystac')
+    earth = source != 'planetary-computer'
+    names = dict(zip(BANDS, NAMES, strict=True)) if earth else {band: band for band in BANDS}
+    others = ('coastal', 'nir09', 'visual', 'aot', 'wvp', 'scl', 'thumbnail')
+    others = others if earth else ('B01', 'B09', 'AOT', 'WVP', 'SCL', 'visual', 'preview')
+    assets: dict[str, dict[str, Any]] = {
+        key: {'href': f'{key}.tif'} for key in (*names.values(), *others)
+    }
+    for key in NAMES if earth else ():
+        common: dict[str, Any] = {
+            'eo:bands': [{'common_name': 'rededge' if 'rededge' in key else key}]
+        }
+        assets[key] |= common
+        assets[f'{key}-jp2'] = {'href': f'{key}.jp2'} | common
+    content: dict[str, Any] = {
+        'type': 'Feature', 'stac_version': '1.0.0', 'id': 'x', 'geometry': None, 'links': [],
+        'properties': {'datetime': '2020-07-01T00:00:00Z', 's2:processing_baseline': '02.14'},
+        'assets': assets,
+    }  # fmt: skip
+    item = pystac.Item.from_dict(content)
+    assert stac._assets(item, 's2', stac.SOURCES[source]['s2']) == names

@@ -1,5 +1,6 @@
 import inspect
 import math
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -283,6 +284,14 @@ def test_numbers_of_numpy_come_back_from_a_checkpoint(root: Path, tmp_path: Path
     assert (task.hparams['class_weights'], task.hparams['lr']) == ([1, 2, 3], 0.5)
 
 
+def test_a_task_of_one_s_own_may_take_a_class_scheme() -> None:
+    class Own(S1S2SemanticSegmentation):
+        def __init__(self, scheme: ClassScheme, **options: Any) -> None:
+            super().__init__(**options)
+
+    assert Own(CLASSES, backbone='resnet18', num_classes=3).hparams['scheme'] == CLASSES
+
+
 def test_balanced_weights_need_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'needs a data module that computes them.* give a list'):
         quiet_trainer(tmp_path).fit(passing(class_weights='balanced'), loader(batch_of(CONFUSION)))
@@ -546,6 +555,10 @@ def test_only_a_run_that_goes_on_with_a_checkpoint_overrides(
     task.trainer = Trainer(callbacks=[SaveConfigCallback(parser, Namespace(ckpt_path=path))])
     with pytest.warns(S1S2Warning, match='without --ckpt_path') if not path else nullcontext():
         task.setup('test')
+    alone = small()  # LightningCLI(run=False)
+    alone.trainer = Trainer(callbacks=[SaveConfigCallback(parser, Namespace())])
+    with warnings.catch_warnings(action='error'):
+        alone.setup('test')
     saved = {'state_dict': {}, 'hyper_parameters': {'_class_path': 'S1S2SemanticSegmentation'}}
     with pytest.warns(S1S2Warning, match=said) if said else nullcontext():
         task.on_load_checkpoint(saved)

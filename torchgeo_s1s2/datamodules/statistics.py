@@ -25,6 +25,9 @@ from torchgeo_s1s2.files import stamps, write_json
 
 WINDOW = 512
 """Height and width of the windows that patches are read in."""
+_GLANCE = 128
+Window = tuple[int, int, int, int, int]
+"""Row of a data set, first row and column of pixels, height and width."""
 _OF_IMAGES = 'bands', 'mean', 'std', 'made_of', 'replaced'
 _MALFORMED = ValueError, KeyError, TypeError, AttributeError
 
@@ -178,16 +181,20 @@ class _Windows(Dataset[Any]):
     """Windows of all rows of a data set, each read by a function."""
 
     def __init__(
-        self, dataset: SeriesDataset, labels: bool = False, rows: Iterable[int] | None = None
+        self, dataset: SeriesDataset, labels: bool = False, only: Window | None = None
     ) -> None:
         self.dataset, self.labels = dataset, labels
-        self.windows = [
-            (index, top, left, min(WINDOW, height - top), min(WINDOW, width - left))
-            for index in (range(len(dataset)) if rows is None else rows)
-            for height, width in [dataset.shape(index)]
-            for top in range(0, height, WINDOW)
-            for left in range(0, width, WINDOW)
-        ]
+        self.windows: list[Window] = (
+            [only]
+            if only
+            else [
+                (index, top, left, min(WINDOW, height - top), min(WINDOW, width - left))
+                for index in range(len(dataset))
+                for height, width in [dataset.shape(index)]
+                for top in range(0, height, WINDOW)
+                for left in range(0, width, WINDOW)
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -209,10 +216,12 @@ class _Windows(Dataset[Any]):
 
 def warn_of_other_units(dataset: SeriesDataset) -> None:
     """Look at a window in the middle, where a checkpoint brings the statistics."""
-    windows = _Windows(dataset, rows=[len(dataset) // 2])
-    windows.windows = windows.windows[len(windows) // 2 :][:1]
+    row = len(dataset) // 2
+    height, width = dataset.shape(row)
+    top, left = max(height - _GLANCE, 0) // 2, max(width - _GLANCE, 0) // 2
+    window = row, top, left, min(height, _GLANCE), min(width, _GLANCE)
     try:
-        _image_statistics(windows, num_workers=0, progress=False)
+        _image_statistics(_Windows(dataset, only=window), num_workers=0, progress=False)
     except ImplausibleValuesError as error:
         warn(f'{dataset.title}: {error}')
     except DataError:  # no value there

@@ -205,15 +205,16 @@ def readings(
     by_sensor = _bands_of(bands, {name: table[name].bands for name in chosen})
     units = _units(unit, table)
     none = _by_sensor('nodata', nodata, table)
-    named = {
-        name: names if isinstance(names, str) else [table[name].band(b) or b for b in names]
-        for name, names in _by_sensor('file_bands', file_bands, table).items()
-    }
+    named = _by_sensor('file_bands', file_bands, table)
     for name, value in none.items():
         if not isinstance(value, Real):
             raise ValueError(f'nodata of {name} is {value!r}; expected a number')
     for name, names in named.items():
-        if isinstance(names, str) or len({*names}) < len(names):
+        listed = isinstance(names, Sequence) and not isinstance(names, str)
+        if not listed or not all(isinstance(band, str) for band in names):
+            raise ValueError(f'file_bands of {name} is {names!r}; list the names of its bands')
+        named[name] = tuple(table[name].band(band) or band for band in names)
+        if len({*named[name]}) < len(names):
             raise ValueError(f'file_bands of {name} is {names!r}; list each band once, in order')
     return {
         name: Reading(
@@ -222,7 +223,7 @@ def readings(
             unit=units.get(name),
             offsets=_offsets(offset) if name == 's2' else (),
             nodata=none.get(name, table[name].nodata),
-            file_bands=tuple(named.get(name, ())),
+            file_bands=named.get(name, ()),
             raw=raw,
         )
         for name in chosen

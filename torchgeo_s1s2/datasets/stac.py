@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import ceil, floor
@@ -108,7 +108,6 @@ class StacCollection:
 
 _EARTH_SEARCH = 'https://earth-search.aws.element84.com/v1'
 _PLANETARY = 'https://planetarycomputer.microsoft.com/api/stac/v1'
-_COMMON = {band: name for name, band in SENSORS['s2'].aliases.items()}
 _GRD = StacCollection(
     'sentinel-1-grd',
     _EARTH_SEARCH,
@@ -122,14 +121,12 @@ SOURCES: dict[str, dict[str, StacCollection]] = {
     # are right for some of early 2022 (issue 66 there; cirrus-earth-search, issue 26).
     # Files in sentinel-cogs of before 2022 have no tag; GRD after the README there.
     'earth-search': {
-        's2': StacCollection(
-            'sentinel-2-l2a', _EARTH_SEARCH, _COMMON, offset='harmonised', mask='scl'
-        ),
+        's2': StacCollection('sentinel-2-l2a', _EARTH_SEARCH, offset='harmonised', mask='scl'),
         's1': _GRD,
     },
     # Baseline 05 on, never harmonised; raster:bands are right (the same README, and issue 41).
     'earth-search-c1': {
-        's2': StacCollection('sentinel-2-c1-l2a', _EARTH_SEARCH, _COMMON, mask='scl'),
+        's2': StacCollection('sentinel-2-c1-l2a', _EARTH_SEARCH, mask='scl'),
         's1': _GRD,
     },
     # Not harmonised (github.com/microsoft/PlanetaryComputer, issue 134), without raster:bands.
@@ -256,16 +253,12 @@ class SentinelRegion(Source):
         is_over = pd.Timestamp.now('UTC').tz_localize(None) > late
         grid = self.grid()
         images = {sensor: self._images(sensor, c, grid) for sensor, c in known.items()}
+        given = {name for own in images.values() for name in own}
+        self._refuse_others(root, there, given)  # before the state of another run is replaced
         with optional('dask').config.set(num_workers=self.num_workers):
             self._leave_clouds_out(images.get('s2', {}), state, progress)
             state.save()
-            given = {name for own in images.values() for name in own} - {*state.left_out}
-            if others := [path for path in there if path.name not in given]:
-                raise DataError(
-                    f'{root} has {len(others)} images of {self.tile}, such as {others[0].name}, '
-                    'that the region, season, source or max_clouds now asked for do not give; '
-                    'delete them, or choose another tile or root'
-                )
+            self._refuse_others(root, there, given - {*state.left_out})
             while True:
                 chosen = self._choose(images, state.left_out, series)
                 if not any(chosen.values()):
@@ -281,6 +274,15 @@ class SentinelRegion(Source):
                 state.save(finished=finished and is_over)
                 if finished:
                     return root
+
+    def _refuse_others(self, root: Path, there: Sequence[Path], given: Set[str]) -> None:
+        """Raise an error where images are there that these arguments do not give."""
+        if others := [path for path in there if path.name not in given]:
+            raise DataError(
+                f'{root} has {len(others)} images of {self.tile}, such as {others[0].name}, that '
+                'the region, season, source or max_clouds now asked for do not give; delete them, '
+                'or choose another tile or root'
+            )
 
     def collection(self, sensor: str) -> StacCollection:
         """Description of the collection of a sensor."""

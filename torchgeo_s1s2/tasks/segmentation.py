@@ -129,7 +129,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         super().__init__(weights=weights)  # TorchGeo takes all arguments from this call's frame
         # PyTorch refuses checkpoints with numbers of NumPy.
         numbers: Any = np.generic, np.ndarray
-        plain = apply_to_collection(dict(self.hparams), numbers, lambda value: value.tolist())
+        plain = apply_to_collection(
+            dict(self.hparams), numbers, lambda value: value.tolist(), allow_frozen=True
+        )
         self.hparams.update(plain)
         for name, value, remedy in (
             ('figures', figures, 'give it to the callback torchgeo_s1s2.callbacks.Report instead'),
@@ -266,7 +268,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         """``--ckpt_path`` of the command line, empty without that; None without a command."""
         callbacks = getattr(self._trainer, 'callbacks', ())
         commands = (c.config for c in callbacks if isinstance(c, SaveConfigCallback))
-        return next((str(c.get('ckpt_path') or '') for c in commands), None)
+        return next((str(c.ckpt_path or '') for c in commands if 'ckpt_path' in c), None)
 
     def _take_names(self, names: list[str], fit: bool) -> None:
         """Check the names of the data's classes, and name the metrics by them."""
