@@ -132,7 +132,7 @@ class SeriesDataModule(NonGeoDataModule):
         self.predict_sampler: list[Any] | None = None
         self.statistics_path = Path(statistics).expanduser() if statistics else None
         self.statistics: Statistics | None = None
-        self._trained_on = ''  # well-known binary of the ground, in hexadecimal
+        self._trained_on: BaseGeometry = Polygon()
         self._prepared: Statistics | None = None
         self.mean, self.std = torch.tensor(0.0), torch.tensor(1.0)
         super().__init__(dataset_class, batch_size, num_workers, **kwargs)  # type: ignore[arg-type]
@@ -294,7 +294,9 @@ class SeriesDataModule(NonGeoDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics, so that a checkpoint normalises as in its training, and its ground."""
-        return vars(self.statistics) | {'ground': self._trained_on} if self.statistics else {}
+        if self.statistics is None:
+            return {}
+        return vars(self.statistics) | {'ground': shapely.to_wkb(self._trained_on, hex=True)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Normalise with the statistics of a checkpoint, unless a file was given.
@@ -307,10 +309,9 @@ class SeriesDataModule(NonGeoDataModule):
         Raises:
             ValueError: If the checkpoint was trained on other bands.
         """
-        if ground := state_dict.get('ground', ''):
-            own = self._trained_on or shapely.to_wkb(Polygon(), hex=True)  # a fit that goes on
-            both = shapely.union_all(shapely.from_wkb([own, ground]))
-            self._trained_on = shapely.to_wkb(both, hex=True)
+        if ground := state_dict.get('ground'):
+            # A fit that goes on adds its own.
+            self._trained_on = self._trained_on.union(shapely.from_wkb(ground))
             self._warn_of_trained_ground()
         if state_dict and self.statistics_path is None:
             known = {f.name: state_dict[f.name] for f in fields(Statistics) if f.name in state_dict}
@@ -322,10 +323,10 @@ class SeriesDataModule(NonGeoDataModule):
 
     def _warn_of_trained_ground(self) -> None:
         dataset: Any = self.test_dataset or self.val_dataset
-        if dataset is None or not self._trained_on:
+        if dataset is None:
             return
         ground = _ground(dataset)
-        share = ground.intersection(shapely.from_wkb(self._trained_on)).area / ground.area
+        share = ground.intersection(self._trained_on).area / ground.area
         if share > 0.01:  # less may be borders in another CRS
             warn(
                 f'{share:.1%} of the ground of {dataset.title} is ground that the checkpoint was '
@@ -362,7 +363,7 @@ class SeriesDataModule(NonGeoDataModule):
         train = self._dataset('train')
         crops = RandomCrops(train, self.patch_size) if self.patch_size else None
         self.train_dataset, self._train_samples = train, crops or train
-        self._trained_on = shapely.to_wkb(_ground(train), hex=True)
+        self._trained_on = _ground(train)
         if len(self._train_samples) < self.batch_size:
             what = 'crops' if crops else 'patches'
             raise ValueError(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,14 +103,15 @@ class Statistics:
         """
         path = statistics_path(dataset)
         kept, files = _kept(path), [dataset.files_of(i) for i in range(len(dataset))]
-        made_of = _digest(p for row in files for s in dataset.sensors for p in row[s])
-        labelled_by = _digest(p for row in files for p in row[GROUND_REFERENCE])
         content = {key: kept[key] for key in _OF_IMAGES if key in kept}
-        replaced = kept.get('replaced', [])
-        stale = kept.get('made_of') != made_of or replaced != _all_images(dataset, dict(replaced))
-        if given is None and (stale or dataset.transforms):
-            content |= _image_statistics(_Windows(dataset), num_workers) | {'made_of': made_of}
-            content['replaced'] = _all_images(dataset, content['replaced'])
+        if given is None:
+            made_of = _digest(p for row in files for s in dataset.sensors for p in row[s])
+            known = kept.get('replaced', [])
+            stale = kept.get('made_of') != made_of or known != _all_images(dataset, dict(known))
+            if stale or dataset.transforms:
+                content |= _image_statistics(_Windows(dataset), num_workers) | {'made_of': made_of}
+                content['replaced'] = _all_images(dataset, content['replaced'])
+        labelled_by = _digest(p for row in files for p in row[GROUND_REFERENCE])
         content['labelled_by'] = labelled_by
         if kept.get('labelled_by') == labelled_by and 'labels' in kept:
             content['labels'] = kept['labels']
@@ -121,8 +122,9 @@ class Statistics:
                 write_json(path, content, indent=1)
             except OSError as error:
                 warn(f'{path} cannot be written ({error}); it is computed anew')
-        of_images = {} if given is None else {key: getattr(given, key) for key in _OF_IMAGES[:3]}
-        return cls._of(content | of_images, dataset.classes)
+        if given is not None:
+            content |= {'bands': given.bands, 'mean': given.mean, 'std': given.std}
+        return cls._of(content, dataset.classes)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -178,23 +180,19 @@ def statistics_path(dataset: SeriesDataset) -> Path:
 
 
 class _Windows(Dataset[Any]):
-    """Windows of all rows of a data set, each read by a function."""
+    """Images or labels of windows of a data set, those of all of its rows unless given."""
 
     def __init__(
-        self, dataset: SeriesDataset, labels: bool = False, only: Window | None = None
+        self, dataset: SeriesDataset, windows: Sequence[Window] = (), labels: bool = False
     ) -> None:
         self.dataset, self.labels = dataset, labels
-        self.windows: list[Window] = (
-            [only]
-            if only
-            else [
-                (index, top, left, min(WINDOW, height - top), min(WINDOW, width - left))
-                for index in range(len(dataset))
-                for height, width in [dataset.shape(index)]
-                for top in range(0, height, WINDOW)
-                for left in range(0, width, WINDOW)
-            ]
-        )
+        self.windows = windows or [
+            (index, top, left, min(WINDOW, height - top), min(WINDOW, width - left))
+            for index in range(len(dataset))
+            for height, width in [dataset.shape(index)]
+            for top in range(0, height, WINDOW)
+            for left in range(0, width, WINDOW)
+        ]
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -221,7 +219,7 @@ def warn_of_other_units(dataset: SeriesDataset) -> None:
     top, left = max(height - _GLANCE, 0) // 2, max(width - _GLANCE, 0) // 2
     window = row, top, left, min(height, _GLANCE), min(width, _GLANCE)
     try:
-        _image_statistics(_Windows(dataset, only=window), num_workers=0, progress=False)
+        _image_statistics(_Windows(dataset, [window]), num_workers=0, progress=False)
     except ImplausibleValuesError as error:
         warn(f'{dataset.title}: {error}')
     except DataError:  # no value there

@@ -230,8 +230,7 @@ class Catalog:
 
     def files(self, patch: int, folder: str, position: int) -> list[Path]:
         """A raster, and the files beside it that belong to it."""
-        path, sidecars = self.raster(patch, folder, position)
-        return [path, *_beside(path)] if sidecars else [path]
+        return _files_of(*self.raster(patch, folder, position))
 
     def patch(self, patch: int) -> Patch:
         """What reading needs to know of a patch, faster than a row of the table.
@@ -274,7 +273,8 @@ class _Builder:
 
     def build(self, cache: TableCache | None) -> gpd.GeoDataFrame:
         """The table, kept in the cache if there is one."""
-        folders = [self._folder(f).name for f in (LABELS, *(FOLDERS if self.files else ()))][1:]
+        folders = FOLDERS if self.files else ()
+        self._check_folders(LABELS, *folders)
         labelled = [where for where, _ in walk(self.root, LABELS)]
         contents = (where + CONTENTS for where in labelled)
         everything = [where for f in folders for where, _ in walk(self.root, f)]
@@ -283,29 +283,29 @@ class _Builder:
             wait_for_next_tick(state)
         labels = self._read_labels()
         missing = self._find_images(labels) if self.files else {}
-        opened = [*chain(*self._find_grids(labels))] if self.files else []
+        opened = self._find_grids(labels) if self.files else []
         table = _table(labels)
         table.attrs |= {'missing': dict.fromkeys(SENSORS, 0) | missing, 'notes': self.notes}
         if cache:
             cache.save(table, state | cache.state(*opened))
         return table
 
-    def _folder(self, folder: str) -> Path:
-        path = self.root / folder
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f'{self.root} has no folder {folder!r}; a data set has the folders '
-                f'{LABELS}, {GROUND_REFERENCE}, {", ".join(SENSORS)}. Give the folder that holds '
-                'them as root'
-            )
-        return path
+    def _check_folders(self, *folders: str) -> None:
+        for folder in folders:
+            if not (self.root / folder).is_dir():
+                raise FileNotFoundError(
+                    f'{self.root} has no folder {folder!r}; a data set has the folders '
+                    f'{LABELS}, {GROUND_REFERENCE}, {", ".join(SENSORS)}. Give the folder that '
+                    'holds them as root'
+                )
 
     def _read_labels(self) -> list[_Label]:
-        folder = self._folder(LABELS)
         there = ((name, where) for where, names in walk(self.root, LABELS) for name in names)
         places = sorted(own for own in there if own[0].endswith('.json') and own[0][0] != '.')
         if not places:
-            raise FileNotFoundError(f'{folder} holds no label file; expected TILE_X_Y.json')
+            raise FileNotFoundError(
+                f'{self.root / LABELS} holds no label file; expected TILE_X_Y.json'
+            )
         files = dict(reversed(places))
         if again := len(places) - len(files):
             self.notes.append(f'{again} label files have the name of another, which is read')
@@ -345,13 +345,13 @@ class _Builder:
             )
         return {sensor: missing[sensor] for sensor in SENSORS}
 
-    def _find_grids(self, labels: Sequence[_Label]) -> list[list[str]]:
+    def _find_grids(self, labels: Sequence[_Label]) -> list[str]:
         """Open a raster a patch to learn where it lies; the paths of what was read."""
         hidden = not self.progress or len(labels) < 1000
         with ThreadPoolExecutor(8) as pool:
             paths = pool.map(partial(_find_grid, self.root), labels)
             bar = tqdm(paths, 'Locating patches', len(labels), disable=hidden, unit='patch')
-            return [*bar]
+            return [*chain(*bar)]
 
 
 def walk(root: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
@@ -500,11 +500,11 @@ def _listed(path: Path, sensor: str, names: Iterable[str]) -> Iterator[Image]:
             ) from error
 
 
-def _beside(raster: Path) -> Iterator[Path]:
-    """Files beside a raster that belong to it."""
-    endings = [*_BESIDE, *map(str.upper, _BESIDE)]
+def _files_of(raster: Path, sidecars: bool) -> list[Path]:
+    """A raster, and the files beside it if any belong to it."""
+    endings = [*_BESIDE, *map(str.upper, _BESIDE)] if sidecars else []
     names = (f'{name}.{ending}' for name in (raster.name, raster.stem) for ending in endings)
-    return filter(Path.exists, map(raster.with_name, names))
+    return [raster, *filter(Path.exists, map(raster.with_name, names))]
 
 
 def _find_grid(root: Path, label: _Label) -> list[str]:
@@ -521,8 +521,7 @@ def _find_grid(root: Path, label: _Label) -> list[str]:
     if not grid.is_north_up:
         raise DataError(f'{path} is not north-up ({grid.transform[:6]}); warp it to be')
     label.grid = grid
-    read = [path, *_beside(path)] if rasters[path] else [path]
-    return [file.relative_to(root).as_posix() for file in read]
+    return [file.relative_to(root).as_posix() for file in _files_of(path, rasters[path])]
 
 
 def _table(labels: Sequence[_Label]) -> gpd.GeoDataFrame:

@@ -88,7 +88,7 @@ class Grid:
         skew = abs(t.b) * self.height < _CLOSE * abs(t.a), abs(t.d) * self.width < _CLOSE * abs(t.e)
         return t.a > 0 > t.e and all(skew)
 
-    def window(self, col: int, row: int, width: int, height: int) -> 'Grid':
+    def window(self, col: float, row: float, width: int, height: int) -> 'Grid':
         """Part that begins at a column and row, which may reach beyond."""
         return Grid(self.crs, self.transform @ Affine.translation(col, row), width, height)
 
@@ -497,14 +497,15 @@ def onto(own: Grid, grid: Grid, read: Read, how: Resampling, count: int) -> NDAr
 
 
 def _scales(own: Grid, grid: Grid) -> dict[str, float]:
-    """How many pixels of a grid lie along one of a file, with two digits.
+    """How many pixels of a grid lie along one of a file, with two digits, at the file's middle.
 
     GDAL would compare what it reads with what it fills, so that values depend on the window.
     """
-    points = own.pixels_of(grid).reshape(2, 21, 21)
-    across, down = points[:, 10, 20] - points[:, 10, 0], points[:, 20, 10] - points[:, 0, 10]
-    scales = 1 / np.hypot(across / grid.width, down / grid.height)
-    return {f'{axis}SCALE': float(f'{s:.2g}') for axis, s in zip('XY', scales, strict=True)}
+    col, row = grid.pixels_of(own).reshape(2, 21, 21)[:, 10, 10]
+    points = own.pixels_of(grid.window(col, row, 20, 20)).reshape(2, 21, 21)
+    scales = 20 / np.hypot(points[:, 0, 20] - points[:, 0, 0], points[:, 20, 0] - points[:, 0, 0])
+    named = zip(('XSCALE', 'YSCALE'), scales, strict=True)
+    return {name: float(f'{scale:.2g}') for name, scale in named if np.isfinite(scale)}
 
 
 def _reach(own: Grid, grid: Grid) -> list[int]:
