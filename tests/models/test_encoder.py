@@ -392,6 +392,17 @@ def test_freezing_keeps_weights_and_statistics_of_the_spatial_encoder(name: str)
     assert not model.state_dict()[mean].equal(before[mean])
 
 
+def test_synchronised_batch_norms_stay_frozen() -> None:
+    """They take the place of others after these were frozen, as for sync_batchnorm: true."""
+    model: Any = smp.Unet('resnet18', encoder_weights=None, in_channels=12)
+    freeze(model.encoder)
+    freeze(model.encoder.layer4, frozen=False)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()
+    norms = {n: p for n, p in model.encoder.named_modules() if isinstance(p, nn.SyncBatchNorm)}
+    assert len(norms) == 20
+    assert {n for n, p in norms.items() if p.training} == {n for n in norms if 'layer4' in n}
+
+
 def test_a_part_may_be_unfrozen_within_a_frozen_one() -> None:
     spatial: Any = spatial_encoder(smp.Unet('resnet18', encoder_weights=None, in_channels=12))
     freeze(spatial)

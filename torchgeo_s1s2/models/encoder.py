@@ -437,7 +437,8 @@ def freeze(module: nn.Module, frozen: bool = True) -> None:
 def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
     """Change the mode of those parts only that have been unfrozen since."""
     for part in module.children():
-        part.train(mode)
+        # A batch norm that was put in the place of another one, as nn.SyncBatchNorm is, was not.
+        part.train(mode and any(p.requires_grad for p in part.parameters()))
     return module
 
 
