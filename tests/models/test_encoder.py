@@ -498,6 +498,32 @@ def test_weights_of_torchgeo_are_taken_band_by_band(late: bool) -> None:
             assert kernel[:, -2:].equal(weights['conv1.weight'])
 
 
+def test_weights_for_other_bands_than_their_number_tells_are_taken_by_name() -> None:
+    """Twelve of Sentinel-2 for twelve of both sensors, and three in the order red, green, blue."""
+    for names, both in (('B1 B2 B3 B4 B5 B6 B7 B8 B8a B9 B11 B12', 10), ('B04 B03 B02', 3)):
+        given = names.split()
+        weights = get_encoder('resnet18', in_channels=len(given)).state_dict()
+        encoder = build('resnet18_attention')
+        encoder.load_state_dict(weights, bands=given)
+        kernel = encoder.spatial['series'].state_dict()['conv1.weight']
+        for band, place in enumerate([1, 2, 3, 4, 5, 6, 7, 8, 10, 11] if both == 10 else [2, 1, 0]):
+            assert kernel[:, band].equal(weights['conv1.weight'][:, place])
+        assert kernel[:, both:].eq(0).all()
+    with pytest.raises(ValueError, match=r'no weight can be loaded: .* reads 2 s1'):
+        build('resnet18_attention_s1', 2).load_state_dict(weights, bands=given)
+
+
+@pytest.mark.parametrize('name', FRONTS)
+def test_some_weights_of_the_encoder_itself_are_loaded_if_not_strict(name: str) -> None:
+    encoder = build(name)
+    some = {n: p + 1 for n, p in encoder.state_dict().items() if not n.startswith('spatial.')}
+    for prefix in ('', 'encoder.'):
+        other = build(name)
+        result = other.load_state_dict({prefix + n: v for n, v in some.items()}, strict=False)
+        assert not result.unexpected_keys
+        assert all(other.state_dict()[n].equal(value) for n, value in some.items())
+
+
 def test_weights_of_another_spatial_encoder_or_sensor_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r'(?s)Unexpected key.* "layer1\.2\.conv1\.weight"'):
         build(NAMES['resnet18']).load_state_dict(get_encoder('resnet34').state_dict())

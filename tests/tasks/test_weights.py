@@ -109,6 +109,22 @@ def test_weight_enums_and_their_names_are_loaded(monkeypatch: pytest.MonkeyPatch
         assert task.model.encoder.conv1.weight.equal(resnet.conv1.weight)
 
 
+@pytest.mark.parametrize(
+    ('name', 'count', 'place', 'scale'),
+    [('SENTINEL2_RGB_MOCO', 3, 2, 1), ('LANDSAT_TM_TOA_MOCO', 7, 0, 7 / 12)],
+)
+def test_bands_of_an_enum_go_to_those_of_the_series(
+    name: str, count: int, place: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our B02 is the third of red, green, blue; Landsat's are repeated, as smp does."""
+    resnet = torchvision.models.resnet18()
+    resnet.conv1 = torch.nn.Conv2d(count, 64, 7, 2, 3, bias=False)
+    monkeypatch.setattr(ResNet18_Weights, 'get_state_dict', lambda *_, **__: resnet.state_dict())
+    task = task_of(3, backbone='resnet18_attention', weights=getattr(ResNet18_Weights, name))
+    kernel = task.model.encoder.spatial['series'].conv1.weight
+    torch.testing.assert_close(kernel[:, 0], scale * resnet.conv1.weight[:, place])
+
+
 @pytest.mark.parametrize('weights', [None, False])
 def test_no_weights_are_random(weights: Any) -> None:
     assert not equal_parts(task_of(3, weights=weights), task_of(3)) - {'segmentation_head'}

@@ -1,8 +1,9 @@
 """Time series of two sensors in front of any spatial encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from inspect import signature
+from itertools import chain
 from typing import Any, NamedTuple, Self
 
 import segmentation_models_pytorch as smp
@@ -16,11 +17,16 @@ from .inception import Inception
 from .strips import arrange
 
 SENSORS: Mapping[str, int] = {'s2': 10, 's1': 2}
-PRETRAINED: Mapping[int, tuple[str, list[int]]] = {
-    13: ('s2', [1, 2, 3, 4, 5, 6, 7, 8, 11, 12]),
-    2: ('s1', [0, 1]),
+BANDS: Mapping[str, list[str]] = {
+    's2': ['B2', 'B3', 'B4', 'B5', 'B6', 'B7', 'B8', 'B8A', 'B11', 'B12'],
+    's1': ['VV', 'VH'],
 }
-"""Sensor of TorchGeo's weights by their number of bands, and the places of our bands in them."""
+"""Bands of the sensors, where these are all that an encoder reads of them."""
+PRETRAINED: Mapping[int, list[str]] = {
+    13: ['B1', 'B2', 'B3', 'B4', 'B5', 'B6', 'B7', 'B8', 'B8A', 'B9', 'B10', 'B11', 'B12'],
+    2: BANDS['s1'],
+}
+"""Bands of TorchGeo's weights by their number, where nothing else says which they are."""
 
 
 class ImageSeries(NamedTuple):
@@ -190,7 +196,11 @@ class SeriesEncoder(Unscripted):
         return self._features(series, self._seen(series, valid), days)
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        assign: bool = False,
+        bands: Sequence[str] = (),
     ) -> Any:
         """Load the weights of the encoder, of a model around it, or of the spatial encoder only.
 
@@ -202,6 +212,8 @@ class SeriesEncoder(Unscripted):
                 bands, and repeats all others, as ImageNet's, scaled down, as smp does.
             strict: Whether the keys must be the same.
             assign: Whether the tensors replace the parameters, instead of being copied.
+            bands: Bands of Sentinel-2 or Sentinel-1 that weights of images are for, such as B8A or
+                VV, if their number does not tell. Bands that they lack begin with zeros.
 
         Returns:
             Missing and unexpected keys where known.
@@ -209,14 +221,14 @@ class SeriesEncoder(Unscripted):
         Raises:
             ValueError: If the weights are for bands of a sensor that the encoder does not read.
         """
-        if any(key.startswith('encoder.spatial.') for key in state_dict):
-            state_dict = rename(state_dict, {'encoder.': ''})
-        if any(key.startswith('spatial.') for key in state_dict):
-            return super().load_state_dict(state_dict, strict, assign)
+        parts = tuple(f'{name}.' for name, _ in self.named_children())
+        for weights in (rename(state_dict, {'encoder.': ''}), state_dict):
+            if any(key.startswith(parts) for key in weights):
+                return super().load_state_dict(weights, strict, assign)
         results = [
             _load(spatial, fitted, strict)
-            for _, spatial, bands in self._spatial_parts()
-            if (fitted := _fit_channels(state_dict, spatial.state_dict(), bands)) is not None
+            for _, spatial, read in self._spatial_parts()
+            if (fitted := _fit_channels(state_dict, spatial.state_dict(), read, bands)) is not None
         ]
         if not results:
             raise ValueError(
@@ -344,31 +356,36 @@ class ConvLSTMInceptionEncoder(SeriesEncoder):
 
 
 def _fit_channels(
-    weights: Mapping[str, Any], own: Mapping[str, Tensor], bands: Mapping[str, int]
+    weights: Mapping[str, Any],
+    own: Mapping[str, Tensor],
+    sensors: Mapping[str, int],
+    bands: Sequence[str] = (),
 ) -> dict[str, Any] | None:
     """Weights of images for other channels; None if they are of a sensor that is not read.
 
-    Bands are those of each sensor that the encoder, with its *own* weights, reads; none if it reads
+    Sensors are those whose bands the encoder, with its *own* weights, reads; none if it reads
     features. Only what reads these is fitted.
     """
     fitted = dict(weights)
-    read = next((like.shape[1] for like in own.values() if like.ndim == 4), 0)
+    given = [band.upper().replace('B0', 'B') for band in bands]
+    mine = [BANDS[s] if len(BANDS.get(s, ())) == n else [''] * n for s, n in sensors.items()]
+    places = {band: place for place, band in enumerate(chain(*mine))}
+    width = next((like.shape[1] for like in own.values() if like.ndim == 4), 0)
     for key, like in own.items():
         weight = weights.get(key)
-        if weight is None or weight.ndim != 4 or weight.shape[1] == like.shape[1]:
+        if weight is None or weight.ndim != 4 or like.ndim != 4 or like.shape[1] != width:
             continue
-        if like.ndim != 4 or like.shape[1] != read:
+        old = weight.shape[1]
+        if old == width and not given:
             continue
-        old, new = weight.shape[1], like.shape[1]
-        sensor, columns = PRETRAINED.get(old, ('', []))
-        if not bands or not sensor:  # as smp does
-            fitted[key] = weight[:, torch.arange(new) % old] * (old / new)
-        elif bands.get(sensor) != len(columns):
+        known = given or PRETRAINED.get(old, [])
+        if not sensors or not known:  # as smp does
+            fitted[key] = weight[:, torch.arange(width) % old] * (old / width)
+        elif not (columns := [number for number, band in enumerate(known) if band in places]):
             return None
         else:
-            start = sum([*bands.values()][: [*bands].index(sensor)])
             fitted[key] = torch.zeros_like(like)
-            fitted[key][:, start : start + len(columns)] = weight[:, columns]
+            fitted[key][:, [places[known[number]] for number in columns]] = weight[:, columns]
     return fitted
 
 

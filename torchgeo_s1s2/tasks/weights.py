@@ -50,7 +50,9 @@ def load_weights(model: Any, weights: WeightsEnum | str | Path) -> list[str] | N
             'or the name of a weight enum, such as ResNet18_Weights.SENTINEL2_ALL_MOCO'
         ) from error
     state = enum.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    model.encoder.load_state_dict(state)
+    # Names of Landsat's bands are those of others of Sentinel-2.
+    bands = (enum.meta.get('bands') or ()) if 'SENTINEL' in enum.name else ()
+    model.encoder.load_state_dict(state, **({'bands': bands} if series_encoder(model) else {}))
     return None
 
 
