@@ -160,6 +160,7 @@ def test_flat_and_five_dimensional_series_are_the_same(name: str) -> None:
         *(f'{spatial}_convlstm_inception_s2x3_s1_h8_t4' for spatial in CONTRACT),
         *(f'{spatial}_attention_late_s2x3_s1' for spatial in CONTRACT),
         'utae_late_s2x3_s1',
+        'utae_late_s2x64_s1',  # as many bands as features
     ],
 )
 @pytest.mark.parametrize('depth', [3, 5])
@@ -167,13 +168,14 @@ def test_flat_and_five_dimensional_series_are_the_same(name: str) -> None:
 def test_contract_of_encoders(name: str, depth: int) -> None:
     """What smp's own tests ask of an encoder, for names that need not be listed."""
     shown = '_fullres' if depth == 3 and not name.startswith('utae') else ''
-    encoder = build(name + shown, 10, depth=depth).eval()
+    bands = 66 if 'x64' in name else 5
+    encoder = build(name + shown, 2 * bands, depth=depth).eval()
     assert 'late' in name or encoder.convlstm['s1'].hidden_channels == 8
     assert encoder._is_torch_exportable
     assert encoder._is_torch_compilable
     assert not encoder._is_torch_scriptable
     for height, width in ((64, 32), (64, 96)):
-        features = encoder(make_series(1, 2, 5, 96)[..., :height, :width])
+        features = encoder(make_series(1, 2, bands, 96)[..., :height, :width])
         assert [f.shape[1] for f in features] == encoder.out_channels
         scales = [height // f.shape[2] for f in features if f.shape[1]]
         assert scales == [width // f.shape[3] for f in features if f.shape[1]]
@@ -617,6 +619,7 @@ def test_options_change_a_name() -> None:
         ('resnet18_convlstm', {'full_resolution': 'yes'}, 'full_resolution are True or False'),
         ('resnet18_convlstm', {'hidden_channels': '64'}, 'sizes are whole numbers'),
         ('utae', {'inception': True}, "'utae' has no choice of inception"),
+        ('utae', {'full_resolution': False}, "'utae' has no choice of full_resolution"),
     ],
 )
 def test_options_that_a_name_cannot_say_are_refused(
@@ -633,8 +636,8 @@ def test_unknown_spatial_encoder_is_refused(name: str) -> None:
     assert '_convlstm' not in str(error.value).split('expected')[1]
 
 
-@pytest.mark.parametrize('sensors', [{}, {'s2': 0}])
-def test_sensors_without_bands_are_refused(sensors: dict[str, int]) -> None:
+@pytest.mark.parametrize('sensors', [{}, {'s2': 0}, {'s2': '10'}, ['s2']])
+def test_sensors_without_bands_are_refused(sensors: Any) -> None:
     with pytest.raises(ValueError, match='expected at least one with its band count'):
         register_encoder('resnet18', sensors)
 

@@ -212,6 +212,7 @@ class AttentionEncoder(SeriesEncoder):
         self.output_stride = min(output_stride, 2**depth)
         self.spatial, self.attention = nn.ModuleDict(), nn.ModuleDict()
         self.stem, self.coarser = nn.ModuleDict(), nn.ModuleList()
+        each: list[list[int]] = []
         for group, members in self.groups.items():
             bands = sum(sensors[name] for name in members)
             if spatial_encoder == UTAE:
@@ -221,12 +222,11 @@ class AttentionEncoder(SeriesEncoder):
                 encoder = smp.encoders.get_encoder(spatial_encoder, in_channels=bands, **options)
             self.spatial[group] = encoder
             self.attention[group] = TemporalAttention(encoder.out_channels[-1])
-            if self.full_resolution and encoder.out_channels[0] == bands:
+            if full_resolution and encoder.out_channels[0] == bands and spatial_encoder != UTAE:
                 self.stem[group] = _stem(bands, STEM)
-        each: Any = [encoder.out_channels for encoder in self.spatial.values()]
+            first = STEM if group in self.stem else encoder.out_channels[0]
+            each.append([first, *encoder.out_channels[1:]])
         self.out_channels = [sum(level) for level in zip(*each, strict=True)]
-        if self.stem:
-            self.out_channels[0] = STEM * len(self.stem)
         for level in range(len(WIDTHS), depth + 1) if spatial_encoder == UTAE else ():
             stride = 2 if 2**level <= self.output_stride else 1
             self.coarser.append(_Halve(self.out_channels[-1], WIDTHS[-1], stride))
@@ -330,7 +330,7 @@ class AttentionEncoder(SeriesEncoder):
     def _levels(self, group: str, images: Tensor) -> list[Tensor]:
         images = arrange(images)
         features: list[Tensor] = self.spatial[group](images)
-        return [self.stem[group](images), *features[1:]] if self.stem else features
+        return [self.stem[group](images), *features[1:]] if group in self.stem else features
 
 
 def _has_batch_statistics(

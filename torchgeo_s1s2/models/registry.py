@@ -66,9 +66,11 @@ class Backbone:
         # smp looks at the start of a name: 'tu-' goes to timm, 'vgg' gets a centre block in the
         # U-Net.
         parts = [re.sub('^tu-', 'timm_', self.spatial_encoder)]
-        if self.spatial_encoder != UTAE:
-            parts.append(self.front)
         flags = {k: word for word, (k, value) in _WORDS.items() if getattr(self, k) == value}
+        if self.spatial_encoder == UTAE:
+            flags.pop('full_resolution', None)  # always
+        else:
+            parts.append(self.front)
         parts += [flags.pop(k) for k in ('inception', 'late') if k in flags]
         if list(self.sensors.items()) != list(SENSORS.items()):
             parts += (
@@ -126,7 +128,8 @@ def _parse(name: str) -> Backbone | None:
     spatial, _, rest = name.partition(f'_{front}' if front else '_')
     if (front is None) != (spatial == UTAE):
         return None
-    options: dict[str, Any] = {'inception': False, 'front': front or 'attention'}
+    options: dict[str, Any] = {'front': front or 'attention', 'inception': False}
+    options['full_resolution'] = front is None
     sensors: dict[str, int] = {}
     for word in filter(None, rest.split('_')):
         sensor, _, bands = word.rpartition('x')
@@ -145,8 +148,7 @@ def _fits(backbone: Backbone) -> bool:
     """Whether there is such a backbone."""
     sizes = *backbone.sensors.values(), backbone.hidden_channels, backbone.tower_channels
     default = Backbone(backbone.spatial_encoder, backbone.sensors, False, front=backbone.front)
-    always = {'full_resolution'} if backbone.spatial_encoder == UTAE else set()
-    foreign = vars(backbone).keys() - backbone.arguments.keys() | always
+    foreign = vars(backbone).keys() - backbone.arguments.keys()
     strange = any(getattr(backbone, k) != getattr(default, k) for k in foreign)
     return min(sizes) >= 1 and not strange
 
@@ -188,11 +190,12 @@ def register_encoder(
             f"unknown spatial encoder '{spatial_encoder}', expected one of "
             f"{', '.join(spatial_encoders())}, {UTAE}, or 'tu-' and the name of a timm model"
         )
-    if not sensors or min(sensors.values()) < 1:
-        raise ValueError(f'sensors is {dict(sensors)}, expected at least one with its band count')
+    counts = sensors.values() if isinstance(sensors, Mapping) else ()
+    if not counts or not all(isinstance(bands, int) and bands > 0 for bands in counts):
+        raise ValueError(f'sensors is {sensors}, expected at least one with its band count')
     backbone = Backbone(spatial_encoder, dict(sensors), *args, **options)
-    if spatial_encoder == UTAE:  # always at full resolution, which the name need not say
-        backbone = replace(backbone, front='attention', full_resolution=False)
+    if spatial_encoder == UTAE:
+        backbone = replace(backbone, front='attention', full_resolution=True)
     if backbone.front == 'attention':
         backbone = replace(backbone, inception=False)
     name = backbone.name
@@ -230,7 +233,7 @@ def change_name(name: str, **options: Any) -> str:
         )
     new = register_encoder(**(vars(backbone) | options))
     got = vars(parse_name(new))
-    if lost := [k for k in options if got[k] != options[k] and k != 'full_resolution']:
+    if lost := [k for k in options if got[k] != options[k]]:
         raise ValueError(f'{name!r} has no choice of {", ".join(lost)}; leave that out')
     return new
 
