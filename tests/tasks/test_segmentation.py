@@ -335,6 +335,11 @@ RECOMPUTE = r'recompute_gates=True with .*, expected a backbone that reads'
         ({'class_weights': 'equal'}, WEIGHTS),
         ({'class_weights': 'balanced', 'task': 'binary'}, WEIGHTS),
         ({'class_weights': [1.0, 2.0, 3.0], 'loss': 'dice'}, WEIGHTS),
+        (
+            {'backbone': 'resnet18_attention_fullres_late'},
+            "in this order .* '_late', .* '_fullres'",
+        ),
+        ({'backbone': 'tu-resnet18_convlstm'}, "'timm_' and the name of a timm model"),
         ({'recompute_gates': True, 'backbone': 'resnet18'}, RECOMPUTE),
         ({'recompute_gates': True, 'model': 'fcn'}, RECOMPUTE),
     ],

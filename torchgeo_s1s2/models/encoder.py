@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from inspect import signature
 from itertools import chain
 from typing import Any, NamedTuple, Self
 
@@ -226,7 +225,10 @@ class SeriesEncoder(Unscripted):
             if any(key.startswith(parts) for key in weights):
                 return super().load_state_dict(weights, strict, assign)
         results = [
-            _load(spatial, fitted, strict)
+            # smp's encoders drop their classifier in a method of theirs, which may take no options.
+            spatial.load_state_dict(fitted)
+            if strict
+            else nn.Module.load_state_dict(spatial, fitted, strict=False)
             for _, spatial, read in self._spatial_parts()
             if (fitted := _fit_channels(state_dict, spatial.state_dict(), read, bands)) is not None
         ]
@@ -457,12 +459,3 @@ def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
         # A batch norm that was put in the place of another one, as nn.SyncBatchNorm is, was not.
         part.train(mode and any(p.requires_grad for p in part.parameters()))
     return module
-
-
-def _load(module: Any, state_dict: Mapping[str, Any], strict: bool) -> Any:
-    # smp's encoders drop their classifier in their own method, some of which take no options.
-    if strict:
-        return module.load_state_dict(state_dict)
-    if 'strict' in signature(module.load_state_dict).parameters:
-        return module.load_state_dict(state_dict, strict=False)
-    return nn.Module.load_state_dict(module, state_dict, strict=False)

@@ -211,6 +211,12 @@ def register_encoder(
     return name
 
 
+def is_misspelt(name: str) -> bool:
+    """Whether nothing has a name that looks like one of a backbone that reads series."""
+    meant = name.startswith(UTAE) or any(f'_{front}' in name for front in _ENCODERS)
+    return meant and name not in smp.encoders.encoders
+
+
 def change_name(name: str, **options: Any) -> str:
     """Name of a backbone with some options of :class:`Backbone` changed.
 
@@ -228,8 +234,11 @@ def change_name(name: str, **options: Any) -> str:
     known = [f.name for f in fields(Backbone)]
     if backbone is None or not set(options) <= set(known):
         raise ValueError(
-            f'backbone {name!r} with the options {options}, expected a backbone that reads series, '
-            f"such as 'vgg16_convlstm_inception', and some of {', '.join(known)}"
+            f'backbone {name!r} with the options {options}, expected a backbone that reads series: '
+            "'utae', or a spatial encoder (of smp, or 'timm_' and the name of a timm model) and "
+            "'_convlstm' or '_attention', then in this order what is wanted of '_inception' or "
+            "'_late', sensors such as '_s2_s1x4', '_h64', '_t16', '_stepnorm' or '_nonorm', "
+            f"'_fullres', '_doy'; and some of the options {', '.join(known)}"
         )
     new = register_encoder(**(vars(backbone) | options))
     got = vars(parse_name(new))

@@ -30,6 +30,7 @@ from torchgeo_s1s2.models import (
     series_encoder,
     spatial_encoder,
 )
+from torchgeo_s1s2.models.registry import is_misspelt
 from torchgeo_s1s2.tasks.metrics import SegmentationScores, is_labelled
 from torchgeo_s1s2.tasks.weights import load_weights, trained_classes
 
@@ -152,8 +153,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         if self.hparams['ignore_index'] is None:
             # 255, or what no class has.
             self.hparams['ignore_index'] = max(NO_LABEL, self.hparams['num_classes'] or 0)
-        if self.hparams['backbone_kwargs']:
-            options = self.hparams['backbone_kwargs']
+        options = self.hparams['backbone_kwargs'] or {}
+        if options or is_misspelt(self.hparams['backbone']):
             self.hparams['backbone'] = change_name(self.hparams['backbone'], **options)
         if self.hparams['model'] == 'fcn':
             options = {**self.hparams, 'weights': self.weights}
