@@ -365,7 +365,7 @@ def test_a_killed_run_loses_what_it_did_since_it_saved(
 
 def sums(parts: Parts) -> Any:
     """Windows, and the weighted sums of all blocks that are not empty."""
-    blocks = {key: sum(block[:-1] for block in parts._blocks(key)) for key in parts._files}
+    blocks = {key: np.sum([*parts._blocks(key)], 0)[:-1] for key in parts._files}
     return parts.places, {key: b.tolist() for key, b in blocks.items() if np.any(b)}
 
 
