@@ -1,5 +1,6 @@
 """Predictions as georeferenced rasters."""
 
+import signal
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from affine import Affine
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rasterio.windows import Window
 from torch import Tensor
 from torch.utils.data import Subset
@@ -243,6 +245,8 @@ class MapWriter(BasePredictionWriter):
                 )
             self._unknown += _is_unknown(window)
             self.write(window, scheme, dataset)
+        if trainer.received_sigterm:  # as Lightning's other loops do
+            raise SIGTERMException(128 + signal.SIGTERM)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how many predictions are not finite."""
