@@ -331,6 +331,31 @@ def test_a_band_that_is_not_there_is_said(tmp_path: Path) -> None:
         write_series(tmp_path, odc().rename(B02='blau').drop_vars('B12'), progress=False)
 
 
+def test_what_was_told_of_files_when_they_were_written_is_not_applied_again(tmp_path: Path) -> None:
+    s2 = odc(np.full_like(VALUES, 2200))  # reflectance 0.12 and the offset of baseline 04.00
+    s1 = odc(np.full_like(POWER, -10), ('VV', 'VH'), 'float32', nodata=np.nan)
+    told: dict[str, Any] = {'unit': {'s1': 'db'}, 'offset': {'2020-01-01': -1000}}
+    silent = write_series(tmp_path / 'silent', s2, progress=False)
+    root = write_series(tmp_path / 'told', s2, s1, **told, progress=False)
+    rule = AllDates(max_length=2)
+    first = MultiSenGE(silent, 'all', rule, sensors=['s2'], offset=-1000)[0]
+    np.testing.assert_allclose(first['image'], 0.12, rtol=1e-6)
+    like: dict[str, Any] = {'unit': {'s1': 'linear', 's2': 'dn'}, 'offset': 0}
+    for same in ({}, like):
+        with warnings.catch_warnings(action='error', category=S1S2Warning):
+            plain = MultiSenGE(root, 'all', rule, **same)[0]['image']
+        np.testing.assert_allclose(plain[:, :10], 0.12, rtol=1e-6)
+        np.testing.assert_allclose(plain[:, 10:], -10, rtol=1e-6)
+    again = MultiSenGE(root, 'all', rule, **told)
+    with pytest.warns(S1S2Warning, match='themselves what they hold') as warned:
+        assert all(again[0]['image'].equal(plain) for _ in range(2))
+    s2_said, s1_said = (str(warning.message) for warning in warned)
+    assert 'told/s2 has images that say themselves what they hold, without an offset,' in s2_said
+    assert 'the argument offset is ignored for them' in s2_said
+    assert "told/s1 has images that say themselves what they hold, unit='linear'," in s1_said
+    assert 'the argument unit is ignored for them' in s1_said
+
+
 def test_offsets_belong_to_their_times(tmp_path: Path) -> None:
     offset = xr.DataArray([-1000, 0], {'time': TIMES[::-1]}, ('time',))
     write_series(tmp_path, odc(), offset=offset, progress=False)

@@ -18,6 +18,7 @@ from torchgeo_s1s2.datasets import (
     copy_series,
     sources,
 )
+from torchgeo_s1s2.datasets.sensors import OFFSET
 from torchgeo_s1s2.errors import NoRoomError, S1S2Warning
 
 SIZE = 12
@@ -128,10 +129,10 @@ def test_rasters_are_uncompressed_and_say_what_they_said(tmp_path: Path) -> None
     image[:, 0] = 7
     write_patch(
         tmp_path / 'data', '31UEQ', size=8, s2=dict.fromkeys(S2_DATES, image),
-        s2_options=own | {'descriptions': names},
+        s2_options=own | {'descriptions': names, 'tags': {OFFSET: 0}},
         labels_options={'mask': np.broadcast_to(np.arange(8) < 4, (8, 8))},
     )  # fmt: skip
-    copy = copied(tmp_path / 'data')
+    copy = copied(tmp_path / 'data', offset=-1000)
     check_same(MultiSenGE(tmp_path / 'data', 'all'), copy)
     with rasterio.open(copy.catalog.path(0, 's2', 0)) as src:
         assert src.compression is None

@@ -20,6 +20,7 @@ from shapely import Polygon, box
 
 from benchmarks.server import Files, item, serve_files, serve_items, write_cog
 from torchgeo_s1s2.datasets import SENSOR_BANDS, SentinelRegion, StacCollection, stac
+from torchgeo_s1s2.datasets.sensors import OFFSET, UNIT
 from torchgeo_s1s2.datasets.time_series import EvenlySpaced, MonthlySeries
 from torchgeo_s1s2.errors import (
     DataError,
@@ -183,6 +184,7 @@ def test_pixels_and_offsets(
         np.testing.assert_array_equal(read_raster(path), expected)
         with rasterio.open(path) as src:
             assert src.descriptions == BANDS
+            assert (src.tags()[UNIT], src.tags()[OFFSET]) == ('dn', '0')
             assert src.nodata == -10000
             assert all(v % 20 == 0 for v in src.bounds)
             assert src.bounds.left <= INNER[0]
@@ -231,6 +233,7 @@ def test_sentinel_1(orbits: Any, names: list[str], world: World, tmp_path: Path)
         at = np.s_[TOP // 10 - top :, left - LEFT // 10 :]
         first, last = (read_raster(world.root / s / 'vv.tif')[0] for s in ('s1_a', 's1_b'))
         assert src.descriptions == ('VV', 'VH')
+        assert src.tags()[UNIT] == 'linear'
         assert np.isnan(src.nodata)
     if orbits != 'ascending':
         np.testing.assert_array_equal(

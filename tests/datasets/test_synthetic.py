@@ -11,6 +11,7 @@ from sklearn.metrics import f1_score
 
 from torchgeo_s1s2.datasets import MultiSenGE
 from torchgeo_s1s2.datasets.catalog import CACHE, Catalog
+from torchgeo_s1s2.datasets.sensors import UNIT
 from torchgeo_s1s2.datasets.synthetic import ENL, TILES, phenology, speckle, write_synthetic
 
 PATCHES = {'31UFQ': 2, '32ULU': 1, '31UFP': 1, '31UEQ': 1}
@@ -50,6 +51,7 @@ def test_files_are_named_and_encoded_as_in_multisenge(root: Path) -> None:
             with rasterio.open(root / sensor / name) as src:
                 assert (src.count, set(src.dtypes), src.shape) == (count, {dtype}, (16, 16))
                 assert src.compression.name == 'lzw'
+                assert src.tags()[UNIT] == {'s2': 'dn', 's1': 'linear'}[sensor]
                 assert src.read().min() > 0  # neither nodata (-10000, 0) nor a negative power
                 assert src.transform[:6] == (10, 0, 600170, 0, -10, 5500020)
 

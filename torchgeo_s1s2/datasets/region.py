@@ -34,7 +34,7 @@ from torchgeo_s1s2.datasets.catalog import (
 )
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_power, check_written, read_grid
-from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings
+from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings, tags_of
 from torchgeo_s1s2.errors import DataError, warn
 from torchgeo_s1s2.files import whole
 
@@ -121,8 +121,11 @@ def write_series(
             (``'pass'``), those of a day (``'day'``) or of one time (None). The first that saw a
             pixel gives it.
         unit: What the values are if not reflectance x 10,000 and linear power, as in
-            :class:`~torchgeo_s1s2.datasets.MultiSenGE`; files hold these.
-        offset: What to add to Sentinel-2's values, as there, or a DataArray of it along time.
+            :class:`~torchgeo_s1s2.datasets.MultiSenGE`. Files hold reflectance x 10,000 and linear
+            power.
+        offset: What to add to Sentinel-2's values, as there, or a DataArray of it along time; 0 if
+            they are as they should be. Files say the unit and the offset that are given here, so
+            that neither is applied again.
         nodata: By sensor, the value without an observation, in place of what the arrays say.
             Where they do not: NaN, 0 of unsigned types, -10000 (Sentinel-2) or 0 of others.
         corners: Whether x and y are those of the pixels' upper left corners and not of their
@@ -297,6 +300,7 @@ class _Cube:
         dataset = _dataset(data, {'time', 'y', 'x'})
         self.sensor, self.nodata = sensor, nodata
         self.unit = None if unit == next(iter(sensor.units)) else unit
+        self.tags = tags_of(sensor.name, unit is not None, offset is not None)
         self.grid = _grid(dataset, corners)
         self.times = _times(dataset['time'])
         self.bands = _bands(dataset, sensor)
@@ -352,6 +356,7 @@ class _Cube:
                 grid=self.grid,
                 layers=[self._layer(*where[i]) for i in numbers],
                 nodata=self.tag,
+                tags=self.tags,
             )
             for key, numbers in groups.items()
         }
@@ -472,7 +477,11 @@ def _is(value: NDArray[Any], nodata: float) -> NDArray[np.bool_]:
 
 
 def write_bands(
-    path: Path, grid: Grid, layers: Sequence[Mapping[str, Any]], nodata: float
+    path: Path,
+    grid: Grid,
+    layers: Sequence[Mapping[str, Any]],
+    nodata: float,
+    tags: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Write layers of dask arrays (H, W), one a band, as a GeoTIFF, block by block."""
     bands = fuse(layers, nodata)
@@ -482,6 +491,7 @@ def write_bands(
     with whole(path) as temporary:
         with rasterio.open(temporary, 'w', **profile) as dst:
             dst.descriptions = tuple(bands)
+            dst.update_tags(**(tags or {}))
             targets = [_Band(path, dst, number, nodata) for number in range(1, len(bands) + 1)]
             with threads() as how:  # only threads share an open file
                 lock = threading.Lock()

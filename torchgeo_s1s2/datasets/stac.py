@@ -46,7 +46,7 @@ from torchgeo_s1s2.datasets.region import (
     write_bands,
     write_patch,
 )
-from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, in_order
+from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, in_order, tags_of
 from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import read_vectors
@@ -527,7 +527,9 @@ class StacImage:
     def __call__(self, path: Path) -> Outcome:
         """Write it, without items of which a file cannot be read."""
         outcome, notes = self._patiently(
-            lambda items: write_bands(path, self.grid, [self._bands(items)], self.tag)
+            lambda items: write_bands(
+                path, self.grid, [self._bands(items)], self.tag, tags_of(self.sensor)
+            )
         )
         why = 'cannot be read' if outcome is None else outcome.left_out
         return Outcome(why, tuple(notes))
