@@ -221,7 +221,7 @@ def test_root_without_what_it_needs(two_zones: Path) -> None:
         Catalog(two_zones)
     for path in (two_zones / 'labels').iterdir():
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r'labels holds no label file; expected TILE_X_Y'):
+    with pytest.raises(FileNotFoundError, match=r'labels holds no label file, expected TILE_X_Y'):
         Catalog(two_zones, files=False)
     (two_zones / 'labels').rename(two_zones / 'LABELS')
     with pytest.raises(FileNotFoundError, match=r"has no folder 'labels'.*as root"):

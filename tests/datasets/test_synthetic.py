@@ -84,7 +84,13 @@ def test_an_interrupted_writing_goes_on(root: Path, tmp_path: Path) -> None:
         path.write_bytes(b'half an image')
     kept = part / 's2' / next(p.name for p in (part / 's2').glob('32ULU*'))
     before = kept.stat().st_mtime_ns
+    below = part / 'labels' / 'alsace'
+    below.mkdir()
+    (listing,) = (part / 'labels').glob('32ULU*')
+    listing.rename(below / listing.name)
     write_synthetic(part, 16, PATCHES, progress=False)
+    assert not listing.exists()
+    (below / listing.name).rename(listing)
     assert contents(part) == contents(root)
     assert kept.stat().st_mtime_ns == before
 

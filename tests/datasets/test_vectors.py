@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from numpy.typing import NDArray
 from shapely import LineString, Polygon, box
 from shapely.affinity import translate
 
-from torchgeo_s1s2.datasets import Catalog, MultiSenGE, VectorLabels, rasterize_labels, vectors
+from torchgeo_s1s2.datasets import (
+    Catalog,
+    MultiSenGE,
+    VectorLabels,
+    rasterize_labels,
+    vectors,
+    write_label_files,
+)
 from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError
 
 LEFT, TOP = 500000.0, 5500000.0
@@ -102,6 +110,21 @@ def test_what_is_left_out_is_counted(root: Path) -> None:
     assert labels(root)[0, 1:3].tolist() == [0, 0]
     assert labels(root)[1, 0] == labels(root)[1, 3] == 6
     assert set(np.unique(labels(root)[4:])) == {0}
+
+
+def test_label_files_are_told_the_labels_where_they_lie(root: Path, capsys: Any) -> None:
+    path = polygons(root)
+    write_label_files(root, progress=False)
+    (root / 'labels' / 'below').mkdir()
+    for listing in (root / 'labels').glob('*.json'):
+        listing.rename(root / 'labels' / 'below' / listing.name)
+    assert write(root, path, 'cover', IDS) == 2
+    assert [p.name for p in (root / 'labels').iterdir()] == ['below']
+    content = json.loads((root / 'labels' / 'below' / '31UEQ_0_0.json').read_text())
+    assert content['labels'] == '6;11'
+    with pytest.warns(S1S2Warning, match='patch'):
+        assert rasterize_labels(root, path, 'cover', IDS) == 0
+    assert '0patch' not in capsys.readouterr().err
 
 
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -295,23 +295,30 @@ class _Builder:
         if not path.is_dir():
             raise FileNotFoundError(
                 f'{self.root} has no folder {folder!r}; a data set has the folders '
-                f'{LABELS}, {GROUND_REFERENCE}, {", ".join(SENSORS)}. Give the folder that holds '
-                'them as root'
+                f'{LABELS}, {GROUND_REFERENCE}, {", ".join(SENSORS)}: {self._mend(folder)}'
             )
         return path
 
+    def _mend(self, folder: str) -> str:
+        """What to do where a folder is missing or empty."""
+        if not has_images(self.root):
+            return 'give the folder that holds them as root'
+        if folder in SENSORS:
+            return 'make it, empty if there is nothing, or give the folder that holds them as root'
+        return f'write_label_files({str(self.root)!r}) writes label files for the images there'
+
     def _read_labels(self) -> list[_Label]:
         folder = self._folder(LABELS)
-        there = ((name, where) for where, names in walk(self.root, LABELS) for name in names)
-        places = sorted(own for own in there if own[0].endswith('.json') and own[0][0] != '.')
-        if not places:
-            raise FileNotFoundError(f'{folder} holds no label file; expected TILE_X_Y.json')
-        files = dict(reversed(places))
-        if again := len(places) - len(files):
+        files, again = list_label_files(self.root)
+        if not files:
+            raise FileNotFoundError(
+                f'{folder} holds no label file, expected TILE_X_Y.json: {self._mend(LABELS)}'
+            )
+        if again:
             self.notes.append(f'{again} label files have the name of another, which is read')
         hidden = not self.progress or len(files) < 1000
-        bar = tqdm(sorted(files.items()), 'Reading labels', disable=hidden, unit='patch')
-        labels = [_read_label(self.root / where / name) for name, where in bar]
+        bar = tqdm(files.values(), 'Reading labels', disable=hidden, unit='patch')
+        labels = [_read_label(path) for path in bar]
         if twice := sum(label.twice for label in labels):
             self.notes.append(f'label files name {twice} images twice; each counts once')
         return labels
@@ -330,6 +337,8 @@ class _Builder:
                     missing[folder] += (Counter(listed) - Counter(days)).total()
                     unlisted += (Counter(days) - Counter(listed)).total()
                 label.images[folder] = there
+            if folder == GROUND_REFERENCE and missing[folder] == len(labels):
+                missing[folder] = sum(bool(label.classes) for label in labels)
             if found:
                 n, example = sum(map(len, found.values())), min(found)
                 self.notes.append(
@@ -361,6 +370,19 @@ def walk(root: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
         beyond = (n for n in folders if not real.is_relative_to((real / n).resolve()))  # no circle
         folders[:] = sorted(name for name in beyond if not name.startswith('.'))
         yield Path(where).relative_to(root).as_posix(), names
+
+
+def list_label_files(root: Path) -> tuple[dict[str, Path], int]:
+    """Label files by patch, in the order of their names, and how many have the name of another."""
+    there = ((name, where) for where, names in walk(root, LABELS) for name in names)
+    places = sorted(own for own in there if own[0].endswith('.json') and own[0][0] != '.')
+    files = {name.removesuffix('.json'): root / where / name for name, where in reversed(places)}
+    return dict(reversed(files.items())), len(places) - len(files)
+
+
+def has_images(root: Path) -> bool:
+    """Whether a folder of a sensor holds anything."""
+    return any(names for sensor in SENSORS for _, names in walk(root, sensor))
 
 
 def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[str]]:

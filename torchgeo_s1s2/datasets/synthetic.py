@@ -38,6 +38,7 @@ from torchgeo_s1s2.datasets.catalog import (
     GROUND_REFERENCE,
     LABELS,
     image_name,
+    list_label_files,
     reference_name,
 )
 from torchgeo_s1s2.datasets.labels import label_content
@@ -213,7 +214,8 @@ def write_synthetic(
         check_at_least(what, count, 2 if what == 'size' else 1)
     _claim(root, settings)
     places = _places(patches, size)
-    todo = [name for name in places if not (root / LABELS / f'{name}.json').exists()]
+    files, _ = list_label_files(root)
+    todo = [name for name in places if name not in files]
     hidden = not (progress and todo)
     for name in tqdm(todo, 'Writing synthetic patches', unit='patch', disable=hidden):
         _write_patch(root, name, *places[name], settings)

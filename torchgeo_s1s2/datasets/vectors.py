@@ -21,7 +21,12 @@ from rasterio.features import rasterize
 from rasterio.warp import transform_bounds
 from tqdm import tqdm
 
-from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog, reference_name
+from torchgeo_s1s2.datasets.catalog import (
+    GROUND_REFERENCE,
+    Catalog,
+    list_label_files,
+    reference_name,
+)
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_written, first_grid, open_raster
 from torchgeo_s1s2.datasets.sensors import SENSORS
@@ -96,9 +101,12 @@ def rasterize_labels(
     todo = [n for n, g in grids.items() if _is_outdated(catalog, n, g, made_of, overwrite)]
     dtype = 'uint8' if polygons['id'].max() < 256 else 'uint16'
     bare = [n for n in grids.keys() - {*todo} if not catalog.patches['classes'].iat[n]]
-    for number in tqdm(todo, 'Rasterizing labels', unit='patch', disable=not progress):
+    files, _ = list_label_files(catalog.root)
+    hidden = not (progress and todo)
+    for number in tqdm(todo, 'Rasterizing labels', unit='patch', disable=hidden):
         labels = _rasterized(polygons.iloc[found[number]], grids[number], all_touched, dtype)
-        _write(catalog, number, labels, grids[number], made_of)
+        listing = files[catalog.patch(number).name]
+        _write(catalog, number, labels, grids[number], made_of, listing)
         if not labels.any():
             bare.append(number)
     if bare:
@@ -282,14 +290,14 @@ def _rasterized(
     return labels
 
 
-def _write(catalog: Catalog, number: int, labels: NDArray[Any], grid: Grid, made_of: str) -> None:
+def _write(
+    catalog: Catalog, number: int, labels: NDArray[Any], grid: Grid, made_of: str, listing: Path
+) -> None:
     """Write the labels into the label file, then the raster, which tells that both are there."""
-    name = catalog.patch(number).name
-    usual = catalog.root / GROUND_REFERENCE / reference_name(name)
+    usual = catalog.root / GROUND_REFERENCE / reference_name(catalog.patch(number).name)
     path = catalog.ground_reference(number) or usual
     profile = {'driver': 'GTiff', 'count': 1, 'dtype': labels.dtype, 'nodata': 0}
     profile |= {'compress': 'deflate', 'tiled': max(labels.shape) > 512, **vars(grid)}
-    listing = catalog.root / LABELS / f'{name}.json'
     content = json.loads(listing.read_text())
     content['labels'] = ';'.join(map(str, np.unique(labels[labels > 0])))
     write_json(listing, content)
