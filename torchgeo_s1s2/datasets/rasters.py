@@ -331,10 +331,15 @@ def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> 
 
         own = _own_grid(path, src, patch)
         labels: NDArray[np.float64] = onto(own, grid, read, Resampling.nearest, 1)[0]
+    check_labels(path, labels)
+    return labels
+
+
+def check_labels(path: Path, labels: NDArray[np.float64]) -> None:
+    """Raise an error that names a label which is no whole number; NaN is none."""
     odd = labels[((labels != np.round(labels)) | (np.abs(labels) > 2**31)) & ~np.isnan(labels)]
     if odd.size:
         raise DataError(f'{path} holds the label {odd[0]}; labels are whole numbers up to 2**31')
-    return labels
 
 
 def _alpha(src: rasterio.DatasetReader) -> int | None:
