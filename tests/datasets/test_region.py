@@ -246,7 +246,7 @@ def test_goes_on(tmp_path: Path) -> None:
         write_series(tmp_path, broken, progress=False)
     (path,) = (tmp_path / 's2').iterdir()
     written = path.stat().st_mtime_ns
-    with pytest.warns(S1S2Warning, match='1 of 2 images of region are there already and stay'):
+    with pytest.warns(S1S2Warning, match='1 of 2 images of region are there already and not'):
         write_series(tmp_path, data, progress=False)
     assert path.stat().st_mtime_ns == written
     assert len([*(tmp_path / 's2').iterdir()]) == 2
@@ -256,7 +256,7 @@ def test_goes_on(tmp_path: Path) -> None:
 
 def test_leaves_empty_dates_out(tmp_path: Path) -> None:
     data = odc(VALUES * np.array([0, 1])[:, None, None, None])
-    with pytest.warns(S1S2Warning, match='1 of 2 images are left out: 1 have no pixel'):
+    with pytest.warns(S1S2Warning, match='1 of 2 images are left out: 1 without a pixel'):
         write_series(tmp_path, data, progress=False)
     assert len([*(tmp_path / 's2').iterdir()]) == 1
 
@@ -347,13 +347,13 @@ def test_what_was_told_of_files_when_they_were_written_is_not_applied_again(tmp_
         np.testing.assert_allclose(plain[:, :10], 0.12, rtol=1e-6)
         np.testing.assert_allclose(plain[:, 10:], -10, rtol=1e-6)
     again = MultiSenGE(root, 'all', rule, **told)
-    with pytest.warns(S1S2Warning, match='themselves what they hold') as warned:
+    with pytest.warns(S1S2Warning, match='say what they hold') as warned:
         assert all(again[0]['image'].equal(plain) for _ in range(2))
     s2_said, s1_said = (str(warning.message) for warning in warned)
-    assert 'told/s2 has images that say themselves what they hold, without an offset,' in s2_said
-    assert 'the argument offset is ignored for them' in s2_said
-    assert "told/s1 has images that say themselves what they hold, unit='linear'," in s1_said
-    assert 'the argument unit is ignored for them' in s1_said
+    assert 'told/s2 has images that say what they hold (no offset left), as' in s2_said
+    assert 'what is given as offset is ignored for them' in s2_said
+    assert "told/s1 has images that say what they hold (unit 'linear'), as" in s1_said
+    assert 'what is given as unit is ignored for them' in s1_said
 
 
 def test_offsets_belong_to_their_times(tmp_path: Path) -> None:

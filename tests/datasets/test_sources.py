@@ -198,7 +198,7 @@ def test_a_raster_that_has_changed_is_copied_again(root: Path) -> None:
 def test_an_unreadable_raster_is_left_out_and_named(root: Path, content: bytes, date: int) -> None:
     path = root / 's1' / f'31UEQ_{S1_DATES[date]}_S1_0_0.tif'
     path.write_bytes(content)
-    with pytest.warns(S1S2Warning, match=f'1 rasters cannot be read and are not copied.*{path}'):
+    with pytest.warns(S1S2Warning, match=f'1 raster cannot be read and is not copied.*{path}'):
         copy = copied(root)
     assert len(copy.catalog.times(0, 's1')) == 3
     assert copy.catalog.missing == {'s2': 0, 's1': 0}

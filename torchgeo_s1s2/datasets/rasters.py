@@ -295,11 +295,11 @@ def _as_tagged(
     own = given.of_file(src.tags())
     unit, offset = own.stored != given.stored, own.offset(time) != given.offset(time)
     if unit or offset:
-        holds = [f'unit={own.stored!r}'] * unit + ['without an offset'] * offset
+        holds = [f'unit {own.stored!r}'] * unit + ['no offset left'] * offset
         ignored = ['unit'] * unit + ['offset'] * offset
         warn_once(
-            f'{path.parent} has images that say themselves what they hold, {" ".join(holds)}, as '
-            f'was told when they were written: the argument {" and ".join(ignored)} is ignored for '
+            f'{path.parent} has images that say what they hold ({", ".join(holds)}), as was told '
+            f'when they were written; what is given as {" and ".join(ignored)} is ignored for '
             'them. Leave it out, unless other files need it, or write these anew if they are wrong'
         )
     return own

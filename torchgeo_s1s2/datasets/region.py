@@ -35,7 +35,7 @@ from torchgeo_s1s2.datasets.catalog import (
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_power, check_written, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings, tags_of
-from torchgeo_s1s2.errors import DataError, warn
+from torchgeo_s1s2.errors import DataError, counted, warn
 from torchgeo_s1s2.files import whole
 
 Merge = Literal['pass', 'day'] | None
@@ -167,8 +167,8 @@ def write_series(
     paths = paths_of(Path(root), images)
     if there := sum(path.exists() for path in paths):
         warn(
-            f'{there} of {len(paths)} images of {tile} are there already and stay as they are; '
-            'delete them to have them written anew'
+            f'{there} of {counted(len(paths), f"image of {tile} is", f"images of {tile} are")} '
+            'there already and not written again; delete what shall be'
         )
     write_patch(root, tile, grid, images, progress, reference)
     return Path(root)
@@ -197,7 +197,10 @@ def write_patch(
     outcomes = dict(_run({p: job for p, job in paths.items() if not p.exists()}, progress))
     _warn(outcomes, len(paths))
     if not images_of(root, tile):
-        raise DataError(f'none of the {len(paths)} images of {tile} has a pixel: nothing to write')
+        raise DataError(
+            f'none of the {counted(len(paths), "image", "images")} of {tile} has a pixel: nothing '
+            'to write'
+        )
     if labels is not None:
         path = root / GROUND_REFERENCE / reference_name(patch_name(tile))
         write_bands(path, grid, [{'label': labels}], 255)
@@ -280,7 +283,8 @@ def _warn(outcomes: Mapping[Path, Outcome], count: int) -> None:
     notes = [note for outcome in outcomes.values() for note in outcome.notes]
     if reasons:
         why = '; '.join(f'{n} {reason}' for reason, n in reasons.items())
-        notes.insert(0, f'{reasons.total()} of {count} images are left out: {why}')
+        images = counted(count, 'image is', 'images are')
+        notes.insert(0, f'{reasons.total()} of {images} left out: {why}')
     if notes:
         warn('; '.join(notes))
 
@@ -321,9 +325,9 @@ class _Cube:
         late = sum(baseline_of(baseline) >= 4 for baseline in self.baselines)
         if offset is None and late:
             warn(
-                f's2 has {late} acquisitions of processing baseline 04.00 and later, whose values '
-                'are 1,000 too high unless their source has harmonised them; give offset=-1000, '
-                'or 0 if it has'
+                f's2 has {counted(late, "acquisition", "acquisitions")} of processing baseline '
+                '04.00 and later, whose values are 1,000 too high unless their source has '
+                'harmonised them; give offset=-1000, or 0 if it has'
             )
         if hasattr(offset, 'dims'):
             return self._offsets_along_time(offset)
@@ -500,7 +504,7 @@ def write_bands(
     if any(target.seen for target in targets):
         return Outcome()
     path.unlink()
-    return Outcome('have no pixel')
+    return Outcome('without a pixel')
 
 
 @dataclass

@@ -30,7 +30,7 @@ from torchgeo_s1s2.datasets.catalog import (
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_written, first_grid, open_raster
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError, warn
+from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError, counted, warn
 from torchgeo_s1s2.files import whole, write_json
 
 TAG = 'TORCHGEO_S1S2_POLYGONS'
@@ -112,7 +112,7 @@ def rasterize_labels(
     if bare:
         rule = '' if all_touched else ' at its centre (all_touched=True: anywhere)'
         warn(
-            f'{len(bare)} of {len(grids)} patches have no label, such as '
+            f'{len(bare)} of {counted(len(grids), "patch has", "patches have")} no label, such as '
             f'{catalog.patch(min(bare)).name}: no polygon of {file} meets a pixel of them{rule}'
         )
     return len(todo)
@@ -128,7 +128,7 @@ def read_polygons(
         raise DataError(f'{file} has no attribute {attribute!r}; it has {columns or "none"}')
     values = table[attribute].map(_key, na_action='ignore')
     shapes, notes = _valid(table.geometry)
-    notes[f'have no {attribute} and are left out'] = int(values.isna().sum())
+    notes[f'without {attribute}, left out'] = int(values.isna().sum())
     polygons = gpd.GeoDataFrame({'value': values}, geometry=shapes, crs=table.crs)
     return polygons[values.notna() & shapes.notna()], notes
 
@@ -154,7 +154,7 @@ def _polygons(
     ids = polygons['value'].map(known)
     unmapped = Counter(polygons['value'][ids.isna()])
     which = ', '.join(f'{value} ({n})' for value, n in unmapped.most_common(5))
-    notes[f'have a value that classes do not name and are left out: {which}'] = unmapped.total()
+    notes[f'of a value that classes do not name, left out: {which}'] = unmapped.total()
     said = say(file, notes)
     ranks = {_key(value): rank for rank, value in enumerate(order or ())}
     if unknown := sorted(ranks.keys() - {*polygons['value'], *known}):
@@ -232,8 +232,8 @@ def _valid(geometry: gpd.GeoSeries) -> tuple[gpd.GeoSeries, dict[str, int]]:
     shapes[broken] = shapes[broken].make_valid(method='structure', keep_collapsed=False)
     shapes = shapes.where(~shapes.is_empty)
     return shapes, {
-        'are invalid and mended': int((broken & shapes.notna()).sum()),
-        'are no polygons, or without area, and are left out': int(shapes.isna().sum()),
+        'invalid, mended': int((broken & shapes.notna()).sum()),
+        'without area or no polygon, left out': int(shapes.isna().sum()),
     }
 
 
