@@ -23,7 +23,7 @@ from tqdm import tqdm
 from torchgeo_s1s2.datasets.cache import CONTENTS, TableCache, wait_for_next_tick
 from torchgeo_s1s2.datasets.rasters import Grid, epsg_of, first_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.errors import DataError, UnreadableError, warn
+from torchgeo_s1s2.errors import DataError, UnreadableError, counted, warn
 
 LABELS, GROUND_REFERENCE = 'labels', 'ground_reference'
 FOLDERS = (*SENSORS, GROUND_REFERENCE)
@@ -315,12 +315,14 @@ class _Builder:
                 f'{folder} holds no label file, expected TILE_X_Y.json: {self._mend(LABELS)}'
             )
         if again:
-            self.notes.append(f'{again} label files have the name of another, which is read')
+            files_have = counted(again, 'label file has', 'label files have')
+            self.notes.append(f'{files_have} the name of another, which is read')
         hidden = not self.progress or len(files) < 1000
         bar = tqdm(files.values(), 'Reading labels', disable=hidden, unit='patch')
         labels = [_read_label(path) for path in bar]
         if twice := sum(label.twice for label in labels):
-            self.notes.append(f'label files name {twice} images twice; each counts once')
+            images = counted(twice, 'image', 'images')
+            self.notes.append(f'label files name {images} twice; each counts once')
         return labels
 
     def _find_images(self, labels: Sequence[_Label]) -> dict[str, int]:
@@ -341,12 +343,14 @@ class _Builder:
                 missing[folder] = sum(bool(label.classes) for label in labels)
             if found:
                 n, example = sum(map(len, found.values())), min(found)
+                rasters = counted(n, 'raster', 'rasters')
                 self.notes.append(
-                    f'{n} rasters in {folder} are of places without a label file, such as '
-                    f'{example}, and are left out; write_label_files adds them'
+                    f'{rasters} in {folder} of places without a label file, such as {example}, '
+                    'left out; write_label_files adds them'
                 )
         if unlisted:
-            self.notes.append(f'{unlisted} images that no label file names are read too')
+            images_are = 'image that no label file names is', 'images that no label file names are'
+            self.notes.append(f'{counted(unlisted, *images_are)} read too')
         if lacking := +missing:
             what = ', '.join(f'{n} of {folder}' for folder, n in lacking.items())
             self.notes.insert(
@@ -425,11 +429,11 @@ def _notes(
     read = 'the first of each is' if folder == GROUND_REFERENCE else 'all are'
     example = min(odd, default='')
     texts = {
-        f'have other names than its rasters, such as {example}, and are left out': len(odd),
-        'differ from another one in the ending only; one of each is read': doubles,
-        f'have the place and time of another one; {read} read': same,
+        f'of other names than its rasters, such as {example}, left out': len(odd),
+        'like another one but for the ending; one of each is read': doubles,
+        f'of the place and time of another one; {read} read': same,
     }
-    return [f'{n} files in {folder} {text}' for text, n in texts.items() if n]
+    return [f'{counted(n, "file", "files")} in {folder} {text}' for text, n in texts.items() if n]
 
 
 def _image(match: re.Match[str], folder: str, sidecars: bool) -> Image:
