@@ -193,7 +193,7 @@ def test_merge(states: list[str], merge: Any, names: list[str], tmp_path: Path) 
 
 def test_offset_and_unit(tmp_path: Path) -> None:
     data = odc().assign_coords({'s2:processing_baseline': ('time', ['03.01', '05.00'])})
-    with pytest.warns(S1S2Warning, match='1 acquisitions of processing baseline 04.00'):
+    with pytest.warns(S1S2Warning, match='1 acquisition of processing baseline 04.00'):
         write_series(tmp_path / 'as it is', data, progress=False)
     offset = xr.where(data['s2:processing_baseline'].astype(float) >= 4, -1000, 0)
     db = odc(10 * np.log10(POWER), ('vv', 'vh'), 'float32')

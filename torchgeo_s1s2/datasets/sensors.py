@@ -183,7 +183,7 @@ class Reading:
 
     def of_file(self, tags: Mapping[str, str]) -> 'Reading':
         """How a file is read after its tags, which are believed before what is given."""
-        unit = tags.get(UNIT, self.unit)
+        unit = tags[UNIT] if tags.get(UNIT) in self.sensor.units else self.unit
         return replace(self, unit=unit, offsets=() if OFFSET in tags else self.offsets)
 
     def physical(self, value: Array, scaled: bool) -> Array:
