@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache
 from numbers import Real
@@ -14,6 +14,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 Offset = float | Mapping[str, float]
+
+UNIT, OFFSET = 'TORCHGEO_S1S2_UNIT', 'TORCHGEO_S1S2_OFFSET'
+"""Tags of images that are written here: the ``unit`` and ``offset`` that they are to be read with.
+
+What nobody told when an image was written, it does not say.
+"""
 
 
 def _unchanged(value: Array) -> Array:
@@ -119,6 +125,18 @@ SENSOR_BANDS = {name: sensor.bands for name, sensor in SENSORS.items()}
 """Bands of each sensor in the order of its files."""
 
 
+def tags_of(sensor: str, unit: bool = True, offset: bool = True) -> dict[str, str]:
+    """Tags of an image in the unit of the layout, to which no offset is to be added.
+
+    Args:
+        sensor: ``'s2'`` or ``'s1'``.
+        unit: Whether the unit is known.
+        offset: Whether it is known that none is left.
+    """
+    known = {UNIT: next(iter(SENSORS[sensor].units))} if unit else {}
+    return known | ({OFFSET: '0'} if offset and sensor == 's2' else {})
+
+
 def _orbit(name: str) -> Sensor:
     """Sentinel-1 of one orbit of PASTIS-R: VV, VH and VV / VH in dB, the last being VV - VH."""
     bands = tuple(f'{name.upper()}_{band}' for band in ('VV', 'VH', 'VV_VH'))
@@ -162,6 +180,11 @@ class Reading:
         """What is added to the values of an acquisition."""
         known = (value for day, value in reversed(self.offsets) if np.datetime64(day) <= time)
         return next(known, 0.0)
+
+    def of_file(self, tags: Mapping[str, str]) -> 'Reading':
+        """How a file is read after its tags, which are believed before what is given."""
+        unit = tags[UNIT] if tags.get(UNIT) in self.sensor.units else self.unit
+        return replace(self, unit=unit, offsets=() if OFFSET in tags else self.offsets)
 
     def physical(self, value: Array, scaled: bool) -> Array:
         """Values of a file in the physical unit, NaN where there is none.
