@@ -419,5 +419,5 @@ def _write_raster(
 ) -> None:
     profile = {'driver': 'GTiff', 'compress': 'lzw', 'count': len(image), 'dtype': image.dtype.name}
     with rasterio.open(path, 'w', **profile, **vars(grid)) as dst:
-        dst.write(image)
         dst.update_tags(**tags)
+        dst.write(image)
