@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 import torchgeo_s1s2
 from benchmarks import contestants, pastis, robustness
 from benchmarks import run as training
-from benchmarks.common import Row, provenance, report, table
+from benchmarks.common import Row, count, existing, provenance, report, table
 from benchmarks.run import FIT, PREDICTIONS
 from benchmarks.scores import Numbers, confusions, interval, resampled, scores
 from torchgeo_s1s2.datasets.catalog import FOLDERS, LABELS
@@ -60,6 +60,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Synthetic data: pixels that need their surroundings, and enough patches to test on."""
 RATES = (3e-4, 1e-3, 3e-3)
+_PLACES = {
+    'multisenge': ('benchmark', 'accuracy'),
+    'pastis': ('pastis', 'pastis'),
+    'robustness': ('robustness', 'robustness'),
+}
+"""Folders of data and results, unless others are given."""
 _LEGEND: dict[str, Any] = {'loc': 'outside lower center', 'ncols': 2, 'fontsize': 7}
 _COLORS = [*map(tuple, plt.colormaps['tab20'](range(20)))]
 TARGET_F1 = 0.7
@@ -212,8 +218,19 @@ def data_digest(root: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything and write tables and figures."""
-    args = _parser().parse_args(arguments)
-    args.root, args.output = args.root.resolve(), args.output.resolve()
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.robustness and args.data == 'pastis':
+        parser.error('--robustness is measured on synthetic data, not on those of PASTIS')
+    if args.setting and (args.robustness or args.data == 'pastis'):
+        parser.error('--setting is that of a comparison on synthetic data in the usual layout')
+    names = [config.stem for config in args.configs or ()]
+    if len({*names}) < len(names):
+        parser.error(f'--configs has {", ".join(names)}; each name has one folder of results')
+    kind = 'robustness' if args.robustness else args.data
+    root, output = _PLACES[kind]
+    args.root = (args.root or Path('data', root)).resolve()
+    args.output = (args.output or Path('outputs', output)).resolve()
     (compare_conditions if args.robustness else compare_contestants)(args)
 
 
@@ -420,6 +437,8 @@ def prepare(root: Path, setting: str | None, **options: Any) -> str:
 def prepare_pastis(root: Path) -> str:
     """Write synthetic data in the layout of PASTIS-R where there are none; what to call them."""
     if not [*root.glob(METADATA), *root.glob(f'*/{METADATA}')]:
+        if not (root / pastis.MARKER).exists() and any(root.rglob('*')):
+            raise ValueError(f'{root} has no {METADATA}, and holds other files; give another root')
         pastis.write(root)
     return 'Synthetic PASTIS' if (root / pastis.MARKER).exists() else str(root)
 
@@ -469,15 +488,17 @@ def _row(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, prog='python -m benchmarks.accuracy')
     parser.add_argument('--data', choices=['multisenge', 'pastis'], default='multisenge')
-    parser.add_argument('--root', type=Path, default=Path('data/benchmark'), help='data set')
+    parser.add_argument(
+        '--root', type=Path, help='data set; data/benchmark or as above unless given'
+    )
     parser.add_argument(
         '--setting', choices=SETTINGS, help='of synthetic data; small in a new root'
     )
-    parser.add_argument('--output', type=Path, default=Path('outputs/accuracy'))
-    parser.add_argument('--seeds', type=int, default=3, help='number of seeds')
+    parser.add_argument('--output', type=Path, help='folder of results; as above unless given')
+    parser.add_argument('--seeds', type=count, default=3, help='number of seeds')
     parser.add_argument('--rates', type=float, nargs='+', default=RATES, help='learning rates')
-    parser.add_argument('--epochs', type=int, default=14)
-    parser.add_argument('--configs', type=Path, nargs='+', help='all of their folder otherwise')
+    parser.add_argument('--epochs', type=count, default=14)
+    parser.add_argument('--configs', type=existing, nargs='+', help='all of their folder otherwise')
     parser.add_argument('--again', action='store_true', help='repeat what was made otherwise')
     parser.add_argument('--robustness', action='store_true', help='changed conditions instead')
     return parser

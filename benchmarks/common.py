@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,20 @@ from torchgeo_s1s2.files import whole, write_json
 
 MIB = 2**20
 Row = dict[str, Any]
+
+
+def count(text: str) -> int:
+    """A number of things, as an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f'{text} is no whole number from 1 on')
+    return int(text)
+
+
+def existing(text: str) -> Path:
+    """A file that is there, as an argument."""
+    if not Path(text).is_file():
+        raise ArgumentTypeError(f'there is no file {text}')
+    return Path(text)
 
 
 def processor_seconds() -> float:

@@ -23,7 +23,7 @@ import rasterio
 from lightning.pytorch import Callback, Trainer
 from rasterio.transform import from_origin
 
-from benchmarks.common import Row, alone, alternate, measured, provenance, report
+from benchmarks.common import Row, alone, alternate, count, existing, measured, provenance, report
 from torchgeo_s1s2.callbacks import SceneWriter
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
 from torchgeo_s1s2.datamodules.statistics import Statistics
@@ -269,12 +269,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('commands', nargs='+', choices=COMMANDS)
     parser.add_argument('--root', type=Path, default=Path('data/benchmarks'), help='synthetic data')
     parser.add_argument('--output', type=Path, default=Path('outputs/data'))
-    parser.add_argument('--labels', type=Path, help="archive of MultiSenGE's label files")
-    parser.add_argument('--rounds', type=int, default=3, help='turns of starting and reading')
-    parser.add_argument('--patches', type=int, default=40, help='number of patches to read')
-    parser.add_argument('--window', type=int, default=256, help='pixels of patches and windows')
-    parser.add_argument('--sizes', type=int, nargs='+', default=[1024, 4096], help='of scenes')
-    parser.add_argument('--steps', type=int, default=20, help='steps of the training')
+    parser.add_argument('--labels', type=existing, help="archive of MultiSenGE's label files")
+    parser.add_argument('--rounds', type=count, default=3, help='turns of starting and reading')
+    parser.add_argument('--patches', type=count, default=40, help='number of patches to read')
+    parser.add_argument('--window', type=count, default=256, help='pixels of patches and windows')
+    parser.add_argument('--sizes', type=count, nargs='+', default=[1024, 4096], help='of scenes')
+    parser.add_argument('--steps', type=count, default=20, help='steps of the training')
     return parser
 
 

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import timer
 from torchgeo.tasks import SpatioTemporalSegmentation
 
-from benchmarks.common import MIB, Row, alternate, processor_seconds, provenance, report
+from benchmarks.common import MIB, Row, alternate, count, processor_seconds, provenance, report
 from benchmarks.contestants import PixelLTAE
 from benchmarks.plain import PlainFuseLSTM
 from torchgeo_s1s2.models import fuselstm_to_unet
@@ -213,14 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('python -m benchmarks.model', description=__doc__)
     parser.add_argument('--output', type=Path, default=Path('outputs/model'))
-    parser.add_argument('--slots', type=int, nargs='+', default=[4], help='numbers of slots T')
-    parser.add_argument('--sizes', type=int, nargs='+', default=[256], help='pixels')
-    parser.add_argument('--batch', type=int, default=1, help='images a batch')
+    parser.add_argument('--slots', type=count, nargs='+', default=[4], help='numbers of slots T')
+    parser.add_argument('--sizes', type=count, nargs='+', default=[256], help='pixels')
+    parser.add_argument('--batch', type=count, default=1, help='images a batch')
     parser.add_argument(
         '--models', nargs='*', default=[*MODES], choices=[*MODES, *OTHERS], help='beside plain'
     )
     parser.add_argument('--others', action='store_true', help='other models, too')
-    parser.add_argument('--rounds', type=int, default=3, help='turns of each model')
+    parser.add_argument('--rounds', type=count, default=3, help='turns of each model')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     parser.add_argument('--device', choices=['cpu', 'cuda'], default=device)
     return parser

@@ -28,13 +28,14 @@ GAIN = CROPS.uniform(-4, 4, len(PASTIS_CLASSES))
 
 def write(root: Path, patches: int = 60, size: int = 32) -> None:
     """Write patches, those of each fold as often as those of the others; the metadata come last."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARKER).write_text(json.dumps({'patches': patches, 'size': size}))
     rows = [dict(_patch(root, number, size)) for number in range(patches)]
     corners = [(600000 + 10 * size * row['ID_PATCH'], 5500000) for row in rows]
     squares = [box(x, y, x + 10 * size, y + 10 * size) for x, y in corners]
     geometry = gpd.GeoSeries(squares, crs=32630).to_crs(2154)
     with whole(root / METADATA) as path:
         gpd.GeoDataFrame(rows, geometry=geometry).to_file(path, driver='GeoJSON')
-    (root / MARKER).write_text(json.dumps({'patches': patches, 'size': size}))
 
 
 def _patch(root: Path, number: int, size: int) -> Iterator[tuple[str, Any]]:

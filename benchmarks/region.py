@@ -4,8 +4,8 @@ python -m benchmarks.region speed           # time and memory beside plain odc-s
 python -m benchmarks.region map CHECKPOINT  # of the demo: conf/region.yaml, and a picture
 """
 
+import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
@@ -22,7 +22,7 @@ import torchgeo.main
 from rasterio.warp import transform_bounds
 
 import torchgeo_s1s2
-from benchmarks.common import Row, alone, measured, provenance, report
+from benchmarks.common import Row, alone, existing, measured, provenance, report
 from benchmarks.server import item, serve_files, serve_items, write_cog
 from torchgeo_s1s2.datasets import SENSOR_BANDS, MultiSenGE, SentinelRegion, StacCollection
 from torchgeo_s1s2.datasets.classes import class_scheme
@@ -131,9 +131,9 @@ def speed(sizes: tuple[int, ...] = (2048, 4096), rounds: int = 3, dates: int = 4
     report(Path('outputs/region_speed'), 'Synthetic data: a region', provenance(), rows)
 
 
-def map_region(checkpoint: str, output: Path = Path('outputs/region.png')) -> None:
+def map_region(checkpoint: Path, output: Path = Path('outputs/region.png')) -> None:
     """Serve a synthetic patch, and map it by ``conf/region.yaml``."""
-    options = [f'--config={CONF}', f'--ckpt_path={Path(checkpoint).resolve()}']
+    options = [f'--config={CONF}', f'--ckpt_path={checkpoint.resolve()}']
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         write_synthetic(root / 'source', 256, {'31UEQ': 1}, incomplete=0, haze=0)
@@ -161,12 +161,15 @@ def map_region(checkpoint: str, output: Path = Path('outputs/region.png')) -> No
     for ax in axes:
         ax.axis('off')
     figure.suptitle('Synthetic data: a box in degrees and a season in, a map out')
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=70)
     print(f'Written: {output}')
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['map']:
-        map_region(sys.argv[2])
-    else:
-        speed()
+    parser = argparse.ArgumentParser('python -m benchmarks.region', description=__doc__)
+    commands = parser.add_subparsers(dest='command', required=True)
+    commands.add_parser('speed')
+    commands.add_parser('map').add_argument('checkpoint', type=existing)
+    args = parser.parse_args()
+    map_region(args.checkpoint) if args.command == 'map' else speed()

@@ -44,6 +44,7 @@ class Files:
         etags: Version of each file.
         ranges: Whether a part of a file can be had.
         excess: What the length that is told has too much.
+        most: Bytes that an answer to a request of a part has at most, as some proxies have it.
         asked: Name and first byte of each request.
         sent: Bytes sent of each name.
     """
@@ -57,6 +58,7 @@ class Files:
     etags: defaultdict[str, str] = field(default_factory=lambda: defaultdict(lambda: '"1"'))
     ranges: bool = True
     excess: int = 0
+    most: int = 2**63
     asked: list[tuple[str, int]] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
 
@@ -106,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         etag, part = files.etags[name], {}
         start, stop = 0, size
         if 'Range' in self.headers and files.ranges and self.headers.get('If-Range', etag) == etag:
-            start, stop = first, min(int(last or size), size - 1) + 1
+            start, stop = first, min(int(last or size), size - 1, first + files.most - 1) + 1
             part = {'Content-Range': f'bytes {start}-{stop - 1}/{size}'}
         told = {'ETag': etag, 'Content-Length': str(stop - start + files.excess)}
         self._answer(206 if part else 200, **part, **told, **{'Accept-Ranges': 'bytes'})

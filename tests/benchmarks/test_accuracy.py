@@ -228,6 +228,41 @@ def test_another_setting_than_that_of_the_data_is_refused(arguments: list[str]) 
         accuracy.main([*arguments, '--setting', 'small'])
 
 
+CONFIG = str(accuracy.CONF / 'pixel_trees.yaml')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--seeds', '0'], 'argument --seeds: 0 is no whole number from 1 on'),
+        (['--epochs', '1.5'], 'argument --epochs: 1.5 is no whole number from 1 on'),
+        (['--configs', 'none.yaml'], 'argument --configs: there is no file none.yaml'),
+        (
+            ['--configs', CONFIG, CONFIG],
+            '--configs has pixel_trees, pixel_trees; each name has one',
+        ),
+        (['--robustness', '--data', 'pastis'], '--robustness is measured on synthetic data'),
+        (['--robustness', '--setting', 'large'], '--setting is that of a comparison on'),
+    ],
+)
+def test_arguments_that_mean_nothing_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        accuracy.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('arguments', [[], ['--data', 'pastis'], ['--robustness']])
+def test_nothing_is_written_into_a_folder_of_something_else(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / 'thesis.tex').write_text('mine')
+    with pytest.raises(ValueError, match=rf'{tmp_path} .*hold.* files.*give another root'):
+        accuracy.main([*arguments, '--root', str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
+
+
 def test_time_to_a_target() -> None:
     history = [{'seconds': 3.0, 'f1': 0.5}, {'seconds': 6.0, 'f1': 0.7}, {'seconds': 9.0, 'f1': 1}]
     assert accuracy.seconds_to(history, 0.7) == 6

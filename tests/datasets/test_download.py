@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import tarfile
+import warnings
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -194,6 +195,21 @@ def test_dropped_connections(
     assert server.first_bytes('s2.tgz') == [0, 700, 5700, 14700, 14701]
 
 
+def test_answers_that_are_shorter_than_asked(
+    server: Files, tmp_path: Path, expected: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(archive.time, 'sleep', waited.append)
+    server.cuts['s2.tgz'], server.most = [700], 50_000
+    season(server, tmp_path).run()
+    assert tree(tmp_path) == expected
+    assert server.first_bytes('s2.tgz')[:5] == [0, 700, 50_700, 100_700, 150_700]
+    assert len(waited) == 1  # after the connection that broke off
+    server.cuts['s2.tgz'], server.most = [700], 0
+    with pytest.raises(DownloadError, match=r'byte 700 on failed 6 times \(the server sends no m'):
+        season(server, tmp_path / 'none').run()
+
+
 def interrupt(server: Files, run: Callable[[], None], name: str, *after: int) -> None:
     """Break an archive off until the run gives up, as a lost network does, and mend it."""
     server.cuts[name] = [*after] + [0] * 9
@@ -316,11 +332,45 @@ def test_damaged_archive(server: Files, source: Path, tmp_path: Path) -> None:
 
 def test_not_an_archive(server: Files, tmp_path: Path) -> None:
     server.contents['labels.tgz'] = b'<html>Moved</html>'
-    with pytest.raises(DownloadError, match=r'labels\.tgz is damaged .*incorrect header check'):
+    message = (
+        r"labels\.tgz: expected a gzip stream at byte 0, the server sends b'<html>Moved</html>'"
+    )
+    with pytest.raises(DownloadError, match=message):
         season(server, tmp_path).run()
     del server.contents['labels.tgz']
     with pytest.raises(DownloadError, match=r'labels\.tgz: the server answers 404 Not Found'):
         season(server, tmp_path).run()
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (
+            b'<html>Log in</html>',
+            r"s2\.tgz: expected a gzip stream .* sends b'<html>Log in</html>'",
+        ),
+        (gzip.compress(b'<html>Log in</html>'), r's2\.tgz is damaged or cut off'),
+        (b'', r's2\.tgz is damaged or cut off \(empty file\)'),
+    ],
+)
+def test_a_page_in_place_of_an_archive_replaces_nothing(
+    server: Files, tmp_path: Path, content: bytes, message: str
+) -> None:
+    season(server, tmp_path).run()
+    recorded, good = (tmp_path / 'checksums.sha256').read_text(), server.contents['s2.tgz']
+    server.contents['s2.tgz'], server.etags['s2.tgz'] = content, '"page"'
+    lost = min((tmp_path / 's2').iterdir())
+    lost.unlink()
+    for _ in range(2):
+        with pytest.raises(DownloadError, match=message):
+            season(server, tmp_path).run()
+    assert (tmp_path / 'checksums.sha256').read_text() == recorded
+    server.contents['s2.tgz'], server.etags['s2.tgz'] = good, '"1"'
+    server.asked.clear()
+    with warnings.catch_warnings(action='error', category=S1S2Warning):
+        season(server, tmp_path, tiles=['31UFQ']).run()
+    assert lost.exists()
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize('seconds', [7, 601])
@@ -388,6 +438,40 @@ def test_archive_that_has_changed(
     season(server, tmp_path).run()
     new = {k: b'new ' + k.removeprefix('s2/').encode() for k in expected if k.startswith('s2/')}
     assert tree(tmp_path) == {**expected, **new}
+
+
+def test_what_a_new_version_lacks_is_named_and_stays(
+    server: Files, source: Path, tmp_path: Path
+) -> None:
+    """A date and a label raster are withdrawn, and a whole patch; another season was there, too."""
+    every: dict[str, Any] = {'tiles': None}
+    season(server, tmp_path, **every, series=EVERY_DATE['s2']).run()
+    names = {folder: sorted(p.name for p in (tmp_path / folder).iterdir()) for folder in FOLDERS}
+    lacking = {'labels': names['labels'][3], 'ground_reference': names['ground_reference'][2]}
+    for folder, name in lacking.items():
+        server.contents[f'{folder}.tgz'] = pack_folder(source, folder, leave_out=[name])
+        server.etags[f'{folder}.tgz'] = '"2"'
+        (tmp_path / folder / names[folder][0]).unlink()
+    before, later = tree(tmp_path), season(server, tmp_path, **every)
+    for _ in range(2):
+        with pytest.warns(S1S2Warning) as told:
+            later.run()
+        texts = [str(w.message) for w in told]
+        for folder, name in lacking.items():
+            message = f'1 files in {tmp_path / folder} are from before {server.url}/{folder}.tgz '
+            assert sum(message in t and f'read still: {name}. It' in t for t in texts) == 1
+    assert before.items() <= tree(tmp_path).items()
+    # Of Sentinel-2 the season asks for four dates of four patches; the others are of before.
+    server.contents['s2.tgz'] = pack_folder(source, 's2', leave_out=[names['s2'][0]])
+    server.etags['s2.tgz'] = '"2"'
+    needed = sorted(later.plan().needed['s2'])
+    (tmp_path / 's2' / needed[1]).unlink()
+    with pytest.warns(
+        S1S2Warning, match=rf'^{len(names["s2"]) - 16} files in .*s2 are from before'
+    ):
+        later.run()
+    with pytest.warns(S1S2Warning, match=rf'^1 files in .*s2 are from before .*: {names["s2"][0]}'):
+        season(server, tmp_path, **every, series=EVERY_DATE['s2']).run()
 
 
 def test_archive_that_changes_at_each_response(server: Files, tmp_path: Path) -> None:
@@ -702,6 +786,19 @@ def mixed(size: int) -> bytes:
     rng = random.Random(1)
     digits = bytes(rng.choices(b'0123456789', k=size // 4))
     return (rng.randbytes(size // 4) + bytes(size // 4) + digits) * 2
+
+
+def test_interrupted_in_a_gzip_of_many_small_members(server: Files, tmp_path: Path) -> None:
+    """As pigz and bgzip write them: no block within one ends with a byte."""
+    content = gzip.decompress(server.contents['s2.tgz'])
+    parts = [content[i : i + 4000] for i in range(0, len(content), 4000)]
+    server.contents['s2.tgz'] = b''.join(map(gzip.compress, parts)) + bytes(512)
+    every: dict[str, Any] = {'tiles': None, 'series': EVERY_DATE['s2']}
+    cut = len(server.contents['s2.tgz']) // 2
+    interrupt(server, season(server, tmp_path, **every).run, 's2.tgz', cut)
+    season(server, tmp_path, **every).run()
+    # 8 KiB to the next restart point, and a member of at most 4 kB.
+    assert cut - 2 * (2**13 + 4096) < server.first_bytes('s2.tgz')[0] <= cut
 
 
 @pytest.mark.parametrize('level', [0, 1, 6, 9])

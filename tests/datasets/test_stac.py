@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 
 import geopandas as gpd
 import numpy as np
+import pandas as pd
 import pytest
 import rasterio
 from conftest import COMMON as NAMES
 from conftest import read_raster
+from rasterio.transform import from_origin
 from rasterio.warp import transform_bounds
 from shapely import Polygon, box
 
 from benchmarks.server import Files, item, serve_files, serve_items, write_cog
 from torchgeo_s1s2.datasets import SENSOR_BANDS, SentinelRegion, StacCollection, stac
+from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.datasets.sensors import OFFSET, UNIT
 from torchgeo_s1s2.datasets.time_series import EvenlySpaced, MonthlySeries
 from torchgeo_s1s2.errors import (
@@ -315,7 +318,12 @@ def test_images_that_are_there_are_those_asked_for(
     kept = json.loads(state.read_text())
     state.write_text(json.dumps({k: v for k, v in kept.items() if k != 'pixels'}))
     gpd.GeoSeries([box(*INNER).buffer(-100)], crs=32632).to_file(place)
-    with pytest.raises(DataError, match=r'lies at .*; choose another tile or root'):
+    with (
+        pytest.raises(DataError, match=r'lies at .*; choose another tile or root'),
+        pytest.warns(
+            S1S2Warning, match=r'region\.json does not say how 1 images that are there were'
+        ),
+    ):
         write('2021-12-31')
 
 
@@ -481,6 +489,40 @@ def test_items_that_say_something_else(
         assert stac._assets(own, 's2', StacCollection('c'))['B12'] == 'B12'
         added = 0 if 0 in told.values() else -1000
         assert stac._offset(own, 'B02', StacCollection('c')) == added
+
+
+@pytest.mark.parametrize('outline', ['split', 'one polygon', 'elsewhere'])
+def test_every_pixel_is_read_whatever_the_footprint_says(outline: str, tmp_path: Path) -> None:
+    """An image across 180 degrees: there, x of zone 60 is 819,452 m at 17 degrees south."""
+    pystac = pytest.importorskip('pystac')
+    left, top = 819_000, 8_118_000
+    value = RNG.integers(1, 100, (64, 64)).astype('float32')
+    for band in ('vv', 'vh'):
+        write_cog(tmp_path / f'{band}.tif', value, left, top, epsg=32760)
+    assets = {band: {'href': str(tmp_path / f'{band}.tif')} for band in ('vv', 'vh')}
+    content = item('a', 'c', '2021-07-03T06:00:00Z', assets, tmp_path / 'vv.tif')
+    assert content['geometry']['type'] == 'MultiPolygon'
+    corners = [(179.995, -17), (-179.999, -17), (-179.999, -17.006), (179.995, -17.006)]
+    if outline != 'split':
+        ring = corners if outline == 'one polygon' else [(lon, -lat) for lon, lat in corners]
+        content['geometry'] = {'type': 'Polygon', 'coordinates': [[*ring, ring[0]]]}
+    own = pystac.Item.from_dict(content)
+    known = StacCollection('c', bands={'VV': 'vv', 'VH': 'vh'})
+    grid = Grid(crs_of(32760), from_origin(left - 40, top, 10, 10), 68, 64)
+    pair = own, stac._assets(own, 's1', known)
+    image = stac.StacImage(pd.Timestamp(0), [pair], 's1', known, grid, 'nearest', 16)
+    assert image(tmp_path / 'out.tif').left_out == ''
+    expected = np.pad(value, ((0, 0), (4, 0)), constant_values=np.nan)
+    np.testing.assert_array_equal(read_raster(tmp_path / 'out.tif'), [expected, expected])
+
+
+def test_a_file_of_geometries_beyond_180_degrees_is_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / 'fiji.gpkg')
+    gpd.GeoSeries([box(177, -19, 181, -16)], crs=4326).to_file(path)
+    with pytest.raises(
+        DataError, match=r'has the bounds \[177.0, .* two regions where one crosses'
+    ):
+        SentinelRegion(path, ['2021-01-01']).grid()
 
 
 @pytest.mark.parametrize('place', ['gsd', 'bands', 'raster:bands'])

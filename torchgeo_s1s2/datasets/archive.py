@@ -16,7 +16,7 @@ import time
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Collection, Iterator, Set
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
@@ -33,6 +33,7 @@ from torchgeo_s1s2.files import write_json
 _WINDOW = 2**15
 _CHUNK = 2**16
 _MOST = 2**25
+_MAGIC = b'\x1f\x8b'
 _EMPTY_FINAL_BLOCK = b'\x03\x00'
 
 
@@ -101,13 +102,13 @@ class Journal:
     """
 
     version: Version | None
+    starts: list[RestartPoint]
     names: list[frozenset[str]]
 
     def __init__(self, path: Path) -> None:
         """Read a journal, or begin one."""
         self.path = path
-        self.start_anew()
-        self.replaced = False
+        self.version, self.replaced, self.starts, self.names = None, False, [RestartPoint()], []
         if not path.exists():
             return
         try:
@@ -158,12 +159,10 @@ class Journal:
         self.starts += [end] if end else []
         self._save()
 
-    def start_anew(self) -> None:
+    def start_anew(self, version: Version | None) -> None:
         """Forget everything, but not that another version was there."""
-        self.version = None
-        self.replaced = True
-        self.starts = [RestartPoint()]
-        self.names = []
+        self.version, self.replaced, self.starts, self.names = version, True, [RestartPoint()], []
+        self._save()
 
     def _save(self) -> None:
         content = {
@@ -207,7 +206,7 @@ class RemoteFile:
         self._session = requests.Session()
         self._session.hooks['response'].append(self._check_redirect)
         self._response: requests.Response | None = None
-        self._failures, self._pause = 0, 0.0
+        self._failures, self._pause, self._first = 0, 0.0, 0
 
     def close(self) -> None:
         """Close the connection."""
@@ -219,6 +218,9 @@ class RemoteFile:
         while self.version is None or self.position != self.version.length:
             try:
                 data: bytes = (self._response or self._connect()).raw.read(size)
+                if not data and self.version and self.version.length is not None:
+                    self._ask_for_the_rest()
+                    continue
             except (OSError, HTTPError) as error:  # those of requests are OSErrors
                 self._wait(error)
                 continue
@@ -226,6 +228,12 @@ class RemoteFile:
             self.position += len(data)
             return data
         return b''
+
+    def _ask_for_the_rest(self) -> None:
+        """Go on after an answer that ended before the file, as those of some proxies do."""
+        if self.position == self._first:
+            raise ConnectionError('the server sends no more')
+        self._disconnect()
 
     def _connect(self) -> requests.Response:
         headers = {'Accept-Encoding': 'identity'}
@@ -236,7 +244,7 @@ class RemoteFile:
                 headers['If-Range'] = etag
         response = self._session.get(self.url, headers=headers, stream=True, timeout=self.timeout)
         response.raw.enforce_content_length = True  # urllib3 1 takes an early end for the end
-        self._response = response
+        self._response, self._first = response, self.position
         self._check_status(response)
         version = Version.of(response)
         if self.version is not None and self.version.differs(version):
@@ -361,20 +369,29 @@ class GzipReader:
                 return False
             if not self._input:
                 self._input = self._next_chunk()
-            compressed = self.source.position - len(self._input)
-            searching = compressed >= self._search_from
-            if searching and self._window and self._at_restart_point():
-                self._search_from, searching = compressed + self.spacing, False
-                self.point = RestartPoint(
-                    compressed, self._end, self._end, self._crc, self._size, self._window
-                )
-            size = 1 if searching else len(self._input)
+            if self._searching and self._window and self._at_restart_point():
+                self._note_restart_point()
+            size = 1 if self._searching else len(self._input)
             data = self._inflate.decompress(self._input[:size])
             self._input = self._input[size:]
             self._keep(data)
             if self._inflate.eof:
                 self._end_member()
         return True
+
+    @property
+    def _compressed(self) -> int:
+        """Bytes of the gzip stream before the one that is unpacked next."""
+        return self.source.position - len(self._input)
+
+    @property
+    def _searching(self) -> bool:
+        return self._compressed >= self._search_from
+
+    def _note_restart_point(self) -> None:
+        end, state = self._end, (self._crc, self._size, self._window)
+        self.point = RestartPoint(self._compressed, end, end, *state)
+        self._search_from = self._compressed + self.spacing
 
     def _keep(self, data: bytes) -> None:
         if data:
@@ -402,8 +419,15 @@ class GzipReader:
             if not self._input:
                 return False
         self._input = memoryview(rest)
+        if not rest.startswith(_MAGIC[: len(rest)]):
+            raise DownloadError(
+                f'{self.source.url}: expected a gzip stream at byte {self._compressed}, the server '
+                f'sends {rest[:60]!r}; see whether it wants a login, or take another url'
+            )
         self._inflate, self._raw = zlib.decompressobj(16 + zlib.MAX_WBITS), False
         self._crc, self._size, self._window = 0, 0, b''
+        if self._searching:
+            self._note_restart_point()
         return True
 
     def _end_member(self) -> None:
@@ -481,13 +505,25 @@ class RemoteArchive:
         """
         wanted = None if names is None else frozenset(names)
         known = [*zip(self.journal.starts, self.journal.names, strict=False)]
-        try:
+        with self._named():
             for start, there in known:
                 stretch = there if wanted is None else there & wanted
                 yield from self._wanted(self._members(start), stretch)
             if not self.journal.complete:
                 rest = None if wanted is None else wanted - self.journal.all_names
                 yield from self._wanted(self._new_members(), rest)
+
+    def new_version(self) -> Version | None:
+        """Version of what is there now; an error unless it begins as an archive."""
+        with self._named(), closing(RemoteFile(self.url, hosts=self.hosts)) as remote:
+            self._tar(GzipReader(remote, RestartPoint(), self.spacing))
+            return remote.version
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Turn errors of reading into those of the archive."""
+        try:
+            yield
         except (zlib.error, EOFError, tarfile.TarError) as error:
             raise DownloadError(
                 f'{self.url} is damaged or cut off ({error}). What was written is whole; run the '
@@ -536,7 +572,7 @@ class RemoteArchive:
         with closing(remote):
             reader = GzipReader(remote, start, self.spacing, self.kind.total_size)
             reader.seek(start.header)
-            tar: Any = tarfile.TarFile(fileobj=reader)  # type: ignore[arg-type]
+            tar = self._tar(reader)
             self.journal.begin(remote.version)
             with tqdm(
                 desc=PurePosixPath(self.url).name,
@@ -554,6 +590,10 @@ class RemoteArchive:
             while rest := reader.read(_CHUNK):
                 if rest.strip(b'\0'):
                     raise tarfile.ReadError(f'no header before byte {reader.tell()} of the tar')
+
+    def _tar(self, reader: GzipReader) -> Any:
+        """The tar archive, of which the first header is read."""
+        return tarfile.TarFile(fileobj=reader)  # type: ignore[arg-type]
 
     def _content(self, member: tarfile.TarInfo, reader: GzipReader) -> bytes:
         if member.size > self.kind.file_size:

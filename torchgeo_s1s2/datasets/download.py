@@ -106,9 +106,10 @@ class SeasonDownload:
     A connection that breaks goes on at the same byte, an interrupted run at the last restart point
     in the archive, about 1 GiB back at most, and a later run that needs more reads the stretches
     that hold it; a server without ranges sends all before these once more. An archive that has
-    changed on the server is read from its start, and its files are replaced. The journals for this
-    are in ``root/.download``, and the SHA-256 of every file written in ``root/checksums.sha256``,
-    which ``sha256sum -c`` reads too.
+    changed on the server is read from its start, and its files are replaced; those that are left of
+    the earlier version stay, and a warning counts them. The journals for this are in
+    ``root/.download``, and the SHA-256 of every file written in ``root/checksums.sha256``, which
+    ``sha256sum -c`` reads too.
 
     Seasons may share a root. A rule whose choice depends on how many dates there are (``AllDates``
     with more dates than slots) may then choose others than it would among all.
@@ -172,6 +173,7 @@ class SeasonDownload:
             plan = self._first_plan()
             while not self._carry_out(plan):
                 plan = self._plan()
+            self._tell_outdated()
 
     def verify(self) -> None:
         """Compare the label files and the files needed with their recorded checksums.
@@ -186,6 +188,19 @@ class SeasonDownload:
             plan = self._plan()
             for folder, names in plan.needed.items():
                 self._verify(folder, names - plan.missing[folder])
+            self._tell_outdated()
+
+    def _tell_outdated(self) -> None:
+        """Warn of files that an earlier version of an archive has left."""
+        for folder, archive in self._archives.items():
+            there = self._on_disk(folder) if archive.journal.replaced else ()
+            if outdated := sorted(name for name in there if self._is_outdated(folder, name)):
+                warn(
+                    f'{len(outdated)} files in {self.root / folder} are from before {archive.url} '
+                    f'changed, and are read still: {", ".join(outdated[:3])}. It holds them no '
+                    'longer, or nothing has asked for them since. Delete what '
+                    f'{self._checksums.path} does not list'
+                )
 
     def _verify(self, folder: str, names: Iterable[str]) -> None:
         wrong, there, paths = [], sorted(names), self._finished(folder)
@@ -282,9 +297,10 @@ class SeasonDownload:
             if folder in self._changed:
                 raise
             self._changed.add(folder)
+            version = archive.new_version()
             warn(f'{change}. It is read from its start, and what came from the old one is replaced')
-            archive.journal.start_anew()
             self._checksums.forget(folder)
+            archive.journal.start_anew(version)
             return False
         return True
 
@@ -302,12 +318,20 @@ class SeasonDownload:
 
     def _finished(self, folder: str) -> dict[str, Path]:
         """Files on disk by their usual names, without those of an archive that was replaced."""
+        there = self._on_disk(folder)
+        return {name: path for name, path in there.items() if not self._is_outdated(folder, name)}
+
+    def _is_outdated(self, folder: str, name: str) -> bool:
+        """Whether a file was there before the archive changed."""
         replaced = self._archives[folder].journal.replaced
+        return replaced and f'{folder}/{name}' not in self._checksums
+
+    def _on_disk(self, folder: str) -> dict[str, Path]:
+        """Files on disk by their usual names."""
         return {
-            usual: self.root / where / name
+            usual_name(name): self.root / where / name
             for where, names in walk(self.root, folder)
             for name in names
-            if f'{folder}/{(usual := usual_name(name))}' in self._checksums or not replaced
         }
 
     def _plan(self) -> DownloadPlan:

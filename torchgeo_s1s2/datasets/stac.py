@@ -249,6 +249,12 @@ class SentinelRegion(Source):
                 )
         if state.finished and all(root.joinpath(image).exists() for image in state.images):
             return root
+        if untold := [path for path in there if path.parent.name in state.untold]:
+            warn(
+                f'{state.path} does not say how {len(untold)} images that are there were made, '
+                f'such as {untold[0].name}; they are taken to be of the source, offset, clouds, '
+                'orbits and resampling now given. Delete them if they are not'
+            )
         late = pd.Period(self.season[-1]).end_time + _PUBLISHED
         is_over = pd.Timestamp.now('UTC').tz_localize(None) > late
         grid = self.grid()
@@ -312,18 +318,19 @@ class SentinelRegion(Source):
     @cached_property
     def geometry(self) -> gpd.GeoSeries:
         """Geometries in degrees, whose bounds count."""
-        if isinstance(self.region, str):
-            shapes = read_vectors(Path(self.region)).geometry
-            if np.isnan(shapes.total_bounds).any():
+        bounds, shapes = self.region, None
+        if isinstance(bounds, str):
+            shapes = read_vectors(Path(bounds)).geometry.to_crs(4326)
+            bounds = shapes.total_bounds.tolist()
+            if np.isnan(bounds).any():
                 raise DataError(f'{self.region} has no geometry')
-            return shapes.to_crs(4326)
-        west, south, east, north = self.region if len(self.region) == 4 else [np.nan] * 4
+        west, south, east, north = bounds if len(bounds) == 4 else [np.nan] * 4
         if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
             raise DataError(
-                f'region is {self.region}; expected west, south, east, north in degrees, and two '
-                'regions where one crosses 180'
+                f'region {self.region} has the bounds {bounds}; expected west, south, east, north '
+                'in degrees, and two regions where one crosses 180'
             )
-        return gpd.GeoSeries([box(west, south, east, north)], crs=4326)
+        return gpd.GeoSeries([box(*bounds)], crs=4326) if shapes is None else shapes
 
     def grid(self) -> Grid:
         """Pixels of the region."""
@@ -479,6 +486,7 @@ class _State:
         self.path, self.settings = path, settings
         kept = json.loads(path.read_text()) if path.exists() else {}
         before = kept.get('pixels', {})
+        self.untold = pixels.keys() - before.keys()
         # Images that are there stay, so what their pixels depend on must.
         self.changed = {
             sensor: ', '.join(k for k in own if before.get(sensor, own).get(k, own[k]) != own[k])
@@ -578,7 +586,10 @@ class StacImage:
 
     def _load(self, item: Any, assets: Sequence[str]) -> list[tuple[Any, float]]:
         """Assets of an item on the grid, and their values without an observation."""
-        box_of = optional('odc.geo.geobox').GeoBox
+        size = self.grid.height, self.grid.width
+        place = optional('odc.geo.geobox').GeoBox(size, self.grid.transform, self.grid.crs)
+        # A footprint that crosses 180 degrees as one polygon, or is coarse, would leave chunks out.
+        item.geometry = place.footprint('epsg:4326', buffer=1, wrapdateline=True).json
         dtype, nodata = 'uint16' if self.sensor == 's2' else 'float32', self.collection.nodata
         if self.sensor == 's2' and not 0 <= nodata < 2**16:
             nodata = 0  # what GDAL makes of what is below
@@ -590,9 +601,7 @@ class StacImage:
             data = optional('odc.stac').load(
                 [item],
                 bands=assets,
-                geobox=box_of(
-                    (self.grid.height, self.grid.width), self.grid.transform, self.grid.crs
-                ),
+                geobox=place,
                 chunks={'x': self.chunk, 'y': self.chunk},
                 resampling={'*': self.resampling, self.collection.mask or 'mask': 'nearest'},
                 stac_cfg={item.collection_id: {'assets': kinds}, '*': {'warnings': 'ignore'}},

@@ -203,7 +203,7 @@ def write_synthetic(
         Root.
 
     Raises:
-        ValueError: If root holds another data set, or a tile is not in ``TILES``.
+        ValueError: If root holds other files, or a tile is not in ``TILES``.
     """
     root, patches = Path(root), dict(patches or PATCHES)
     settings = {'size': size, 'patches': patches, 'year': year, 'incomplete': incomplete}
@@ -250,8 +250,10 @@ def _claim(root: Path, settings: Mapping[str, object]) -> None:
                 f'than {settings}; delete {root} or give another root'
             )
         return
-    if (root / LABELS).is_dir() and any((root / LABELS).iterdir()):
-        raise ValueError(f'{root} holds a data set that is not synthetic; give another root')
+    if there := next((path for path in root.rglob('*') if path.is_file()), None):
+        raise ValueError(
+            f'{root} holds files that are not synthetic, as {there}; give another root'
+        )
     for folder in (LABELS, GROUND_REFERENCE, *SENSORS):
         (root / folder).mkdir(parents=True, exist_ok=True)
     write_json(marker, settings, indent=1)
