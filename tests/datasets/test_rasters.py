@@ -548,3 +548,14 @@ def test_a_raster_that_covers_a_part_leaves_the_rest_missing(tmp_path: Path) -> 
 def test_a_raster_that_the_faster_driver_does_not_know_is_read(tmp_path: Path, bits: int) -> None:
     image = np.full((10, 8, 8), 1000, np.uint16)
     check_halves(read(tmp_path, image, options={'s2_options': {'nbits': bits}})['s2'], 0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    'kind', [{'BIGTIFF': 'YES'}, {'ENDIANNESS': 'BIG', 'compress': 'packbits'}], ids=str
+)
+@pytest.mark.parametrize(('dtype', 'tag'), [('uint16', 65535), ('int16', -9999)])
+def test_what_the_faster_driver_overlooks_counts(
+    tmp_path: Path, kind: dict[str, str], dtype: str, tag: int
+) -> None:
+    options = {'s2_options': {'nodata': tag, **kind}}
+    check_halves(read(tmp_path, half(tag, dtype), options=options)['s2'], 0.1)
