@@ -95,7 +95,14 @@ SENSORS = {
         aliases={'rededge071': 'B05', 'rededge075': 'B06', 'rededge078': 'B07'}
         | {'blue': 'B02', 'green': 'B03', 'red': 'B04', 'rededge': 'B05', 'rededge1': 'B05'}
         | {'re1': 'B05', 'rededge2': 'B06', 're2': 'B06', 'rededge3': 'B07', 're3': 'B07'}
-        | {'nir': 'B08', 'nir08': 'B8A', 'nir2': 'B8A', 'nirnarrow': 'B8A', 'narrownir': 'B8A'}
+        | {
+            'nir': 'B08',
+            'b08a': 'B8A',
+            'nir08': 'B8A',
+            'nir2': 'B8A',
+            'nirnarrow': 'B8A',
+            'narrownir': 'B8A',
+        }
         | {'swir16': 'B11', 'swir1': 'B11', 'swir22': 'B12', 'swir2': 'B12'},
     ),
     's1': Sensor(
