@@ -170,6 +170,11 @@ class Reading:
         known = (value for day, value in reversed(self.offsets) if np.datetime64(day) <= time)
         return next(known, 0.0)
 
+    def stored_value(self, value: float, time: np.datetime64) -> float:
+        """What a file without a scale holds for a reflectance, with three decimals."""
+        scale = 1 if self.unit == 'reflectance' else 1e4
+        return round(value * scale - self.offset(time), 3) + 0.0  # and never -0
+
     def physical(self, value: Array, scaled: bool) -> Array:
         """Values of a file in the physical unit, NaN where there is none.
 
