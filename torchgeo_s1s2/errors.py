@@ -1,6 +1,7 @@
 """Errors and warnings of the package."""
 
 import warnings
+from functools import cache
 from pathlib import Path
 
 
@@ -51,3 +52,14 @@ class S1S2Warning(UserWarning):
 def warn(message: str) -> None:
     """Give an S1S2Warning of the line outside the package that led to it."""
     warnings.warn(message, S1S2Warning, skip_file_prefixes=(str(Path(__file__).parent),))
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Give a warning that each of many files would give, once in a process and its forks."""
+    warn(message)
+
+
+def counted(n: int, one: str, many: str) -> str:
+    """A number with the words that agree with it: ``1 patch has``, ``2 patches have``."""
+    return f'{n:,} {one if n == 1 else many}'

@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +153,21 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
         whole.model.named_parameters(), resumed.model.parameters(), strict=True
     ):
         torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize('unfreezes', [True, False])
+def test_a_checkpoint_in_which_other_parts_learned_is_refused(
+    tmp_path: Path, unfreezes: bool
+) -> None:
+    """The head has a weight and a bias; that each part learns is one group."""
+    every, head = len([*task_of().parameters()]), GradualUnfreezing(STAGES[:1])
+    first, then = ([head], []) if unfreezes else ([], [head])
+    checkpoint = ModelCheckpoint(tmp_path, filename='first')
+    fit(tmp_path, task_of(), checkpoint, *first, epochs=1)
+    here, there = ([every], [2]) if unfreezes else ([2], [every])
+    message = f'{there} tensors learned in the checkpoint, by groups of its optimizer, and {here}'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fit(tmp_path, task_of(), *then, epochs=2, ckpt_path=tmp_path / 'first.ckpt')
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
+import math
 import os
+import shutil
+import signal
+import sys
 import warnings
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +26,7 @@ from torchgeo.datasets import stack_samples
 from torchgeo.samplers import GriddedPatchSampler
 
 from torchgeo_s1s2.callbacks import SceneWriter
+from torchgeo_s1s2.callbacks import scene as scenes
 from torchgeo_s1s2.callbacks.geotiff import PredictedWindow
 from torchgeo_s1s2.callbacks.layers import map_layers, write_layers
 from torchgeo_s1s2.callbacks.scene import (
@@ -289,14 +294,131 @@ def test_cog_validator_accepts_all_three(tmp_path: Path) -> None:
         assert valid, (file, errors, warnings)
 
 
-def test_interrupted_run_resumes(tmp_path: Path) -> None:
-    predict(tmp_path / 'whole', SceneWriter())
-    assert len(Parts(interrupted(tmp_path).glob('part-*')).places) == 8
-    predict(tmp_path, SceneWriter(resume=True))
-    for name in ('32631.tif', '32631_confidence.tif', '32631_observations.tif'):
-        resumed, at_once = (read(p / 'maps', name) for p in (tmp_path, tmp_path / 'whole'))
-        assert (resumed != at_once).mean() < 1e-3
+class Stopped(Task):
+    """Something happens at its third batch."""
+
+    def __init__(self, happens: Callable[[], Any]) -> None:
+        super().__init__()
+        self.happens = happens
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        if batch_idx == 2:
+            self.happens()
+        return super().predict_step(batch, batch_idx, dataloader_idx)
+
+
+def read_maps(root: Path) -> list[NDArray[Any]]:
+    names = '32631.tif', '32631_confidence.tif', '32631_observations.tif'
+    return [read(root / 'maps', name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ('stop', 'error', 'done'),
+    [
+        (lambda: signal.raise_signal(signal.SIGINT), SystemExit, 8),  # Ctrl-C
+        (lambda: signal.raise_signal(signal.SIGTERM), SystemExit, 12),  # the batch is finished
+        (Path('/nowhere').stat, FileNotFoundError, 8),
+    ],
+)
+@pytest.mark.parametrize('buffer_size', [512, 1])
+def test_an_interrupted_run_resumes_to_the_same_map(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stop: Callable[[], Any],
+    error: type[BaseException],
+    done: int,
+    buffer_size: int,
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    predict(tmp_path / 'whole', SceneWriter(buffer_size=buffer_size))
+    with pytest.raises(error) as caught:
+        predict(tmp_path, SceneWriter(buffer_size=buffer_size), Stopped(stop))
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores more of them
+    assert getattr(caught.value, 'code', 1)
+    capsys.readouterr()
+    predict(tmp_path, SceneWriter(resume=True, buffer_size=buffer_size))
+    assert f'maps: continues from {done} windows' in capsys.readouterr().out
+    for resumed, at_once in zip(read_maps(tmp_path), read_maps(tmp_path / 'whole'), strict=True):
+        assert np.array_equal(resumed, at_once)
     assert not list((tmp_path / 'maps').glob('.*'))
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'found'), [(0, 'continues from 8 windows'), (300, 'nothing to continue')]
+)
+def test_a_killed_run_loses_what_it_did_since_it_saved(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    seconds: float,
+    found: str,
+) -> None:
+    """What is on the disk at that moment is all that the next run has."""
+    monkeypatch.setattr(scenes, 'SAVE_AFTER', seconds)
+    killed = Stopped(lambda: shutil.copytree(tmp_path / 'maps', tmp_path / 'killed' / 'maps'))
+    predict(tmp_path, SceneWriter(), killed)
+    predict(tmp_path / 'killed', SceneWriter(resume=True))
+    assert found in capsys.readouterr().out
+    for resumed, at_once in zip(read_maps(tmp_path / 'killed'), read_maps(tmp_path), strict=True):
+        assert np.array_equal(resumed, at_once)
+
+
+def sums(parts: Parts) -> Any:
+    """Windows, and the weighted sums of all blocks that are not empty."""
+    blocks = {key: np.sum([*parts._blocks(key)], 0)[:-1] for key in parts._files}
+    return parts.places, {key: b.tolist() for key, b in blocks.items() if np.any(b)}
+
+
+@pytest.mark.parametrize('save_at', [0, math.inf])  # after each window, or after the interrupt only
+def test_an_interrupt_anywhere_leaves_sums_of_the_windows_that_they_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_at: float
+) -> None:
+    """An interrupt at each line that runs while a window is added and the sums are saved."""
+    monkeypatch.setattr(scenes, 'BLOCK', 8)
+    monkeypatch.setattr(scenes, 'SAVE_AFTER', -1)
+    first, second = (predicted(0, col, scene(8)) for col in (2, 4))
+
+    def interrupted(line: int) -> tuple[Any, int]:
+        """Sums that are left by an interrupt at a line of the second window; lines that ran."""
+        folder = tmp_path / str(line)
+        folder.mkdir()
+        writer = SceneWriter(folder, buffer_size=1, classes=SCHEME)
+        writer._unfinished, writer._save_at = folder, save_at
+        writer.write(first, SCHEME, None)
+        count = 0
+
+        def trace(frame: Any, event: str, arg: Any) -> Any:
+            nonlocal count
+            count += event == 'line' and frame.f_code.co_filename == scenes.__file__
+            if count == line:
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        with suppress(KeyboardInterrupt):
+            writer.write(second, SCHEME, None)
+        sys.settrace(before)
+        writer._save()
+        return sums(Parts(folder.glob('part-*'))), count
+
+    both, lines = interrupted(10_000)
+    expected = [sums(blended(tmp_path, [first])), both]
+    assert [len(places) for places, _ in expected] == [1, 2]
+    found = [expected.index(interrupted(line)[0]) for line in range(1, lines + 1)]
+    assert set(found) == {0, 1}
+
+
+def test_sums_that_cannot_be_kept_are_said_and_the_error_of_the_run_stays(tmp_path: Path) -> None:
+    def full_disk() -> None:
+        shutil.rmtree(tmp_path / 'maps')
+        raise RuntimeError('power cut')
+
+    with (
+        pytest.warns(S1S2Warning, match=r'last 8 windows will be predicted again: .*npz cannot be'),
+        pytest.raises(RuntimeError, match='power cut'),
+    ):
+        predict(tmp_path, SceneWriter(), Stopped(full_disk))
 
 
 class Fewer(Windows):
@@ -396,7 +518,9 @@ def test_remaining_windows_leave_out_what_is_done(tmp_path: Path) -> None:
     assert parts.remaining(windows[:3], dataset, 2) == [windows[1], windows[0]]
 
 
-def test_sampler_of_the_datamodule_gives_what_remains(tmp_path: Path) -> None:
+def test_sampler_of_the_datamodule_gives_what_remains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Module(LightningDataModule):
         def __init__(self) -> None:
             super().__init__()
@@ -425,6 +549,7 @@ def test_sampler_of_the_datamodule_gives_what_remains(tmp_path: Path) -> None:
         trainer = quiet_trainer(callbacks=[writer])
         with pytest.raises(RuntimeError, match='power cut') if stop else nullcontext():
             trainer.predict(Task(stop), datamodule=Module())
+    assert 'continues from 8 of 16 windows' in capsys.readouterr().out
     assert seen[0] == list(Windows.places)
     assert seen[1] == [Windows.places[0], *Windows.places[8:]]
     assert (read(tmp_path, '32631.tif')[:, 16:] > 0).all()

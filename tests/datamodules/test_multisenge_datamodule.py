@@ -267,7 +267,10 @@ def test_what_is_known_of_the_data(root: Path) -> None:
         ({'predict_patch_size': 8, 'predict_stride': 0}, 'predict_stride is 0; it must be 1'),
         ({'predict_stride': 8}, 'predict_patch_size None'),
         ({'predict_patch_size': (0, 8)}, 'predict_patch_size is 0; it must be 1 or more'),
-        ({'patch_size': (8, 13)}, r'patch_size \(8, 13\) is larger than the patches, \(12, 12\)'),
+        (
+            {'patch_size': (8, 13)},
+            r"size is \(8, 13\), .* no patch of split 'train'.*widest 12. Mak",
+        ),
         ({'splits': {'val': ['32ULU']}}, "no split 'train'; choose one of val, all"),
         ({'splits': SPLITS | {'val': ['31UFP']}}, "split 'val' has no patch"),
         ({'sensors': ['s3']}, 'no such sensor'),
@@ -276,6 +279,15 @@ def test_what_is_known_of_the_data(root: Path) -> None:
 )
 def test_bad_settings(root: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        fit(root, **options)
+
+
+@pytest.mark.parametrize('options', [{'patch_size': 13}, {'batch_size': 5}])
+def test_what_cannot_be_trained_is_refused_before_the_statistics(
+    root: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Statistics, 'beside', None)  # would be another error
+    with pytest.raises(ValueError, match=next(iter(options))):
         fit(root, **options)
 
 

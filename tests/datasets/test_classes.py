@@ -47,12 +47,10 @@ def test_own_scheme_merges_and_keeps_its_ids() -> None:
     [
         (((1,), (1,)), (), r'label \[1\] is of more than one class'),
         (((1,), (2,)), (7, 7), r'id \[7\] is of more than one class'),
-        (((1,), (2,)), (0, 1), 'id 0 is no whole number within 1..254'),
-        (((1,), (65536,)), (), 'label 65536 is no whole number within -32768..65535'),
-        (((1,), (-32769,)), (), 'label -32769 is no whole number within -32768..65535'),
-        (((1,), (1.5,)), (), 'label 1.5 is no whole number'),
-        (((1,), (2,)), (1,), '2 classes have 1 ids'),
-        ((), (), 'at least one class'),
+        (((1,), (2,)), (0, 1), r'have the ids \(0, 1\); expected one whole number within 1..254'),
+        (((1,), (2,)), (1, 255), r'2 classes have the ids \(1, 255\); expected'),
+        (((1,), (2,)), (1,), r'2 classes have the ids \(1,\); expected .* for each'),
+        ((), (), r'classes are \(\); expected a list of at least one LandCoverClass'),
     ],
 )
 def test_contradictory_schemes_are_refused(
@@ -69,7 +67,31 @@ def test_a_name_of_two_classes_is_refused() -> None:
         ClassScheme(tuple(towns))
 
 
-@pytest.mark.parametrize('color', ['9e0020', 'blurple', (0, 0, 256), (0, 0), (0.5, 0.5, 0.5)])
+@pytest.mark.parametrize('classes', [LandCoverClass('town', 'red', (1,)), {'town': [1]}, 10])
+def test_what_are_no_classes_is_refused(classes: Any) -> None:
+    with pytest.raises(ValueError, match=r'classes are .*; expected a list of at least one LandC'):
+        ClassScheme(classes)
+
+
+@pytest.mark.parametrize('labels', [5, '12', (1.5,), (True,), (65536,), (-32769,), None])
+def test_what_are_no_labels_is_refused(labels: Any) -> None:
+    message = (
+        "class 'town' has the labels .*; expected a list of whole numbers within -32768..65535"
+    )
+    with pytest.raises(ValueError, match=message):
+        LandCoverClass('town', 'red', labels)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    town = LandCoverClass('town', np.array([1, 2, 3]), np.array([4, 5]))  # type: ignore[arg-type]
+    assert town == LandCoverClass('town', (1, 2, 3), (4, 5))
+    assert hash(town) == hash(LandCoverClass('town', [1, 2, 3], [4, 5]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    'color',
+    ['9e0020', 'blurple', 'none', '#ff000080', (0, 0, 256), (0, 0), (0.5, 0.5, 0.5), 5, None],
+)
 def test_what_is_no_color_is_refused(color: Any) -> None:
     with pytest.raises(ValueError, match=r"'town' has the colour .*; expected red, green and"):
         LandCoverClass('town', color, (1,))

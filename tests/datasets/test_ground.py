@@ -99,6 +99,12 @@ def test_crops_of_a_scene_lie_within_the_blocks(tmp_path: Path) -> None:
     root = write(tmp_path, ('31UEQ', 0, 0), size=128)
     splits = BlockSplits(320, SHARES)
     crops = RandomCrops(part(root, splits, 'train'), (16, 16))
+    # The scene is 128 x 128 pixels, its blocks 32 x 32.
+    message = (
+        r'size is \(16, 33\), .* no part of a patch in the blocks .* the widest 32. Make it sm'
+    )
+    with pytest.raises(ValueError, match=message):
+        RandomCrops(part(root, splits, 'train'), (16, 33))
     own = set(held(part(root, splits, 'train')))
     assert len(crops) == len(own) / 16**2
     seen = set()
@@ -127,7 +133,7 @@ def test_polygons_name_the_split_of_their_ground(tmp_path: Path) -> None:
     with pytest.raises(NoPatchesError, match="no split 'val'; choose one of test, train, all"):
         part(root, splits, 'val')
     splits = polygons(tmp_path / 'more.gpkg', *west, east.boundary, split=['all', None, 'test'])
-    left_out = '1 are no polygons, .*; 1 have no part and are left out'
+    left_out = '1 without area or no polygon, .*; 1 without part, left out'
     with (
         pytest.warns(S1S2Warning, match=f'more.gpkg: of its features {left_out}') as said,
         pytest.raises(ValueError, match="'all' stands for every patch"),

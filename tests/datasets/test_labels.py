@@ -1,4 +1,5 @@
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,46 @@ def test_a_scene_of_one_sensor_without_labels(tmp_path: Path) -> None:
         write_raster(tmp_path / 's1' / f'my_town_{date}_S1_0_0.tif', image, 32631, 500000, 5500000)
     assert write_label_files(tmp_path, progress=False) == 1
     series = MonthlySeries(leader='s1')
-    with pytest.warns(UserWarning, match='1 of ground_reference'):
+    with warnings.catch_warnings(action='error'):  # no label is named that would be missing
         dataset = MultiSenGE(tmp_path, split='all', sensors=['s1'], series=series)
     assert dataset.name(0) == 'my_town_0_0'
     assert (dataset[0]['mask'] == 255).all()
     assert (dataset[0]['image'] == -10).all()
 
 
+def test_label_files_stay_in_the_folder_that_they_lie_in(two_zones: Path) -> None:
+    (two_zones / 'labels' / 'north').mkdir()
+    path = two_zones / 'labels' / '31UEQ_0_0.json'
+    nested = path.rename(path.parent / 'north' / path.name)
+    assert write_label_files(two_zones, progress=False) == 0
+    nested.write_text(nested.read_text().replace('2;6', '9'))
+    assert write_label_files(two_zones, overwrite=True, progress=False) == 3
+    assert json.loads(nested.read_text())['labels'] == '2;6'
+    assert sorted(p.name for p in path.parent.glob('*.json')) == [
+        '31UEQ_33_0.json',
+        '32ULU_0_0.json',
+    ]
+
+
+@pytest.mark.parametrize('there', [True, False])
+def test_images_without_label_files_need_these(two_zones: Path, there: bool, capsys: Any) -> None:
+    for path in (two_zones / 'labels').iterdir():
+        path.unlink()
+    if not there:
+        (two_zones / 'labels').rmdir()
+    with pytest.raises(FileNotFoundError, match=rf"write_label_files\('{two_zones}'\) writes"):
+        MultiSenGE(two_zones, 'all')
+    for count in (3, 0):
+        assert write_label_files(two_zones) == count
+        assert ('Writing labels' in capsys.readouterr().err) == bool(count)
+    assert len(MultiSenGE(two_zones, 'all')) == 3
+
+
 def test_other_names_are_counted_and_missing_images_refused(
     two_zones: Path, tmp_path: Path
 ) -> None:
     (two_zones / 's1' / 'mosaic.tif').write_bytes(b'')
-    with pytest.warns(S1S2Warning, match='1 files in s1 have other .*such as mosaic.tif') as told:
+    with pytest.warns(S1S2Warning, match='1 file in s1 of other .*such as mosaic.tif') as told:
         assert write_label_files(two_zones, overwrite=True, progress=False) == 3
     assert {warning.filename for warning in told} == {__file__}  # where the user called
     (tmp_path / 'empty' / 's2').mkdir(parents=True)

@@ -27,7 +27,7 @@ def test_a_tile_in_two_splits_or_misspelt_is_said(two_zones: Path) -> None:
 def test_patches_that_the_date_rule_leaves_out_are_counted(two_zones: Path) -> None:
     for path in (two_zones / 's2').glob('31UEQ_20200904*_33_0.tif'):
         path.unlink()
-    message = "1 of the 3 patches of split 'all' .*left out: 1 patches have no S2 date for Sept"
+    message = "1 of the 3 patches of split 'all' .*is left out: 1 patch has no S2 date for Sept"
     with pytest.warns(S1S2Warning, match=message):
         dataset = MultiSenGE(two_zones, 'all')
     assert [dataset.name(i) for i in range(len(dataset))] == ['31UEQ_0_0', '32ULU_0_0']

@@ -208,8 +208,9 @@ def test_what_is_wrong_is_named(
 @pytest.mark.parametrize(
     ('options', 'error', 'message'),
     [
-        ({'folds': (0, 1)}, ValueError, r'folds is \(0, 1\); expected some of \(1, 2, 3, 4, 5\)'),
-        ({'folds': 1}, ValueError, r'folds is 1; expected some of \(1, 2, 3, 4, 5\)'),
+        ({'folds': (0, 1)}, ValueError, r'folds is \(0, 1\); expected a list of some of \(1, 2'),
+        ({'folds': 1}, ValueError, r'folds is 1; expected a list of some of \(1, 2, 3, 4, 5\)'),
+        ({'folds': np.array([6])}, ValueError, r'folds is array.*; expected a list of some of'),
         ({'folds': (2,)}, NoPatchesError, 'folds 2 in .* no patch of these folds'),
         ({'sensors': ['s1']}, ValueError, "no such sensor: .'s1'.; choose from s2, s1a, s1d"),
         ({'bands': ['VV']}, ValueError, "no such band: .'VV'.; choose from B02, .* S1D_VV_VH"),
@@ -222,6 +223,16 @@ def test_arguments_that_mean_nothing_are_named(
     root = write_pastis(tmp_path, {0: (2, 2, 2)})
     with pytest.raises(error, match=message):
         PASTISSeries(root, **options)
+
+
+def test_folds_of_numpy_are_folds_and_labels_are_whole_numbers(tmp_path: Path) -> None:
+    root = write_pastis(tmp_path, {0: (2, 2, 2), 1: (2, 2, 2)})
+    dataset = PASTISSeries(root, folds=np.array([1]))  # type: ignore[arg-type]
+    assert dataset.folds == (1,)
+    labels = np.full((3, 32, 32), 11.5)
+    save(root / TARGET, labels)
+    with pytest.raises(DataError, match=r'TARGET_10000.npy holds the label 11.5; labels are whole'):
+        PASTISSeries(root, folds=(1,))[0]
 
 
 def change(root: Path, key: str, value: Any) -> None:

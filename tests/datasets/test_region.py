@@ -193,7 +193,7 @@ def test_merge(states: list[str], merge: Any, names: list[str], tmp_path: Path) 
 
 def test_offset_and_unit(tmp_path: Path) -> None:
     data = odc().assign_coords({'s2:processing_baseline': ('time', ['03.01', '05.00'])})
-    with pytest.warns(S1S2Warning, match='1 acquisitions of processing baseline 04.00'):
+    with pytest.warns(S1S2Warning, match='1 acquisition of processing baseline 04.00'):
         write_series(tmp_path / 'as it is', data, progress=False)
     offset = xr.where(data['s2:processing_baseline'].astype(float) >= 4, -1000, 0)
     db = odc(10 * np.log10(POWER), ('vv', 'vh'), 'float32')
@@ -246,7 +246,7 @@ def test_goes_on(tmp_path: Path) -> None:
         write_series(tmp_path, broken, progress=False)
     (path,) = (tmp_path / 's2').iterdir()
     written = path.stat().st_mtime_ns
-    with pytest.warns(S1S2Warning, match='1 of 2 images of region are there already and stay'):
+    with pytest.warns(S1S2Warning, match='1 of 2 images of region are there already and not'):
         write_series(tmp_path, data, progress=False)
     assert path.stat().st_mtime_ns == written
     assert len([*(tmp_path / 's2').iterdir()]) == 2
@@ -256,7 +256,7 @@ def test_goes_on(tmp_path: Path) -> None:
 
 def test_leaves_empty_dates_out(tmp_path: Path) -> None:
     data = odc(VALUES * np.array([0, 1])[:, None, None, None])
-    with pytest.warns(S1S2Warning, match='1 of 2 images are left out: 1 have no pixel'):
+    with pytest.warns(S1S2Warning, match='1 of 2 images are left out: 1 without a pixel'):
         write_series(tmp_path, data, progress=False)
     assert len([*(tmp_path / 's2').iterdir()]) == 1
 
@@ -329,6 +329,31 @@ def test_labels_are_one_array_without_time(labels: Any, message: str, tmp_path: 
 def test_a_band_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.warns(S1S2Warning, match='S2 has no B02, B12 along time, .* others of blau, B03'):
         write_series(tmp_path, odc().rename(B02='blau').drop_vars('B12'), progress=False)
+
+
+def test_what_was_told_of_files_when_they_were_written_is_not_applied_again(tmp_path: Path) -> None:
+    s2 = odc(np.full_like(VALUES, 2200))  # reflectance 0.12 and the offset of baseline 04.00
+    s1 = odc(np.full_like(POWER, -10), ('VV', 'VH'), 'float32', nodata=np.nan)
+    told: dict[str, Any] = {'unit': {'s1': 'db'}, 'offset': {'2020-01-01': -1000}}
+    silent = write_series(tmp_path / 'silent', s2, progress=False)
+    root = write_series(tmp_path / 'told', s2, s1, **told, progress=False)
+    rule = AllDates(max_length=2)
+    first = MultiSenGE(silent, 'all', rule, sensors=['s2'], offset=-1000)[0]
+    np.testing.assert_allclose(first['image'], 0.12, rtol=1e-6)
+    like: dict[str, Any] = {'unit': {'s1': 'linear', 's2': 'dn'}, 'offset': 0}
+    for same in ({}, like):
+        with warnings.catch_warnings(action='error', category=S1S2Warning):
+            plain = MultiSenGE(root, 'all', rule, **same)[0]['image']
+        np.testing.assert_allclose(plain[:, :10], 0.12, rtol=1e-6)
+        np.testing.assert_allclose(plain[:, 10:], -10, rtol=1e-6)
+    again = MultiSenGE(root, 'all', rule, **told)
+    with pytest.warns(S1S2Warning, match='say what they hold') as warned:
+        assert all(again[0]['image'].equal(plain) for _ in range(2))
+    s2_said, s1_said = (str(warning.message) for warning in warned)
+    assert 'told/s2 has images that say what they hold (no offset left), as' in s2_said
+    assert 'what is given as offset is ignored for them' in s2_said
+    assert "told/s1 has images that say what they hold (unit 'linear'), as" in s1_said
+    assert 'what is given as unit is ignored for them' in s1_said
 
 
 def test_offsets_belong_to_their_times(tmp_path: Path) -> None:

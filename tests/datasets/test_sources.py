@@ -18,6 +18,7 @@ from torchgeo_s1s2.datasets import (
     copy_series,
     sources,
 )
+from torchgeo_s1s2.datasets.sensors import OFFSET
 from torchgeo_s1s2.errors import NoRoomError, S1S2Warning
 
 SIZE = 12
@@ -128,10 +129,10 @@ def test_rasters_are_uncompressed_and_say_what_they_said(tmp_path: Path) -> None
     image[:, 0] = 7
     write_patch(
         tmp_path / 'data', '31UEQ', size=8, s2=dict.fromkeys(S2_DATES, image),
-        s2_options=own | {'descriptions': names},
+        s2_options=own | {'descriptions': names, 'tags': {OFFSET: 0}},
         labels_options={'mask': np.broadcast_to(np.arange(8) < 4, (8, 8))},
     )  # fmt: skip
-    copy = copied(tmp_path / 'data')
+    copy = copied(tmp_path / 'data', offset=-1000)
     check_same(MultiSenGE(tmp_path / 'data', 'all'), copy)
     with rasterio.open(copy.catalog.path(0, 's2', 0)) as src:
         assert src.compression is None
@@ -197,7 +198,7 @@ def test_a_raster_that_has_changed_is_copied_again(root: Path) -> None:
 def test_an_unreadable_raster_is_left_out_and_named(root: Path, content: bytes, date: int) -> None:
     path = root / 's1' / f'31UEQ_{S1_DATES[date]}_S1_0_0.tif'
     path.write_bytes(content)
-    with pytest.warns(S1S2Warning, match=f'1 rasters cannot be read and are not copied.*{path}'):
+    with pytest.warns(S1S2Warning, match=f'1 raster cannot be read and is not copied.*{path}'):
         copy = copied(root)
     assert len(copy.catalog.times(0, 's1')) == 3
     assert copy.catalog.missing == {'s2': 0, 's1': 0}

@@ -373,7 +373,9 @@ def test_parts_of_a_union_hold_each_pixel_once(
         again = pickle.loads(pickle.dumps(parts[0]))
         assert pixels(again[EVERYWHERE]) == held[0]
         assert len(pixels(union[EVERYWHERE])) == len(ALL)
-        with pytest.raises(TypeError, match='a union has no numbers'):
+        with pytest.raises(
+            TypeError, match=r'0 is no window; a union .*: union.datasets\[0\]\[0\]'
+        ):
             union[0]
 
 

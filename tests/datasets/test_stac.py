@@ -20,6 +20,7 @@ from shapely import Polygon, box
 
 from benchmarks.server import Files, item, serve_files, serve_items, write_cog
 from torchgeo_s1s2.datasets import SENSOR_BANDS, SentinelRegion, StacCollection, stac
+from torchgeo_s1s2.datasets.sensors import OFFSET, UNIT
 from torchgeo_s1s2.datasets.time_series import EvenlySpaced, MonthlySeries
 from torchgeo_s1s2.errors import (
     DataError,
@@ -183,6 +184,7 @@ def test_pixels_and_offsets(
         np.testing.assert_array_equal(read_raster(path), expected)
         with rasterio.open(path) as src:
             assert src.descriptions == BANDS
+            assert (src.tags()[UNIT], src.tags()[OFFSET]) == ('dn', '0')
             assert src.nodata == -10000
             assert all(v % 20 == 0 for v in src.bounds)
             assert src.bounds.left <= INNER[0]
@@ -231,6 +233,7 @@ def test_sentinel_1(orbits: Any, names: list[str], world: World, tmp_path: Path)
         at = np.s_[TOP // 10 - top :, left - LEFT // 10 :]
         first, last = (read_raster(world.root / s / 'vv.tif')[0] for s in ('s1_a', 's1_b'))
         assert src.descriptions == ('VV', 'VH')
+        assert src.tags()[UNIT] == 'linear'
         assert np.isnan(src.nodata)
     if orbits != 'ascending':
         np.testing.assert_array_equal(
@@ -334,12 +337,12 @@ def test_refused_and_dropped_requests(
 
 
 def test_what_is_missing_or_broken_is_named(world: World, tmp_path: Path) -> None:
-    with pytest.warns(S1S2Warning, match=r'1 items are left out: lacking lacks B11 \(no such'):
+    with pytest.warns(S1S2Warning, match=r'1 item is left out: lacking lacks B11 \(no such'):
         region(world, 'lacking').write(tmp_path / 'a', ['s2'], progress=False)
     with pytest.warns(S1S2Warning) as told:
         region(world, 'broken').write(tmp_path / 'b', ['s2'], progress=False)
     (message,) = (str(w.message) for w in told if w.category is S1S2Warning)
-    assert '2 of 3 images are left out: 2 cannot be read' in message
+    assert '2 of 3 images are left out: 2 that cannot be read' in message
     assert f'B04 of broken ({world.files.url}/broken/B04.tif) is left out' in message
     assert 'B12 of gone' in message
     assert '404' in message

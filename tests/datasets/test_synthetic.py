@@ -11,6 +11,7 @@ from sklearn.metrics import f1_score
 
 from torchgeo_s1s2.datasets import MultiSenGE
 from torchgeo_s1s2.datasets.catalog import CACHE, Catalog
+from torchgeo_s1s2.datasets.sensors import UNIT
 from torchgeo_s1s2.datasets.synthetic import ENL, TILES, phenology, speckle, write_synthetic
 
 PATCHES = {'31UFQ': 2, '32ULU': 1, '31UFP': 1, '31UEQ': 1}
@@ -50,6 +51,7 @@ def test_files_are_named_and_encoded_as_in_multisenge(root: Path) -> None:
             with rasterio.open(root / sensor / name) as src:
                 assert (src.count, set(src.dtypes), src.shape) == (count, {dtype}, (16, 16))
                 assert src.compression.name == 'lzw'
+                assert src.tags()[UNIT] == {'s2': 'dn', 's1': 'linear'}[sensor]
                 assert src.read().min() > 0  # neither nodata (-10000, 0) nor a negative power
                 assert src.transform[:6] == (10, 0, 600170, 0, -10, 5500020)
 
@@ -82,7 +84,13 @@ def test_an_interrupted_writing_goes_on(root: Path, tmp_path: Path) -> None:
         path.write_bytes(b'half an image')
     kept = part / 's2' / next(p.name for p in (part / 's2').glob('32ULU*'))
     before = kept.stat().st_mtime_ns
+    below = part / 'labels' / 'alsace'
+    below.mkdir()
+    (listing,) = (part / 'labels').glob('32ULU*')
+    listing.rename(below / listing.name)
     write_synthetic(part, 16, PATCHES, progress=False)
+    assert not listing.exists()
+    (below / listing.name).rename(listing)
     assert contents(part) == contents(root)
     assert kept.stat().st_mtime_ns == before
 

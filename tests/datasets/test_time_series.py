@@ -68,7 +68,7 @@ SERIES = ('2020-07-10', '2020-08-02', '2020-09-01', '2020-11-20')
         (('2020-07-31', '2020-08-10', '2020-09-01', '2020-11-01'), 'no S2 date for August'),
         (SERIES[:3], 'no S2 date for November'),
         ((*SERIES[:2], '2021-09-01', '2021-11-20'), 'no S2 date for September'),
-        ((), 'no acquisition at all'),
+        ((), 'no S2 acquisition'),
     ],
 )
 def test_earliest_date_that_keeps_the_gap(dates: Sequence[str], expected: Any) -> None:
@@ -133,7 +133,7 @@ def test_empty_slot_takes_the_s1_date_nearest_to_its_middle() -> None:
         ('drop', 21, ['2020-07-10', '2020-07-31']),
         ('drop', 20, 'no S1 date for July within 20 days'),
         ('nearest', 20, ['2020-08-02', '2020-07-31']),
-        ('nearest', 1, 'no S1 date for July within 1 days'),
+        ('nearest', 1, 'no S1 date for July within 1 day'),
         ('keep', 30, ['2020-07-01', '2020-07-31']),
         ('keep', 29, ['2020-07-01', '']),
     ],
@@ -211,13 +211,34 @@ def test_report_by_hand() -> None:
         'S1 lies within 7 days of S2 in half of 4 slots, within 26 in 90 %, 26 in all',
         '  beyond  3 days: 3 slots in 2 patches',
         '  beyond  6 days: 2 slots in 2 patches',
-        '  beyond 12 days: 1 slots in 1 patches',
-        '  beyond 20 days: 1 slots in 1 patches',
+        '  beyond 12 days: 1 slot in 1 patch',
+        '  beyond 20 days: 1 slot in 1 patch',
     ]
     kept = series_report(replace(rule, missing='keep', s1_max_days=6), patches)
     assert np.isnan(kept.days['s1']).tolist() == [[False, True], [False, True], [True, False]]
     nothing = series_report(rule, [{'s2': s2[:0], 's1': s2}] * 2)
     assert str(nothing).endswith('2 without: no S2 date for July')
+    near = {'s2': s2, 's1': s2 + np.timedelta64(1, 'D')}
+    assert str(series_report(rule, [near])).splitlines() == [
+        '1 of 1 patch has the series',
+        'S1 lies within 1 day of S2 in half of 2 slots, within 1 in 90 %, 1 in all',
+    ]
+
+
+@pytest.mark.parametrize(
+    ('s2', 's1', 'sensors', 'reason'),
+    [
+        ((), SERIES, ('s2', 's1'), 'no S2 acquisition'),
+        ((), (), ('s2', 's1'), 'no S2 or S1 acquisition'),
+        (SERIES, (), ('s1',), 'no S1 acquisition'),
+        (SERIES, ('2022-01-01',), ('s1',), 'no S1 acquisition in a slot'),
+    ],
+)
+def test_the_reason_names_the_sensors_that_lack(
+    s2: Sequence[str], s1: Sequence[str], sensors: Sequence[str], reason: str
+) -> None:
+    times = {'s2': days(*s2), 's1': days(*s1)}
+    assert series_report(RandomDates(n=2, missing='keep'), [times], sensors).reasons == (reason,)
 
 
 DAY_0 = np.datetime64('2020-03-01', 's')

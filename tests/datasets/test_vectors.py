@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from numpy.typing import NDArray
 from shapely import LineString, Polygon, box
 from shapely.affinity import translate
 
-from torchgeo_s1s2.datasets import Catalog, MultiSenGE, VectorLabels, rasterize_labels, vectors
+from torchgeo_s1s2.datasets import (
+    Catalog,
+    MultiSenGE,
+    VectorLabels,
+    rasterize_labels,
+    vectors,
+    write_label_files,
+)
 from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError
 
 LEFT, TOP = 500000.0, 5500000.0
@@ -94,14 +102,28 @@ def test_what_is_left_out_is_counted(root: Path) -> None:
     with pytest.warns(S1S2Warning) as caught:
         rasterize_labels(root, path, 'cover', IDS, progress=False)
     assert (
-        'of its features 1 are invalid and mended; 1 are no polygons, or without area, and are '
-        'left out; 1 have no cover and are left out; 1 have a value that classes do not name and '
-        'are left out: lake (1)'
+        'of its features 1 invalid, mended; 1 without area or no polygon, left out; 1 without '
+        'cover, left out; 1 of a value that classes do not name, left out: lake (1)'
     ) in str(caught[0].message)
     # The two triangles of the bow tie, without the pixels whose centre lies on no side of it.
     assert labels(root)[0, 1:3].tolist() == [0, 0]
     assert labels(root)[1, 0] == labels(root)[1, 3] == 6
     assert set(np.unique(labels(root)[4:])) == {0}
+
+
+def test_label_files_are_told_the_labels_where_they_lie(root: Path, capsys: Any) -> None:
+    path = polygons(root)
+    write_label_files(root, progress=False)
+    (root / 'labels' / 'below').mkdir()
+    for listing in (root / 'labels').glob('*.json'):
+        listing.rename(root / 'labels' / 'below' / listing.name)
+    assert write(root, path, 'cover', IDS) == 2
+    assert [p.name for p in (root / 'labels').iterdir()] == ['below']
+    content = json.loads((root / 'labels' / 'below' / '31UEQ_0_0.json').read_text())
+    assert content['labels'] == '6;11'
+    with pytest.warns(S1S2Warning, match='patch'):
+        assert rasterize_labels(root, path, 'cover', IDS) == 0
+    assert 'Rasterizing' not in capsys.readouterr().err  # no bar of nothing
 
 
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -115,7 +137,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     'unmapped': (
         {},
         {'classes': {'lake': 1}},
-        "no polygon with a class in 'cover'; 2 have a value",
+        "no polygon with a class in 'cover'; 2 of a value",
     ),
     'layer': ({}, {'layer': 'roads'}, r'gpkg cannot be read: .*roads.*; expected a GeoPackage'),
 }

@@ -2,6 +2,7 @@ import inspect
 import math
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,14 @@ import torch
 import torch.nn.functional as F
 from conftest import Waits, quiet_trainer, write_patch
 from jsonargparse import Namespace
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
+    EarlyStopping,
+    LambdaCallback,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -88,8 +95,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def data_of(root: Path, classes: ClassScheme = CLASSES) -> MultiSenGEDataModule:
-    splits = {'train': ['32ULU'], 'val': ['31UEQ'], 'test': ['31UEQ']}
+def data_of(
+    root: Path, classes: ClassScheme = CLASSES, test: str = '31UEQ'
+) -> MultiSenGEDataModule:
+    splits = {'train': ['32ULU'], 'val': ['31UEQ'], 'test': [test]}
     return MultiSenGEDataModule(root, batch_size=2, classes=classes, splits=splits)
 
 
@@ -545,23 +554,132 @@ def test_true_on_the_command_line_is_imagenet(
     assert asked['encoder_weights'] is None
 
 
-@pytest.mark.parametrize(('path', 'said'), [('a.ckpt', 'not used: --model.lr=1$'), (None, '')])
-def test_only_a_run_that_goes_on_with_a_checkpoint_overrides(
-    monkeypatch: pytest.MonkeyPatch, path: str | None, said: str
+def of_command(path: Path | str | None) -> Trainer:
+    """Trainer of a command with that ``--ckpt_path``."""
+    parser = LightningArgumentParser()
+    return Trainer(callbacks=[SaveConfigCallback(parser, Namespace(ckpt_path=path))])
+
+
+@pytest.mark.parametrize('path', ['a.ckpt', 'last', None])
+def test_only_the_file_of_a_command_overrides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | None
 ) -> None:
-    """And not one that loads what a search of learning rates or batch sizes saved."""
+    """And neither 'last' nor what a search of learning rates or batch sizes saved."""
     monkeypatch.setattr('sys.argv', ['torchgeo', '--model.lr=1', '--data.root=x'])
-    task, parser = small(), LightningArgumentParser()
-    task.trainer = Trainer(callbacks=[SaveConfigCallback(parser, Namespace(ckpt_path=path))])
-    with pytest.warns(S1S2Warning, match='without --ckpt_path') if not path else nullcontext():
-        task.setup('test')
-    alone = small()  # LightningCLI(run=False)
-    alone.trainer = Trainer(callbacks=[SaveConfigCallback(parser, Namespace())])
-    with warnings.catch_warnings(action='error'):
-        alone.setup('test')
+    monkeypatch.chdir(tmp_path)
+    Path('a.ckpt').touch()
+    task = small()
+    task.trainer = of_command(path)
     saved = {'state_dict': {}, 'hyper_parameters': {'_class_path': 'S1S2SemanticSegmentation'}}
-    with pytest.warns(S1S2Warning, match=said) if said else nullcontext():
+    is_file = path == 'a.ckpt'
+    with (
+        pytest.warns(S1S2Warning, match='not used: --model.lr=1$')
+        if is_file
+        else warnings.catch_warnings(action='error')
+    ):
         task.on_load_checkpoint(saved)
+
+
+def test_a_checkpoint_whose_arguments_do_not_fit_the_data_is_named(
+    root: Path, tmp_path: Path
+) -> None:
+    task, data, path = small(num_classes=5), data_of(root), tmp_path / 'five.ckpt'
+    path.touch()
+    data.setup('test')
+    task.trainer = of_command(path)
+    task.trainer.datamodule = data  # type: ignore[attr-defined]
+    message = r'model of .*five\.ckpt \(whose .* num_classes=5, the data have 3 classes'
+    with pytest.raises(ValueError, match=message):
+        task.setup('test')
+
+
+def said(run: Callable[[], Any], words: str) -> bool:
+    """Whether something is warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        run()
+    return any(words in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize('stage', ['validate', 'test', 'predict'])
+def test_weights_that_have_learned_nothing_are_said(tmp_path: Path, stage: str) -> None:
+    """Whatever was named: what counts is whether weights were loaded, or learned."""
+    data = loader(images())
+
+    def is_said(task: S1S2SemanticSegmentation, **options: Any) -> bool:
+        trainer = quiet_trainer(tmp_path / 'other', fast_dev_run='ckpt_path' not in options)
+        run = getattr(trainer, stage)
+        return said(lambda: run(task, data, **options), 'the weights are initial ones')
+
+    assert is_said(tiny())
+    assert is_said(tiny(), ckpt_path='last')
+    learned = tiny()
+    fit = quiet_trainer(tmp_path, max_epochs=1)
+    assert not said(lambda: fit.fit(learned, data, data), 'the weights are initial ones')
+    assert not is_said(learned)
+    path = tmp_path / 'learned.ckpt'
+    fit.save_checkpoint(path)
+    assert not is_said(tiny(), ckpt_path=path)
+    assert not is_said(S1S2SemanticSegmentation.load_from_checkpoint(path))
+    by_hand = tiny()
+    by_hand.model.load_state_dict(learned.model.state_dict())
+    assert not is_said(by_hand)
+    other = tiny()
+    other.model = learned.model
+    assert not is_said(other)
+
+
+class Keeper(Callback):
+    def on_predict_batch_end(self, *_: Any) -> None:
+        """Keep something."""
+
+
+class Looker(Callback):
+    def on_test_batch_end(self, *_: Any) -> None:
+        """See nothing of a prediction."""
+
+
+class KeepingTask(S1S2SemanticSegmentation):
+    def predict_step(self, *args: Any) -> Any:
+        return super().predict_step(*args)
+
+
+@pytest.mark.parametrize(
+    ('callback', 'task', 'returned', 'expected'),
+    [
+        (Looker(), S1S2SemanticSegmentation, False, True),
+        (Looker(), S1S2SemanticSegmentation, True, False),
+        (TQDMProgressBar(), S1S2SemanticSegmentation, False, True),
+        (Keeper(), S1S2SemanticSegmentation, False, False),
+        (LambdaCallback(on_predict_batch_end=print), S1S2SemanticSegmentation, False, False),
+        (BasePredictionWriter('epoch'), S1S2SemanticSegmentation, False, False),
+        (Looker(), KeepingTask, False, False),
+    ],
+)
+def test_predictions_that_nothing_keeps_are_said(
+    tmp_path: Path,
+    callback: Callback,
+    task: type[S1S2SemanticSegmentation],
+    returned: bool,
+    expected: bool,
+) -> None:
+    predicting = quiet_trainer(tmp_path)
+    predicting.callbacks = [callback]  # type: ignore[attr-defined]
+    predicting.predict_loop.return_predictions = returned
+    model = task('fcn', 'resnet18', num_classes=3, num_filters=1)
+    model.trainer = predicting
+    assert said(model.on_predict_start, 'nothing keeps the predictions') == expected
+
+
+@pytest.mark.parametrize(('tile', 'expected'), [('32ULU', True), ('31UEQ', False)])
+def test_ground_of_weights_is_handed_on(
+    trained: Path, root: Path, tmp_path: Path, tile: str, expected: bool
+) -> None:
+    """They were trained on 32ULU."""
+    task, data = small(weights=str(trained)), data_of(root, test=tile)
+    trainer = quiet_trainer(tmp_path, limit_test_batches=1)
+    words = "100.0% of the ground of split 'test'"
+    assert said(lambda: trainer.test(task, data, verbose=False), words) == expected
 
 
 @pytest.mark.parametrize('key', ['valid', 'length'])

@@ -1,5 +1,6 @@
 """Predictions as georeferenced rasters."""
 
+import signal
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from affine import Affine
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rasterio.windows import Window
 from torch import Tensor
 from torch.utils.data import Subset
@@ -24,7 +26,7 @@ from torchgeo_s1s2.callbacks.layers import (
 )
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
-from torchgeo_s1s2.errors import MapError, warn
+from torchgeo_s1s2.errors import MapError, counted, warn
 from torchgeo_s1s2.files import Workplace
 
 
@@ -243,6 +245,8 @@ class MapWriter(BasePredictionWriter):
                 )
             self._unknown += _is_unknown(window)
             self.write(window, scheme, dataset)
+        if trainer.received_sigterm:  # as Lightning's other loops do
+            raise SIGTERMException(128 + signal.SIGTERM)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how many predictions are not finite."""
@@ -360,4 +364,4 @@ class GeoTIFFWriter(MapWriter):
         count = torch.tensor(len(self._written), device=pl_module.device)
         total = int(trainer.strategy.reduce(count, reduce_op='sum'))
         if trainer.is_global_zero:
-            print(f'{total} maps written to {self.output_dir}')
+            print(f'{counted(total, "map", "maps")} written to {self.output_dir}')

@@ -90,8 +90,7 @@ def pastis_comparison(hparams: Any, metrics: Any) -> str:
         return f'nothing is published for {classes} classes of PASTIS, only for all 19'
     published = {f'{model} (published)': values for model, values in PUBLISHED_PASTIS.items()}
     result = [100 * float(metrics[name]) for name in names]
-    ours = ', '.join(str(hparams[key]) for key in ('model', 'backbone') if key in hparams)
-    rows = published | {f'this test: {ours}': result}
+    rows = published | {f'this test: {_name(hparams)}': result}
     return _table(rows, pd.Index(['accuracy %', 'mIoU %'], name='PASTIS'), 1)
 
 
@@ -111,8 +110,7 @@ def comparison(hparams: Any, metrics: Any) -> str:
         return f'nothing is published for {classes} classes, only for 6 and 10'
     if 'test_WeightedF1Score' not in metrics:
         return 'weighted F1 and kappa are published, which the task S1S2SemanticSegmentation logs'
-    ours = ', '.join(str(hparams[key]) for key in ('model', 'backbone') if key in hparams)
-    ours = _MODELS.get(ours, ours)
+    ours = _MODELS.get(_name(hparams), _name(hparams))
     result = float(metrics['test_WeightedF1Score']), float(metrics['test_Kappa'])
     titles = ['published (31UEQ)', 'this test'], ['weighted F1', 'kappa']
     columns = pd.MultiIndex.from_product(titles, names=['', 'model'])
@@ -122,6 +120,10 @@ def comparison(hparams: Any, metrics: Any) -> str:
         for model in (*published, ours)
     }
     return _table(rows, columns, 4)
+
+
+def _name(hparams: Any) -> str:
+    return ', '.join(str(hparams[key]) for key in ('model', 'backbone') if key in hparams)
 
 
 def _table(rows: dict[str, Any], columns: pd.Index, digits: int) -> str:

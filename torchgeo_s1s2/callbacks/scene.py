@@ -1,9 +1,9 @@
 """Maps of whole scenes from overlapping windows, in bounded memory."""
 
-import itertools
 import json
 import math
 import re
+import time
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,6 +45,9 @@ from torchgeo_s1s2.files import Workplace, stamps, whole
 
 BLOCK = 512
 """Height and width in pixels of the blocks that a scene is summed in."""
+
+SAVE_AFTER = 300
+"""Seconds between which the sums are saved: what a run loses that is killed."""
 
 Block = tuple[int, int, int]  # EPSG code, row and column of blocks
 
@@ -107,6 +110,7 @@ class BlendBuffer:
         blocks: Sums of each block.
         places: Windows that are in the sums.
         probe: Probabilities of the first of the windows.
+        saved: Number of the windows that are on disk.
     """
 
     def __init__(self) -> None:
@@ -114,6 +118,22 @@ class BlendBuffer:
         self.blocks: dict[Block, NDArray[np.float32]] = {}
         self.places: list[Place] = []
         self.probe = np.zeros(0, np.float16)
+        self.saved = 0
+        self._adding: tuple[Place, list[Any]] | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> 'BlendBuffer':
+        """Go on with saved sums.
+
+        Raises:
+            MapError: If the file is damaged.
+        """
+        buffer = cls()
+        with _opened(path) as part:
+            buffer.blocks = {key: part[name] for key, name in _blocks(part)}
+            buffer.places, buffer.probe = _places(part), part['probe']
+        buffer.saved = len(buffer.places)
+        return buffer
 
     @property
     def nbytes(self) -> int:
@@ -129,16 +149,29 @@ class BlendBuffer:
         weight = np.where(known, blend_weights(place.height, place.width), np.float32(0))
         weighted = np.where(known, probabilities, 0) * weight
         sums = np.concatenate([weighted, [weight, (count * known).astype(np.float32)]])
+        changes = []
         for key, inside, outside in pieces(place):
             if key not in self.blocks:
                 self.blocks[key] = np.zeros((len(sums), BLOCK, BLOCK), np.float32)
-            _add(self.blocks[key][:, *inside], sums[:, *outside])
+            old = self.blocks[key][:, *inside]
+            changes.append((old, _add(old.copy(), sums[:, *outside])))
         if not self.places:
             self.probe = probabilities.astype(np.float16)
-        self.places.append(place)
+        self._adding = place, changes
+        self.finish()
+
+    def finish(self) -> None:
+        """Add the last window wholly, wherever an interrupt stopped that."""
+        if self._adding:
+            place, changes = self._adding
+            for old, new in changes:
+                old[:] = new
+            if place not in self.places[-1:]:
+                self.places.append(place)
+            self._adding = None
 
     def save(self, path: Path, lattices: Mapping[int, Grid], origin: Mapping[str, str]) -> None:
-        """Write the sums, where they lie and what they were made of as ``.npz``, and begin empty.
+        """Write the sums, where they lie and what they were made of as ``.npz``.
 
         Raises:
             MapError: If the file cannot be written.
@@ -154,8 +187,17 @@ class BlendBuffer:
                 f'{path} cannot be written: {error}. Free space on its disk, and continue with '
                 'resume: true'
             ) from error
-        self.blocks.clear()
-        self.places.clear()
+        self.saved = len(self.places)
+
+
+def _places(part: Any) -> list[Place]:
+    return [Place(*map(int, place)) for place in part['places']]
+
+
+def _blocks(part: Any) -> Iterator[tuple[Block, str]]:
+    for name in set(part) - {'places', 'lattices', 'probe', 'origin'}:
+        epsg, row, col = map(int, name.split('_'))
+        yield (epsg, row, col), name
 
 
 def _add(total: NDArray[np.float32], block: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -188,15 +230,14 @@ class Parts:
         self._files: dict[Block, list[Path]] = defaultdict(list)
         for path in paths:
             with _opened(path) as part:
-                places = [Place(*map(int, place)) for place in part['places']]
+                places = _places(part)
                 self.places.update(places)
                 self.probes = self.probes or {places[0]: part['probe']}
                 self.origins.append(json.loads(str(part['origin'])))
                 for epsg, *transform in part['lattices']:
                     self.place(Grid(crs_of(int(epsg)), Affine(*transform), 0, 0))
-                for name in set(part) - {'places', 'lattices', 'probe', 'origin'}:
-                    epsg, row, col = map(int, name.split('_'))
-                    self._files[epsg, row, col].append(path)
+                for key, _ in _blocks(part):
+                    self._files[key].append(path)
 
     def place(self, grid: Grid) -> Place:
         """Pixels of a window; the first one of a zone gives the lattice.
@@ -388,10 +429,12 @@ class SceneWriter(MapWriter):
     4 * (K + 2) bytes a pixel, and two or three times that if the buffer holds only a few rows of
     blocks. So memory depends neither on the scene nor on the order of the windows. Every rank
     writes its own parts and the first one merges them, so ranks must share the folder; other runs
-    in it are left alone. An interrupted run leaves its parts. With ``resume`` the next run
-    continues from them if model, settings, windows and data are the same, which digests and one
-    window that is predicted again tell. A sampler in ``datamodule.predict_sampler``, or each in a
-    list of them, then gives only what remains.
+    in it are left alone. An interrupted run leaves its sums, one that is killed what they were at
+    most five minutes before. With ``resume`` the next run continues from them if model, settings,
+    windows and data are the same, which digests and one window that is predicted again tell. A
+    sampler in ``datamodule.predict_sampler``, or each in a list of them, then gives only what
+    remains. On one device the map is that of an uninterrupted run, as far as the model predicts a
+    window the same in another batch.
     """
 
     def __init__(
@@ -427,6 +470,8 @@ class SceneWriter(MapWriter):
         self.buffer_size = buffer_size
         self._buffer = BlendBuffer()
         self._parts = Parts([])
+        self._number = self._total = 0
+        self._save_at = 0.0
         self._dropped: list[Workplace] = []
         self._origin: dict[str, str] = {}
         self._rank = 0
@@ -437,7 +482,11 @@ class SceneWriter(MapWriter):
         if stage != 'predict':
             return
         self._rank = trainer.global_rank
-        self._parts, self._buffer = Parts(self._part_files()), BlendBuffer()
+        files, self._number, self._total = self._part_files(), 0, 0
+        self._parts, self._buffer = Parts(files), BlendBuffer()
+        if own := [path for path in files if path.match(f'part-{self._rank:05}-*')]:
+            self._buffer, self._number = BlendBuffer.load(own[-1]), int(own[-1].stem[-5:])
+            self._empty_if_full()
         windows = self._plan(getattr(trainer, 'datamodule', None), trainer.world_size)
         self._origin = {'windows': windows}
 
@@ -451,6 +500,11 @@ class SceneWriter(MapWriter):
         origin = _origin(trainer, pl_module, self._scheme_of(trainer))
         self._origin = trainer.strategy.broadcast(origin | self._origin)
         self._parts.check_origin(self._origin)
+        if self.resume and trainer.is_global_zero:
+            done, of = len(self._parts.places), f' of {self._total}' if self._total else ''
+            found = f'continues from {done}{of} windows' if done else 'nothing to continue'
+            print(f'{self.output_dir}: {found}')
+        self._save_at = time.monotonic() + SAVE_AFTER
         for workplace in self._dropped:
             warn(
                 f'{len(workplace.parts)} parts of an interrupted run in {workplace.path} are '
@@ -472,13 +526,24 @@ class SceneWriter(MapWriter):
             return
         self._buffer.add(place, window)
         self._parts.places.add(place)
-        if self._buffer.nbytes > self.buffer_size * 2**20:
+        if self._is_full or time.monotonic() > self._save_at:
             self._save()
+            self._empty_if_full()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the sums so far to be continued."""
+        try:
+            self._save()
+        except MapError as error:
+            lost = len(self._buffer.places) - self._buffer.saved
+            warn(f'the last {lost} windows will be predicted again: {error}')
+        super().on_exception(trainer, pl_module, exception)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the parts of all ranks and write the maps."""
-        if self._buffer.places:
-            self._save()
+        self._save()
         trainer.strategy.barrier('all parts')
         if trainer.is_global_zero:
             self._merge(trainer)
@@ -528,11 +593,23 @@ class SceneWriter(MapWriter):
         return Workplace(self._unfinished).parts if self._unfinished else []
 
     def _save(self) -> None:
-        taken = {path.name for path in self._part_files()}
-        names = (f'part-{self._rank:05}-{number:05}.npz' for number in itertools.count())
-        name = next(name for name in names if name not in taken)
+        """Write the sums, if there are others than on disk."""
+        self._buffer.finish()
+        if len(self._buffer.places) == self._buffer.saved:
+            return
+        name = f'part-{self._rank:05}-{self._number:05}.npz'
         path = (self._unfinished or self._folder) / name
         self._buffer.save(path, self._parts.lattices, self._origin)
+        self._save_at = time.monotonic() + SAVE_AFTER
+
+    @property
+    def _is_full(self) -> bool:
+        return self._buffer.nbytes > self.buffer_size * 2**20
+
+    def _empty_if_full(self) -> None:
+        if self._is_full:
+            self._buffer = BlendBuffer()  # first, so that an interrupt here saves nothing
+            self._number += 1
 
     def _plan(self, datamodule: Any, least: int) -> str:
         """Leave out what is done of the data module's windows; return a digest of them all."""
@@ -543,6 +620,7 @@ class SceneWriter(MapWriter):
         several = isinstance(dataset, list)
         datasets, samplers = (dataset, sampler) if several else ([dataset], [sampler])
         windows = [list(sampler) for sampler in samplers]
+        self._total = sum(map(len, windows))
         if self._parts.places:
             pairs = zip(windows, datasets, strict=True)
             remaining = [self._parts.remaining(w, d, least) for w, d in pairs]

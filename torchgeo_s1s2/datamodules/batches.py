@@ -13,6 +13,7 @@ from torchgeo.datasets import stack_samples
 
 from torchgeo_s1s2.datasets.classes import NO_LABEL
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
+from torchgeo_s1s2.errors import counted
 
 
 class EvenBatches(BatchSampler):
@@ -47,8 +48,9 @@ class EvenBatches(BatchSampler):
         self._rank = 0 if shared is None else shared.rank
         if self._samples < self._processes:
             raise ValueError(
-                f'{self._samples} patches cannot be shared by {self._processes} processes; give '
-                f'{self._samples} devices or fewer'
+                f'{counted(self._samples, "patch", "patches")} cannot be shared by '
+                f'{self._processes} processes; give {counted(self._samples, "device", "devices")} '
+                'or fewer'
             )
 
     def __len__(self) -> int:
@@ -87,16 +89,22 @@ class RandomCrops(Dataset[Sample]):
             size: Height and width in pixels.
 
         Raises:
-            ValueError: If every patch is smaller.
+            ValueError: If every patch is smaller in one of the two.
         """
         self.dataset, self.size = dataset, size
         self.shapes = [dataset.shape(index) for index in range(len(dataset))]
         counts = [(height // size[0]) * (width // size[1]) for height, width in self.shapes]
         if not any(counts):
-            largest = max(self.shapes)
+            height, width = (max(lengths) for lengths in zip(*self.shapes, strict=True))
+            grids = (dataset.grid_of(patch) for patch in dataset.index['patch'])
+            cut = [grid.shape for grid in grids] != self.shapes
+            what, mend = 'patch', ''
+            if cut:
+                what, mend = 'part of a patch in the blocks or areas', ' or the blocks larger'
             raise ValueError(
-                f'patch_size {size} is larger than the patches, {largest}; make it smaller, or '
-                'leave it out to train on whole patches'
+                f'patch_size is {size}, height and width, and no {what} of {dataset.title} has so '
+                f'many pixels: the highest has {height}, the widest {width}. Make it '
+                f'smaller{mend}, or leave it out to train without crops'
             )
         self.rows = np.repeat(np.arange(len(counts)), np.maximum(counts, 1))
 

@@ -181,6 +181,8 @@ class SeriesDataModule(NonGeoDataModule):
         Lightning calls this in the first process only, before the ``setup`` of all.
         """
         if self._trains and self._prepared is None:
+            if self.trainer is not None:
+                self._setup_train()  # what it refuses shall cost no statistics
             self._prepared = self._find_statistics()
 
     def setup(self, stage: str) -> None:
@@ -309,10 +311,7 @@ class SeriesDataModule(NonGeoDataModule):
         Raises:
             ValueError: If the checkpoint was trained on other bands.
         """
-        if ground := state_dict.get('ground'):
-            # A fit that goes on adds its own.
-            self._trained_on = self._trained_on.union(shapely.from_wkb(ground))
-            self._warn_of_trained_ground()
+        self.add_trained_ground(state_dict.get('ground', ''))
         if state_dict and self.statistics_path is None:
             known = {f.name: state_dict[f.name] for f in fields(Statistics) if f.name in state_dict}
             statistics = Statistics(**known)
@@ -321,12 +320,20 @@ class SeriesDataModule(NonGeoDataModule):
             else:  # load_from_checkpoint: there are no bands to compare with before setup
                 self._prepared = statistics
 
-    def _warn_of_trained_ground(self) -> None:
+    def add_trained_ground(self, ground: str) -> None:
+        """Keep what weights were trained on, and warn if it is evaluated.
+
+        Args:
+            ground: Well-known binary in hexadecimal, as ``state_dict`` gives it, or ``''``.
+        """
+        if not ground:
+            return
+        self._trained_on = self._trained_on.union(shapely.from_wkb(ground))  # a fit that goes on
         dataset: Any = self.test_dataset or self.val_dataset
         if dataset is None:
             return
-        ground = _ground(dataset)
-        share = ground.intersection(self._trained_on).area / ground.area
+        evaluated = _ground(dataset)
+        share = evaluated.intersection(self._trained_on).area / evaluated.area
         if share > 0.01:  # less may be borders in another CRS
             warn(
                 f'{share:.1%} of the ground of {dataset.title} is ground that the checkpoint was '

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from torchgeo_s1s2.datasets.cache import CONTENTS, TableCache, wait_for_next_tick
 from torchgeo_s1s2.datasets.rasters import Grid, epsg_of, first_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.errors import DataError, UnreadableError, warn
+from torchgeo_s1s2.errors import DataError, UnreadableError, counted, warn
 
 LABELS, GROUND_REFERENCE = 'labels', 'ground_reference'
 FOLDERS = (*SENSORS, GROUND_REFERENCE)
@@ -295,25 +295,33 @@ class _Builder:
             if not (self.root / folder).is_dir():
                 raise FileNotFoundError(
                     f'{self.root} has no folder {folder!r}; a data set has the folders '
-                    f'{LABELS}, {GROUND_REFERENCE}, {", ".join(SENSORS)}. Give the folder that '
-                    'holds them as root'
+                    f'{LABELS}, {GROUND_REFERENCE}, {", ".join(SENSORS)}: {self._mend(folder)}'
                 )
 
+    def _mend(self, folder: str) -> str:
+        """What to do where a folder is missing or empty."""
+        if not has_images(self.root):
+            return 'give the folder that holds them as root'
+        if folder in SENSORS:
+            return 'make it, empty if there is nothing, or give the folder that holds them as root'
+        return f'write_label_files({str(self.root)!r}) writes label files for the images there'
+
     def _read_labels(self) -> list[_Label]:
-        there = ((name, where) for where, names in walk(self.root, LABELS) for name in names)
-        places = sorted(own for own in there if own[0].endswith('.json') and own[0][0] != '.')
-        if not places:
+        files, again = list_label_files(self.root)
+        if not files:
             raise FileNotFoundError(
-                f'{self.root / LABELS} holds no label file; expected TILE_X_Y.json'
+                f'{self.root / LABELS} holds no label file, expected TILE_X_Y.json: '
+                f'{self._mend(LABELS)}'
             )
-        files = dict(reversed(places))
-        if again := len(places) - len(files):
-            self.notes.append(f'{again} label files have the name of another, which is read')
+        if again:
+            files_have = counted(again, 'label file has', 'label files have')
+            self.notes.append(f'{files_have} the name of another, which is read')
         hidden = not self.progress or len(files) < 1000
-        bar = tqdm(sorted(files.items()), 'Reading labels', disable=hidden, unit='patch')
-        labels = [_read_label(self.root / where / name) for name, where in bar]
+        bar = tqdm(files.values(), 'Reading labels', disable=hidden, unit='patch')
+        labels = [_read_label(path) for path in bar]
         if twice := sum(label.twice for label in labels):
-            self.notes.append(f'label files name {twice} images twice; each counts once')
+            images = counted(twice, 'image', 'images')
+            self.notes.append(f'label files name {images} twice; each counts once')
         return labels
 
     def _find_images(self, labels: Sequence[_Label]) -> dict[str, int]:
@@ -330,14 +338,18 @@ class _Builder:
                     missing[folder] += (Counter(listed) - Counter(days)).total()
                     unlisted += (Counter(days) - Counter(listed)).total()
                 label.images[folder] = there
+            if folder == GROUND_REFERENCE and missing[folder] == len(labels):
+                missing[folder] = sum(bool(label.classes) for label in labels)
             if found:
                 n, example = sum(map(len, found.values())), min(found)
+                rasters = counted(n, 'raster', 'rasters')
                 self.notes.append(
-                    f'{n} rasters in {folder} are of places without a label file, such as '
-                    f'{example}, and are left out; write_label_files adds them'
+                    f'{rasters} in {folder} of places without a label file, such as {example}, '
+                    'left out; write_label_files adds them'
                 )
         if unlisted:
-            self.notes.append(f'{unlisted} images that no label file names are read too')
+            images_are = 'image that no label file names is', 'images that no label file names are'
+            self.notes.append(f'{counted(unlisted, *images_are)} read too')
         if lacking := +missing:
             what = ', '.join(f'{n} of {folder}' for folder, n in lacking.items())
             self.notes.insert(
@@ -361,6 +373,19 @@ def walk(root: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
         beyond = (n for n in folders if not real.is_relative_to((real / n).resolve()))  # no circle
         folders[:] = sorted(name for name in beyond if not name.startswith('.'))
         yield Path(where).relative_to(root).as_posix(), names
+
+
+def list_label_files(root: Path) -> tuple[dict[str, Path], int]:
+    """Label files by patch, in the order of their names, and how many have the name of another."""
+    there = ((name, where) for where, names in walk(root, LABELS) for name in names)
+    places = sorted(own for own in there if own[0].endswith('.json') and own[0][0] != '.')
+    files = {name.removesuffix('.json'): root / where / name for name, where in reversed(places)}
+    return dict(reversed(files.items())), len(places) - len(files)
+
+
+def has_images(root: Path) -> bool:
+    """Whether a folder of a sensor holds anything."""
+    return any(names for sensor in SENSORS for _, names in walk(root, sensor))
 
 
 def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[str]]:
@@ -403,11 +428,11 @@ def _notes(
     read = 'the first of each is' if folder == GROUND_REFERENCE else 'all are'
     example = min(odd, default='')
     texts = {
-        f'have other names than its rasters, such as {example}, and are left out': len(odd),
-        'differ from another one in the ending only; one of each is read': doubles,
-        f'have the place and time of another one; {read} read': same,
+        f'of other names than its rasters, such as {example}, left out': len(odd),
+        'like another one but for the ending; one of each is read': doubles,
+        f'of the place and time of another one; {read} read': same,
     }
-    return [f'{n} files in {folder} {text}' for text, n in texts.items() if n]
+    return [f'{counted(n, "file", "files")} in {folder} {text}' for text, n in texts.items() if n]
 
 
 def _image(match: re.Match[str], folder: str, sidecars: bool) -> Image:

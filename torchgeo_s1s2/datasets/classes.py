@@ -3,13 +3,13 @@
 Source: Wenger et al., Remote Sensing 2023, 15(1), 151, https://doi.org/10.3390/rs15010151.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import ListedColormap, is_color_like, to_rgb
+from matplotlib.colors import ListedColormap, is_color_like, to_rgb, to_rgba
 
 NO_LABEL = 255
 """Mask value of a pixel without a label."""
@@ -28,7 +28,7 @@ class LandCoverClass:
         labels: Values of the label raster that belong to the class, each -32768..65535.
 
     Raises:
-        ValueError: If the colour is none.
+        ValueError: If the colour is none or is transparent, or a label is no such number.
     """
 
     name: str
@@ -36,15 +36,25 @@ class LandCoverClass:
     labels: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Check the colour."""
-        if not (isinstance(self.color, str) and is_color_like(self.color)) and not (
-            len(self.color) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in self.color)
-        ):
+        """Check the colour and the labels."""
+        color, labels = self.color, _whole_numbers(self.labels, -(2**15), 2**16 - 1)
+        if not isinstance(color, str):
+            numbers = _whole_numbers(color, 0, 255)
+            known = numbers is not None and len(numbers) == 3
+            object.__setattr__(self, 'color', numbers)
+        else:
+            known = is_color_like(color) and to_rgba(color)[3] == 1
+        if not known:
             raise ValueError(
-                f'class {self.name!r} has the colour {self.color!r}; expected red, green and blue, '
+                f'class {self.name!r} has the colour {color!r}; expected red, green and blue, '
                 "each 0..255, or a string such as '#1e64d2'"
             )
-        object.__setattr__(self, 'labels', tuple(self.labels))
+        if labels is None:
+            raise ValueError(
+                f'class {self.name!r} has the labels {self.labels!r}; expected a list of whole '
+                f'numbers within {-(2**15)}..{2**16 - 1}, such as [1, 2]'
+            )
+        object.__setattr__(self, 'labels', labels)
 
     @property
     def rgb(self) -> Color:
@@ -75,8 +85,8 @@ class ClassScheme:
         ids: Number of each class in a map, each 1..254; ``index + 1`` unless given.
 
     Raises:
-        ValueError: If the scheme is empty, a label, an id or a name is claimed twice, or a label or
-            an id is out of range.
+        ValueError: If the scheme is empty, a label, an id or a name is claimed twice, or an id is
+            out of range.
     """
 
     classes: tuple[LandCoverClass, ...]
@@ -84,17 +94,21 @@ class ClassScheme:
 
     def __post_init__(self) -> None:
         """Number the classes and check that nothing is claimed twice."""
-        object.__setattr__(self, 'classes', tuple(self.classes))
-        object.__setattr__(self, 'ids', tuple(self.ids))
-        if not self.classes:
-            raise ValueError('a class scheme needs at least one class')
-        if not self.ids:
-            object.__setattr__(self, 'ids', tuple(range(1, len(self.classes) + 1)))
-        if len(self.ids) != len(self.classes):
-            raise ValueError(f'{len(self.classes)} classes have {len(self.ids)} ids; give one each')
-        _check_range('id', self.ids, 1, NO_LABEL - 1)
-        labels = [label for c in self.classes for label in c.labels]
-        _check_range('label', labels, -(2**15), 2**16 - 1)
+        classes = tuple(self.classes) if isinstance(self.classes, Iterable) else ()
+        if not classes or not all(isinstance(c, LandCoverClass) for c in classes):
+            raise ValueError(
+                f'classes are {self.classes!r}; expected a list of at least one '
+                "LandCoverClass('Forest', 'forestgreen', [10, 11])"
+            )
+        ids = _whole_numbers(self.ids, 1, NO_LABEL - 1)
+        if ids is None or len(ids) not in (0, len(classes)):
+            raise ValueError(
+                f'{len(classes)} classes have the ids {self.ids!r}; expected one whole number '
+                f'within 1..{NO_LABEL - 1} for each'
+            )
+        object.__setattr__(self, 'classes', classes)
+        object.__setattr__(self, 'ids', ids or tuple(range(1, len(classes) + 1)))
+        labels = [label for c in classes for label in c.labels]
         claimed: dict[str, Sequence[Any]] = {'id': self.ids, 'label': labels, 'name': self.names}
         for what, values in claimed.items():
             if twice := sorted({v for v in values if values.count(v) > 1}):
@@ -137,10 +151,11 @@ class ClassScheme:
         return table.take(known - low, mode='clip')
 
 
-def _check_range(what: str, values: Sequence[int], least: int, most: int) -> None:
-    for value in values:
-        if not isinstance(value, Integral) or not least <= value <= most:
-            raise ValueError(f'{what} {value} is no whole number within {least}..{most}')
+def _whole_numbers(values: Any, least: int, most: int) -> tuple[int, ...] | None:
+    """Values, None if they are no list of whole numbers within a range."""
+    listed = [*values] if isinstance(values, Iterable) else [values, None]
+    whole = all(isinstance(v, Integral) and not isinstance(v, bool) for v in listed)
+    return tuple(map(int, listed)) if whole and all(least <= v <= most for v in listed) else None
 
 
 _CLASSES_15 = (

@@ -15,6 +15,7 @@ from torchgeo_s1s2.datasets.catalog import (
     KEYS,
     LABELS,
     Image,
+    list_label_files,
     list_rasters,
 )
 from torchgeo_s1s2.datasets.rasters import crs_of, first_grid, read_grid, read_labels
@@ -30,6 +31,8 @@ def write_label_files(
     names: Sequence[str] | None = None,
 ) -> int:
     """Write the label file of each patch that has images, from the rasters that are there.
+
+    Those that are there already, at any depth below ``labels``, stay where they are.
 
     The tile of a patch is any name of letters, digits and ``_``; x and y say where the patch lies
     in it, in pixels: ``mytile_0_0`` is the whole of a scene. One image a patch is opened for its
@@ -60,10 +63,12 @@ def write_label_files(
     for folder in (LABELS, GROUND_REFERENCE):
         (root / folder).mkdir(exist_ok=True)
     chosen = there if names is None else there & {*names}
-    paths = {name: root / LABELS / f'{name}.json' for name in sorted(chosen)}
-    todo = {name: path for name, path in paths.items() if overwrite or not path.exists()}
-    for name, path in tqdm(todo.items(), 'Writing labels', unit='patch', disable=not progress):
+    files, _ = list_label_files(root)
+    todo = sorted(chosen if overwrite else chosen - {*files})
+    hidden = not (progress and todo)
+    for name in tqdm(todo, 'Writing labels', unit='patch', disable=hidden):
         own = {folder: rasters[folder].get(name, []) for folder in FOLDERS}
+        path = files.get(name, root / LABELS / f'{name}.json')
         write_json(path, _content(root, name, own))
     return len(todo)
 

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 from pyproj import CRS
 from torchgeo.datasets import DatasetNotFoundError
 
-from torchgeo_s1s2.datasets.catalog import FOLDERS, GROUND_REFERENCE, LABELS, Catalog
+from torchgeo_s1s2.datasets.catalog import (
+    FOLDERS,
+    GROUND_REFERENCE,
+    LABELS,
+    Catalog,
+    has_images,
+)
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.download import SeasonDownload
 from torchgeo_s1s2.datasets.ground import GroundSplits
@@ -138,7 +144,7 @@ class MultiSenGE(SeriesDataset):
         how = readings(sensors, bands, unit, offset, nodata, file_bands, raw)
         tiles = self._tiles_of_split()
         if catalog is None:
-            if not download and not (self.root / LABELS).is_dir():
+            if not (download or (self.root / LABELS).is_dir() or has_images(self.root)):
                 raise DatasetNotFoundError(self)
             season = SeasonDownload(self.root, self.url, tiles, series, tuple(how))
             if download:

@@ -19,7 +19,7 @@ from torchgeo.datasets import PASTIS
 
 from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE
 from torchgeo_s1s2.datasets.classes import ClassScheme, LandCoverClass
-from torchgeo_s1s2.datasets.rasters import Grid, crs_of, onto
+from torchgeo_s1s2.datasets.rasters import Grid, check_labels, crs_of, onto
 from torchgeo_s1s2.datasets.sensors import PASTIS_SENSORS, Array, in_order, readings
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
 from torchgeo_s1s2.datasets.time_series import AllDates, DateRule, check_kind
@@ -125,9 +125,10 @@ class PASTISSeries(SeriesDataset):
         """
         within = Path(root) / PASTIS.directory
         self.root = self.paths = within if within.is_dir() else Path(root)
-        if isinstance(folds, int) or not folds or not {*folds} <= {*FOLDS}:
-            raise ValueError(f'folds is {folds!r}; expected some of {FOLDS}')
-        self.folds = tuple(folds)
+        chosen = {*folds} if isinstance(folds, Iterable) else set()
+        if not chosen or not chosen <= {*FOLDS}:
+            raise ValueError(f'folds is {folds!r}; expected a list of some of {FOLDS}')
+        self.folds = tuple(map(int, folds))
         check_kind('series', series, DateRule, 'a date rule, such as AllDates(max_length=61)')
         series = series or AllDates(max_length=61)
         in_order([series.leader], [*PASTIS_SENSORS], 'sensor to lead the series')
@@ -169,9 +170,10 @@ class PASTISSeries(SeriesDataset):
         return onto(own.grid, grid, read, Resampling.bilinear, len(channels))
 
     def read_labels(self, patch: int, grid: Grid) -> NDArray[Any]:
-        """Labels (H, W) as they are on disk, NaN for void."""
+        """Labels (H, W) as they are on disk, NaN for void; what is no label is refused."""
         own = self._patches[patch]
-        target = _open(self._array(GROUND_REFERENCE, own.name))
+        path = self._array(GROUND_REFERENCE, own.name)
+        target = _open(path)
 
         def read(window: Window) -> NDArray[np.float64]:
             labels = target[:1, *window.toslices()].astype(np.float64)
@@ -179,6 +181,7 @@ class PASTISSeries(SeriesDataset):
             return labels
 
         labels: NDArray[np.float64] = onto(own.grid, grid, read, Resampling.nearest, 1)[0]
+        check_labels(path, labels)
         return labels
 
     def files_of(self, index: int, every: bool = False) -> dict[str, list[Path]]:

@@ -22,7 +22,7 @@ from rasterio.warp import transform as warp_points
 from rasterio.windows import Window
 
 from torchgeo_s1s2.datasets.sensors import Array, Reading
-from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, UnreadableError
+from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, UnreadableError, warn_once
 
 # Opening one of a thousand files of a folder would list them all.
 GDAL_OPTIONS = {'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR'}
@@ -275,6 +275,8 @@ def read_image(
         UnreadableError: If it cannot be read.
     """
     with open_raster(path, sidecars) as src:
+        if not reading.raw and (reading.unit or reading.offsets):
+            reading = _as_tagged(path, src, reading, time)
         indexes, alpha = _indexes(path, src, reading)
         scales = src.scales
         scaled = scales[indexes[0] - 1] != 1
@@ -293,6 +295,26 @@ def read_image(
 
         own = _own_grid(path, src, patch)
         return onto(own, grid, read, Resampling.bilinear, len(indexes))
+
+
+def _as_tagged(
+    path: Path, src: rasterio.DatasetReader, given: Reading, time: np.datetime64
+) -> Reading:
+    """How a file is read that may say its unit and offset; arguments that it contradicts are told.
+
+    They are ignored, as the file knows better, and as other files of the folder may need them.
+    """
+    own = given.of_file(src.tags())
+    unit, offset = own.stored != given.stored, own.offset(time) != given.offset(time)
+    if unit or offset:
+        holds = [f'unit {own.stored!r}'] * unit + ['no offset left'] * offset
+        ignored = ['unit'] * unit + ['offset'] * offset
+        warn_once(
+            f'{path.parent} has images that say what they hold ({", ".join(holds)}), as was told '
+            f'when they were written; what is given as {" and ".join(ignored)} is ignored for '
+            'them. Leave it out, unless other files need it, or write these anew if they are wrong'
+        )
+    return own
 
 
 def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> NDArray[np.float64]:
@@ -321,10 +343,15 @@ def read_labels(path: Path, grid: Grid, patch: Grid, sidecars: bool = False) -> 
 
         own = _own_grid(path, src, patch)
         labels: NDArray[np.float64] = onto(own, grid, read, Resampling.nearest, 1)[0]
+    check_labels(path, labels)
+    return labels
+
+
+def check_labels(path: Path, labels: NDArray[np.float64]) -> None:
+    """Raise an error that names a label which is no whole number; NaN is none."""
     odd = labels[((labels != np.round(labels)) | (np.abs(labels) > 2**31)) & ~np.isnan(labels)]
     if odd.size:
         raise DataError(f'{path} holds the label {odd[0]}; labels are whole numbers up to 2**31')
-    return labels
 
 
 def _alpha(src: rasterio.DatasetReader) -> int | None:

@@ -34,8 +34,8 @@ from torchgeo_s1s2.datasets.catalog import (
 )
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_power, check_written, read_grid
-from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings
-from torchgeo_s1s2.errors import DataError, warn
+from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings, tags_of
+from torchgeo_s1s2.errors import DataError, counted, warn
 from torchgeo_s1s2.files import whole
 
 Merge = Literal['pass', 'day'] | None
@@ -121,8 +121,11 @@ def write_series(
             (``'pass'``), those of a day (``'day'``) or of one time (None). The first that saw a
             pixel gives it.
         unit: What the values are if not reflectance x 10,000 and linear power, as in
-            :class:`~torchgeo_s1s2.datasets.MultiSenGE`; files hold these.
-        offset: What to add to Sentinel-2's values, as there, or a DataArray of it along time.
+            :class:`~torchgeo_s1s2.datasets.MultiSenGE`. Files hold reflectance x 10,000 and linear
+            power.
+        offset: What to add to Sentinel-2's values, as there, or a DataArray of it along time; 0 if
+            they are as they should be. Files say the unit and the offset that are given here, so
+            that neither is applied again.
         nodata: By sensor, the value without an observation, in place of what the arrays say.
             Where they do not: NaN, 0 of unsigned types, -10000 (Sentinel-2) or 0 of others.
         corners: Whether x and y are those of the pixels' upper left corners and not of their
@@ -164,8 +167,8 @@ def write_series(
     paths = paths_of(Path(root), images)
     if there := sum(path.exists() for path in paths):
         warn(
-            f'{there} of {len(paths)} images of {tile} are there already and stay as they are; '
-            'delete them to have them written anew'
+            f'{there} of {counted(len(paths), f"image of {tile} is", f"images of {tile} are")} '
+            'there already and not written again; delete what shall be'
         )
     write_patch(root, tile, grid, images, progress, reference)
     return Path(root)
@@ -194,7 +197,10 @@ def write_patch(
     outcomes = dict(_run({p: job for p, job in paths.items() if not p.exists()}, progress))
     _warn(outcomes, len(paths))
     if not images_of(root, tile):
-        raise DataError(f'none of the {len(paths)} images of {tile} has a pixel: nothing to write')
+        raise DataError(
+            f'none of the {counted(len(paths), "image", "images")} of {tile} has a pixel: nothing '
+            'to write'
+        )
     if labels is not None:
         path = root / GROUND_REFERENCE / reference_name(patch_name(tile))
         write_bands(path, grid, [{'label': labels}], 255)
@@ -277,7 +283,8 @@ def _warn(outcomes: Mapping[Path, Outcome], count: int) -> None:
     notes = [note for outcome in outcomes.values() for note in outcome.notes]
     if reasons:
         why = '; '.join(f'{n} {reason}' for reason, n in reasons.items())
-        notes.insert(0, f'{reasons.total()} of {count} images are left out: {why}')
+        images = counted(count, 'image is', 'images are')
+        notes.insert(0, f'{reasons.total()} of {images} left out: {why}')
     if notes:
         warn('; '.join(notes))
 
@@ -297,6 +304,7 @@ class _Cube:
         dataset = _dataset(data, {'time', 'y', 'x'})
         self.sensor, self.nodata = sensor, nodata
         self.unit = None if unit == next(iter(sensor.units)) else unit
+        self.tags = tags_of(sensor.name, unit is not None, offset is not None)
         self.grid = _grid(dataset, corners)
         self.times = _times(dataset['time'])
         self.bands = _bands(dataset, sensor)
@@ -317,9 +325,9 @@ class _Cube:
         late = sum(baseline_of(baseline) >= 4 for baseline in self.baselines)
         if offset is None and late:
             warn(
-                f's2 has {late} acquisitions of processing baseline 04.00 and later, whose values '
-                'are 1,000 too high unless their source has harmonised them; give offset=-1000, '
-                'or 0 if it has'
+                f's2 has {counted(late, "acquisition", "acquisitions")} of processing baseline '
+                '04.00 and later, whose values are 1,000 too high unless their source has '
+                'harmonised them; give offset=-1000, or 0 if it has'
             )
         if hasattr(offset, 'dims'):
             return self._offsets_along_time(offset)
@@ -352,6 +360,7 @@ class _Cube:
                 grid=self.grid,
                 layers=[self._layer(*where[i]) for i in numbers],
                 nodata=self.tag,
+                tags=self.tags,
             )
             for key, numbers in groups.items()
         }
@@ -472,7 +481,11 @@ def _is(value: NDArray[Any], nodata: float) -> NDArray[np.bool_]:
 
 
 def write_bands(
-    path: Path, grid: Grid, layers: Sequence[Mapping[str, Any]], nodata: float
+    path: Path,
+    grid: Grid,
+    layers: Sequence[Mapping[str, Any]],
+    nodata: float,
+    tags: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Write layers of dask arrays (H, W), one a band, as a GeoTIFF, block by block."""
     bands = fuse(layers, nodata)
@@ -482,6 +495,7 @@ def write_bands(
     with whole(path) as temporary:
         with rasterio.open(temporary, 'w', **profile) as dst:
             dst.descriptions = tuple(bands)
+            dst.update_tags(**(tags or {}))
             targets = [_Band(path, dst, number, nodata) for number in range(1, len(bands) + 1)]
             with threads() as how:  # only threads share an open file
                 lock = threading.Lock()
@@ -490,7 +504,7 @@ def write_bands(
     if any(target.seen for target in targets):
         return Outcome()
     path.unlink()
-    return Outcome('have no pixel')
+    return Outcome('without a pixel')
 
 
 @dataclass

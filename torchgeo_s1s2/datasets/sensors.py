@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache
 from numbers import Real
@@ -14,6 +14,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 Offset = float | Mapping[str, float]
+
+UNIT, OFFSET = 'TORCHGEO_S1S2_UNIT', 'TORCHGEO_S1S2_OFFSET'
+"""Tags of images that are written here: the ``unit`` and ``offset`` that they are to be read with.
+
+What nobody told when an image was written, it does not say.
+"""
 
 
 def _unchanged(value: Array) -> Array:
@@ -95,15 +101,8 @@ SENSORS = {
         aliases={'rededge071': 'B05', 'rededge075': 'B06', 'rededge078': 'B07'}
         | {'blue': 'B02', 'green': 'B03', 'red': 'B04', 'rededge': 'B05', 'rededge1': 'B05'}
         | {'re1': 'B05', 'rededge2': 'B06', 're2': 'B06', 'rededge3': 'B07', 're3': 'B07'}
-        | {
-            'nir': 'B08',
-            'b08a': 'B8A',
-            'nir08': 'B8A',
-            'nir2': 'B8A',
-            'nirnarrow': 'B8A',
-            'narrownir': 'B8A',
-        }
-        | {'swir16': 'B11', 'swir1': 'B11', 'swir22': 'B12', 'swir2': 'B12'},
+        | {'nir': 'B08', 'nir08': 'B8A', 'nir2': 'B8A', 'nirnarrow': 'B8A', 'narrownir': 'B8A'}
+        | {'b08a': 'B8A', 'swir16': 'B11', 'swir1': 'B11', 'swir22': 'B12', 'swir2': 'B12'},
     ),
     's1': Sensor(
         's1',
@@ -124,6 +123,18 @@ told), ``db`` or ``amplitude``.
 
 SENSOR_BANDS = {name: sensor.bands for name, sensor in SENSORS.items()}
 """Bands of each sensor in the order of its files."""
+
+
+def tags_of(sensor: str, unit: bool = True, offset: bool = True) -> dict[str, str]:
+    """Tags of an image in the unit of the layout, to which no offset is to be added.
+
+    Args:
+        sensor: ``'s2'`` or ``'s1'``.
+        unit: Whether the unit is known.
+        offset: Whether it is known that none is left.
+    """
+    known = {UNIT: next(iter(SENSORS[sensor].units))} if unit else {}
+    return known | ({OFFSET: '0'} if offset and sensor == 's2' else {})
 
 
 def _orbit(name: str) -> Sensor:
@@ -174,6 +185,11 @@ class Reading:
         """What a file without a scale holds for a reflectance, with three decimals."""
         scale = 1 if self.unit == 'reflectance' else 1e4
         return round(value * scale - self.offset(time), 3) + 0.0  # and never -0
+
+    def of_file(self, tags: Mapping[str, str]) -> 'Reading':
+        """How a file is read after its tags, which are believed before what is given."""
+        unit = tags[UNIT] if tags.get(UNIT) in self.sensor.units else self.unit
+        return replace(self, unit=unit, offsets=() if OFFSET in tags else self.offsets)
 
     def physical(self, value: Array, scaled: bool) -> Array:
         """Values of a file in the physical unit, NaN where there is none.

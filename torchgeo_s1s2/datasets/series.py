@@ -34,7 +34,7 @@ from torchgeo_s1s2.datasets.plot import plot_series
 from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS, Grid, crs_of, mean, same_crs
 from torchgeo_s1s2.datasets.sensors import Array, Reading
 from torchgeo_s1s2.datasets.time_series import DateRule, Slots, series_report
-from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError, UnreadableError, warn
+from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError, UnreadableError, counted, warn
 
 Sample = dict[str, Any]
 
@@ -182,10 +182,12 @@ class SeriesDataset(GeoDataset):
             if not held.all():
                 self._slivers = self._index.geometry[~held]
                 self._index = self._index[held]
-                warn(
-                    f'{(~held).sum()} of {len(held)} rows of the index hold no pixel and are left '
-                    'out'
+                rows = counted(
+                    len(held),
+                    'row of the index holds no pixel and is',
+                    'rows of the index hold no pixel and are',
                 )
+                warn(f'{(~held).sum()} of {rows} left out')
         return self._index
 
     def __len__(self) -> int:
@@ -398,8 +400,11 @@ class SeriesDataset(GeoDataset):
         chosen = [p for p, why in zip(patches, self.report.reasons, strict=True) if not why]
         failed = Counter(filter(None, self.report.reasons))
         if failed:
-            why = '; '.join(f'{n} patches have {reason}' for reason, n in failed.most_common(3))
-            of = f'of the {len(patches)} patches of {self.title}'
+            why = '; '.join(
+                f'{counted(n, "patch has", "patches have")} {reason}'
+                for reason, n in failed.most_common(3)
+            )
+            of = f'of the {counted(len(patches), "patch", "patches")} of {self.title}'
             if not chosen:
                 leader, others = self.series.leader, [s for s in sensors if s != self.series.leader]
                 led = any(len(self.times_of(patch, leader)) for patch in patches)
@@ -408,7 +413,7 @@ class SeriesDataset(GeoDataset):
                     f'none {of} has the series {self.series}: {why}. Choose another series, or '
                     f'{mend}'
                 )
-            warn(f'{failed.total()} {of} are left out: {why}')
+            warn(f'{counted(failed.total(), f"{of} is", f"{of} are")} left out: {why}')
         return chosen
 
     @property
@@ -524,7 +529,8 @@ class SeriesDataset(GeoDataset):
 
     def _row(self, index: int, crop: tuple[int, int, int, int] | None = None) -> Sample:
         if not -len(self) <= index < len(self):
-            raise IndexError(f'index: {index} not found in dataset with {len(self)} patches')
+            patches = counted(len(self), 'patch', 'patches')
+            raise IndexError(f'index: {index} not found in dataset with {patches}')
         index %= len(self)
         grid, inside = self._target(index, crop)
         period = self._period(index)
@@ -588,8 +594,8 @@ class SeriesDataset(GeoDataset):
                 failed[f'{self.name_of(patch)}: {error}'] += 1
         if not chosen:
             raise NoSeriesError(
-                f'none of {len(failed)} patches has the series {self.series} from {period.start} '
-                f'to {period.stop}: {"; ".join(list(failed)[:3])}'
+                f'none of {counted(len(failed), "patch", "patches")} has the series {self.series} '
+                f'from {period.start} to {period.stop}: {"; ".join(list(failed)[:3])}'
             )
         with rasterio.Env(**GDAL_OPTIONS):
             canvas = self._filled(grid, chosen)
@@ -779,7 +785,11 @@ class SeriesUnion(UnionDataset):
             TypeError: If the index is a number, which has another meaning in each data set.
         """
         if not isinstance(index, slice | tuple):
-            raise TypeError('a union has no numbers; read its windows, or number its data sets')
+            raise TypeError(
+                f'{index!r} is no window; a union of data sets is read by these, as in '
+                'union[xmin:xmax, ymin:ymax] or with a sampler of TorchGeo. A patch has a number '
+                'in its own data set only: union.datasets[0][0] is the first of the first'
+            )
         if not (samples := [*self._samples(index)]):
             raise IndexError(f'index: {index} not found in dataset with bounds: {self.bounds}')
         sample: Sample = self.collate_fn(samples)

@@ -46,11 +46,11 @@ from torchgeo_s1s2.datasets.region import (
     write_bands,
     write_patch,
 )
-from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, in_order
+from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, in_order, tags_of
 from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import read_vectors
-from torchgeo_s1s2.errors import DataError, DownloadError, warn
+from torchgeo_s1s2.errors import DataError, DownloadError, counted, warn
 from torchgeo_s1s2.files import check_room, write_json
 
 WAITS = (1.0, 2.0, 4.0)
@@ -377,7 +377,7 @@ class SentinelRegion(Source):
                 notes.append(str(error))
         if not items and not notes:
             raise DataError(f'no item of {collection.collection} is of an {self.orbits} orbit')
-        told = f'{len(notes)} items are left out: {"; ".join(notes[:5])}'
+        told = f'{counted(len(notes), "item is", "items are")} left out: {"; ".join(notes[:5])}'
         if not items:
             raise DataError(f'no item of {collection.collection} can be used. {told}')
         if notes:
@@ -433,7 +433,7 @@ class SentinelRegion(Source):
         for name, image in bar:
             state.clouds[name] = image.cloud_share()
         cloudy = {n for n, share in state.clouds.items() if share > self.max_clouds}
-        state.left_out |= dict.fromkeys(cloudy, f'have more than {self.max_clouds:.0%} of clouds')
+        state.left_out |= dict.fromkeys(cloudy, f'with more than {self.max_clouds:.0%} of clouds')
 
     def _choose(
         self, images: '_Images', left_out: Mapping[str, str], series: DateRule | None
@@ -527,9 +527,11 @@ class StacImage:
     def __call__(self, path: Path) -> Outcome:
         """Write it, without items of which a file cannot be read."""
         outcome, notes = self._patiently(
-            lambda items: write_bands(path, self.grid, [self._bands(items)], self.tag)
+            lambda items: write_bands(
+                path, self.grid, [self._bands(items)], self.tag, tags_of(self.sensor)
+            )
         )
-        why = 'cannot be read' if outcome is None else outcome.left_out
+        why = 'that cannot be read' if outcome is None else outcome.left_out
         return Outcome(why, tuple(notes))
 
     def cloud_share(self) -> float:

@@ -34,10 +34,16 @@ from numpy.typing import NDArray
 from rasterio.transform import from_origin
 from tqdm import tqdm
 
-from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, image_name, reference_name
+from torchgeo_s1s2.datasets.catalog import (
+    GROUND_REFERENCE,
+    LABELS,
+    image_name,
+    list_label_files,
+    reference_name,
+)
 from torchgeo_s1s2.datasets.labels import label_content
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
-from torchgeo_s1s2.datasets.sensors import SENSORS
+from torchgeo_s1s2.datasets.sensors import SENSORS, tags_of
 from torchgeo_s1s2.datasets.time_series import check_at_least
 from torchgeo_s1s2.files import write_json
 
@@ -208,7 +214,8 @@ def write_synthetic(
         check_at_least(what, count, 2 if what == 'size' else 1)
     _claim(root, settings)
     places = _places(patches, size)
-    todo = [name for name in places if not (root / LABELS / f'{name}.json').exists()]
+    files, _ = list_label_files(root)
+    todo = [name for name in places if name not in files]
     hidden = not (progress and todo)
     for name in tqdm(todo, 'Writing synthetic patches', unit='patch', disable=hidden):
         _write_patch(root, name, *places[name], settings)
@@ -282,9 +289,9 @@ def _write_patch(
                 image: NDArray[Any] = _reflectance(rng, scene, day, settings['haze'])
             else:
                 image = _backscatter(rng, scene, day)
-            _write_raster(root / sensor / names[sensor][-1], image, grid)
+            _write_raster(root / sensor / names[sensor][-1], image, grid, tags_of(sensor))
     labels = scene.label.astype(np.uint8)
-    _write_raster(root / GROUND_REFERENCE / reference_name(name), labels[None], grid)
+    _write_raster(root / GROUND_REFERENCE / reference_name(name), labels[None], grid, {})
     content = label_content(names, grid.crs, np.unique(labels))
     write_json(root / LABELS / f'{name}.json', content)
 
@@ -407,7 +414,10 @@ def _backscatter(rng: np.random.Generator, scene: _Scene, day: int) -> NDArray[n
     return (mixed * speckle(rng, mixed.shape)).astype(np.float32)
 
 
-def _write_raster(path: Path, image: NDArray[np.generic], grid: Grid) -> None:
+def _write_raster(
+    path: Path, image: NDArray[np.generic], grid: Grid, tags: Mapping[str, str]
+) -> None:
     profile = {'driver': 'GTiff', 'compress': 'lzw', 'count': len(image), 'dtype': image.dtype.name}
     with rasterio.open(path, 'w', **profile, **vars(grid)) as dst:
         dst.write(image)
+        dst.update_tags(**tags)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from torchgeo_s1s2.errors import NoSeriesError
+from torchgeo_s1s2.errors import NoSeriesError, counted
 
 Times = NDArray[np.datetime64]
 Span = tuple[np.datetime64, np.datetime64]
@@ -154,7 +154,7 @@ class DateRule(ABC):
         seen = [t for t in times.values() if len(t)]
         if not seen:
             if self.missing != 'keep':
-                raise NoSeriesError('no acquisition at all')
+                raise NoSeriesError(f'no {_any_of(times)} acquisition')
             return dict.fromkeys(times, ((),) * self.length)
         span = min(t[0] for t in seen), max(t[-1] for t in seen)
         leader, usable = times[self.leader], self._usable(times)
@@ -218,7 +218,8 @@ class DateRule(ABC):
             chosen = chosen[np.argsort(np.abs(times[chosen] - slot.time), kind='stable')]
         if not len(chosen) and self.missing != 'keep':
             raise NoSeriesError(
-                f'no {sensor.upper()} date for {slot.name} within {self.s1_max_days} days'
+                f'no {sensor.upper()} date for {slot.name} within '
+                f'{counted(self.s1_max_days, "day", "days")}'
             )
         return tuple(sorted(chosen[: self.s1_per_slot].tolist()))
 
@@ -355,7 +356,9 @@ class EvenlySpaced(DateRule):
         distance = np.abs(times - target)
         nearest = int(distance.argmin())
         if distance[nearest] > self.max_days * _DAY:
-            raise NoSeriesError(f'no {self.leader.upper()} date within {self.max_days} days')
+            raise NoSeriesError(
+                f'no {self.leader.upper()} date within {counted(self.max_days, "day", "days")}'
+            )
         return nearest
 
 
@@ -537,7 +540,8 @@ class SeriesReport:
         """How many patches have the series, why others have none, and what each bound costs."""
         failed = Counter(filter(None, self.reasons))
         kept = len(self.reasons) - failed.total()
-        rows = [f'{kept:,} of {len(self.reasons):,} patches have the series']
+        patches = counted(len(self.reasons), 'patch has', 'patches have')
+        rows = [f'{kept:,} of {patches} the series']
         rows += [f'  {count:,} without: {reason}' for reason, count in failed.most_common()]
         for sensor, days in self.days.items():
             known = days[~np.isnan(days)]
@@ -545,12 +549,16 @@ class SeriesReport:
                 continue
             half, most = np.quantile(known, (0.5, 0.9), method='higher')
             rows.append(
-                f'{sensor.upper()} lies within {half:.0f} days of {self.rule.leader.upper()} in '
-                f'half of {len(known):,} slots, within {most:.0f} in 90 %, {known.max():.0f} in all'
+                f'{sensor.upper()} lies within {counted(int(half), "day", "days")} of '
+                f'{self.rule.leader.upper()} in half of {counted(len(known), "slot", "slots")}, '
+                f'within {most:.0f} in 90 %, {known.max():.0f} in all'
             )
             for bound in filter(lambda bound: bound < known.max(), BOUNDS):
-                slots, patches = self.cost(sensor, bound)
-                rows.append(f'  beyond {bound:2} days: {slots:,} slots in {patches:,} patches')
+                slots, own = self.cost(sensor, bound)
+                where = counted(own, 'patch', 'patches')
+                rows.append(
+                    f'  beyond {bound:2} days: {counted(slots, "slot", "slots")} in {where}'
+                )
         return '\n'.join(rows)
 
 
@@ -588,7 +596,10 @@ def _days_or_reason(
     except NoSeriesError as error:
         return str(error)
     if not any(any(slots[sensor]) for sensor in sensors):
-        return 'no acquisition at all'
+        dated = [sensor for sensor in sensors if len(times[sensor])]
+        if dated and len(times[rule.leader]):
+            return f'no {_any_of(dated)} acquisition in a slot'
+        return f'no {_any_of([rule.leader] if dated else sensors)} acquisition'
     lead = times[rule.leader]
     return {
         sensor: [
@@ -598,6 +609,11 @@ def _days_or_reason(
         for sensor, t in times.items()
         if sensor != rule.leader
     }
+
+
+def _any_of(sensors: Iterable[str]) -> str:
+    """Names of sensors in a sentence that says that there is none of them."""
+    return ' or '.join(map(str.upper, sensors))
 
 
 def check_kind(name: str, value: object, kinds: type | tuple[type, ...], example: str) -> None:

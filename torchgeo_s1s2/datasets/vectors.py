@@ -21,11 +21,16 @@ from rasterio.features import rasterize
 from rasterio.warp import transform_bounds
 from tqdm import tqdm
 
-from torchgeo_s1s2.datasets.catalog import GROUND_REFERENCE, LABELS, Catalog, reference_name
+from torchgeo_s1s2.datasets.catalog import (
+    GROUND_REFERENCE,
+    Catalog,
+    list_label_files,
+    reference_name,
+)
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_written, first_grid, open_raster
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError, warn
+from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError, counted, warn
 from torchgeo_s1s2.files import whole, write_json
 
 TAG = 'TORCHGEO_S1S2_POLYGONS'
@@ -96,15 +101,18 @@ def rasterize_labels(
     todo = [n for n, g in grids.items() if _is_outdated(catalog, n, g, made_of, overwrite)]
     dtype = 'uint8' if polygons['id'].max() < 256 else 'uint16'
     bare = [n for n in grids.keys() - {*todo} if not catalog.patches['classes'].iat[n]]
-    for number in tqdm(todo, 'Rasterizing labels', unit='patch', disable=not progress):
+    files, _ = list_label_files(catalog.root)
+    hidden = not (progress and todo)
+    for number in tqdm(todo, 'Rasterizing labels', unit='patch', disable=hidden):
         labels = _rasterized(polygons.iloc[found[number]], grids[number], all_touched, dtype)
-        _write(catalog, number, labels, grids[number], made_of)
+        listing = files[catalog.patch(number).name]
+        _write(catalog, number, labels, grids[number], made_of, listing)
         if not labels.any():
             bare.append(number)
     if bare:
         rule = '' if all_touched else ' at its centre (all_touched=True: anywhere)'
         warn(
-            f'{len(bare)} of {len(grids)} patches have no label, such as '
+            f'{len(bare)} of {counted(len(grids), "patch has", "patches have")} no label, such as '
             f'{catalog.patch(min(bare)).name}: no polygon of {file} meets a pixel of them{rule}'
         )
     return len(todo)
@@ -120,7 +128,7 @@ def read_polygons(
         raise DataError(f'{file} has no attribute {attribute!r}; it has {columns or "none"}')
     values = table[attribute].map(_key, na_action='ignore')
     shapes, notes = _valid(table.geometry)
-    notes[f'have no {attribute} and are left out'] = int(values.isna().sum())
+    notes[f'without {attribute}, left out'] = int(values.isna().sum())
     polygons = gpd.GeoDataFrame({'value': values}, geometry=shapes, crs=table.crs)
     return polygons[values.notna() & shapes.notna()], notes
 
@@ -146,7 +154,7 @@ def _polygons(
     ids = polygons['value'].map(known)
     unmapped = Counter(polygons['value'][ids.isna()])
     which = ', '.join(f'{value} ({n})' for value, n in unmapped.most_common(5))
-    notes[f'have a value that classes do not name and are left out: {which}'] = unmapped.total()
+    notes[f'of a value that classes do not name, left out: {which}'] = unmapped.total()
     said = say(file, notes)
     ranks = {_key(value): rank for rank, value in enumerate(order or ())}
     if unknown := sorted(ranks.keys() - {*polygons['value'], *known}):
@@ -224,8 +232,8 @@ def _valid(geometry: gpd.GeoSeries) -> tuple[gpd.GeoSeries, dict[str, int]]:
     shapes[broken] = shapes[broken].make_valid(method='structure', keep_collapsed=False)
     shapes = shapes.where(~shapes.is_empty)
     return shapes, {
-        'are invalid and mended': int((broken & shapes.notna()).sum()),
-        'are no polygons, or without area, and are left out': int(shapes.isna().sum()),
+        'invalid, mended': int((broken & shapes.notna()).sum()),
+        'without area or no polygon, left out': int(shapes.isna().sum()),
     }
 
 
@@ -282,14 +290,14 @@ def _rasterized(
     return labels
 
 
-def _write(catalog: Catalog, number: int, labels: NDArray[Any], grid: Grid, made_of: str) -> None:
+def _write(
+    catalog: Catalog, number: int, labels: NDArray[Any], grid: Grid, made_of: str, listing: Path
+) -> None:
     """Write the labels into the label file, then the raster, which tells that both are there."""
-    name = catalog.patch(number).name
-    usual = catalog.root / GROUND_REFERENCE / reference_name(name)
+    usual = catalog.root / GROUND_REFERENCE / reference_name(catalog.patch(number).name)
     path = catalog.ground_reference(number) or usual
     profile = {'driver': 'GTiff', 'count': 1, 'dtype': labels.dtype, 'nodata': 0}
     profile |= {'compress': 'deflate', 'tiled': max(labels.shape) > 512, **vars(grid)}
-    listing = catalog.root / LABELS / f'{name}.json'
     content = json.loads(listing.read_text())
     content['labels'] = ';'.join(map(str, np.unique(labels[labels > 0])))
     write_json(listing, content)

@@ -355,9 +355,8 @@ def _fit_channels(
     read = next((like.shape[1] for like in own.values() if like.ndim == 4), 0)
     for key, like in own.items():
         weight = weights.get(key)
-        if weight is None or weight.ndim != 4 or weight.shape[1] == like.shape[1]:
-            continue
-        if like.ndim != 4 or like.shape[1] != read:
+        reads = like.ndim == 4 and like.shape[1] == read
+        if weight is None or weight.ndim != 4 or not reads or weight.shape[1] == read:
             continue
         old, new = weight.shape[1], like.shape[1]
         sensor, columns = PRETRAINED.get(old, ('', []))

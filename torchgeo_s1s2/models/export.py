@@ -14,7 +14,6 @@ from torchgeo.datasets import DependencyNotFoundError
 from .encoder import SeriesEncoder, series_encoder
 
 _LEAST = 128  # pixels, which PAN's pyramid needs
-_REMEDY = '; use another architecture, such as Unet'
 _AXES = {'batch': 0, 'slots': 1, 'height': 3, 'width': 4}
 
 
@@ -81,15 +80,18 @@ def export_onnx(model: nn.Module, path: str | Path) -> None:
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
-        raise RuntimeError(f'{_refusal(model)} PyTorch cannot convert it{_REMEDY}') from error
+        raise _refused(model, 'PyTorch cannot convert it') from error
     assert onnx_program is not None
     _check_runtime(here, onnx_program.model_proto.SerializeToString())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     onnx_program.save(path, external_data=False)
 
 
-def _refusal(model: nn.Module) -> str:
-    return f'cannot export {type(model).__name__} with free sizes:'
+def _refused(model: nn.Module, why: str) -> RuntimeError:
+    return RuntimeError(
+        f'cannot export {type(model).__name__} with free sizes: {why}; use another architecture, '
+        'such as Unet'
+    )
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -132,13 +134,12 @@ def _check_runtime(model: nn.Module, file: bytes) -> None:
     try:
         (logits,) = onnxruntime.InferenceSession(file).run(None, {'image': image.numpy()})
     except Exception as error:  # its own have no class of their own
-        raise RuntimeError(f'{_refusal(model)} ONNX Runtime cannot run it{_REMEDY}') from error
+        raise _refused(model, 'ONNX Runtime cannot run it') from error
     expected = model(image)
     difference = (expected - torch.from_numpy(logits)).abs().max().item()
     # The runtime computes in the file's precision; what the model rounds more is not its fault.
     epsilon = max(torch.finfo(expected.dtype).eps, 1e-6)
     if not difference <= 100 * epsilon * max(1, expected.abs().max().item()):
-        raise RuntimeError(
-            f'{_refusal(model)} ONNX Runtime differs from it by {difference:.2g} for an image of '
-            f'shape {tuple(image.shape)}{_REMEDY}'
-        )
+        shape = tuple(image.shape)
+        why = f'ONNX Runtime differs from it by {difference:.2g} for an image of shape {shape}'
+        raise _refused(model, why)

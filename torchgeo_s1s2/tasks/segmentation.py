@@ -1,15 +1,17 @@
 """Semantic segmentation of Sentinel-1 and Sentinel-2 time series."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from torchgeo_s1s2.models import (
     spatial_encoder,
 )
 from torchgeo_s1s2.tasks.metrics import SegmentationScores, is_labelled
-from torchgeo_s1s2.tasks.weights import load_weights, trained_classes
+from torchgeo_s1s2.tasks.weights import load_weights, trained_classes, trained_ground
 
 _STAGES = ('train', 'val', 'test')
 _NEVER = -100.0  # a logit whose probability is 0
@@ -125,7 +127,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         recompute_gates = bool(recompute_gates or checkpoint)
         self._classes: list[str] | None = None
         self._pretrained_classes: list[str] | None = None
+        self._pretrained_ground = ''
         self._tally: dict[str, Tensor] = {}
+        self._optimized: list[int] = []
         super().__init__(weights=weights)  # TorchGeo takes all arguments from this call's frame
         # PyTorch refuses checkpoints with numbers of NumPy.
         numbers: Any = np.generic, np.ndarray
@@ -172,6 +176,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                     "series, such as 'vgg16_convlstm_inception'"
                 )
             encoder.set_recompute_gates(True)
+        self.model.is_initial = not self.weights
+        self.model.register_load_state_dict_post_hook(_loaded)
 
     def _configure_smp(self) -> None:
         self.model = smp.create_model(
@@ -183,7 +189,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             **(self.hparams['model_kwargs'] or {}),
         )
         if self.weights and self.weights is not True:
-            self._pretrained_classes = load_weights(self.model, self.weights)
+            checkpoint = load_weights(self.model, self.weights)
+            self._pretrained_classes = trained_classes(checkpoint)
+            self._pretrained_ground = trained_ground(checkpoint)
         if self.hparams['freeze_backbone']:
             freeze(spatial_encoder(self.model))
         if self.hparams['freeze_decoder']:
@@ -230,11 +238,8 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             ValueError: If the numbers of classes, channels or time slots or the names of the
                 classes differ, or no training pixel has a label.
         """
-        if stage != 'fit' and self._checkpoint == '' and not self.weights:
-            _warn(
-                f'torchgeo {TrainerFn(stage).value} without --ckpt_path uses initial weights, '
-                'which have learned nothing; give the checkpoint of a training'
-            )
+        if stage == 'fit':
+            self.model.is_initial, self._optimized = False, []
         data = self._data
         balanced = self.hparams['class_weights'] == 'balanced'
         if data is None:
@@ -245,6 +250,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                 )
             return
         self._check_data(data)
+        data.add_trained_ground(self._pretrained_ground)
         if self._is_multiclass:
             self._take_names(list(data.classes.names), fit=stage == 'fit')
         if stage == 'fit':
@@ -257,6 +263,48 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                     'have the weight 0, so nothing would be learned'
                 )
 
+    def on_fit_start(self) -> None:
+        """Check that what learns is what learned in the checkpoint that the fit goes on with.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        own = _sizes(g for optimizer in self.trainer.optimizers for g in optimizer.param_groups)
+        if self._optimized and self._optimized != own:
+            raise ValueError(
+                f'{self._optimized} tensors learned in the checkpoint, by groups of its optimizer, '
+                f'and {own} learn here. Give the callbacks of that training, such as '
+                'GradualUnfreezing, and freeze what it froze; to train otherwise, load the '
+                'checkpoint as weights of the task'
+            )
+
+    def on_validation_start(self) -> None:
+        """Warn of weights that have learned nothing."""
+        if getattr(self.model, 'is_initial', False):  # not one that was put in its place
+            _warn(
+                'no checkpoint was loaded: the weights are initial ones, which have learned '
+                'nothing. Give the checkpoint of a training, as --ckpt_path of a command'
+            )
+
+    on_test_start = on_validation_start
+
+    def on_predict_start(self) -> None:
+        """Warn of weights that have learned nothing, and of predictions that nothing keeps."""
+        self.on_validation_start()
+        if self._drops_predictions:
+            _warn(
+                'nothing keeps the predictions. To write maps, add to trainer.callbacks: '
+                '{class_path: torchgeo_s1s2.callbacks.GeoTIFFWriter}, or SceneWriter for windows '
+                'of scenes'
+            )
+
+    @property
+    def _drops_predictions(self) -> bool:
+        """Whether neither the caller nor a hook can keep the predictions."""
+        is_returned = self.trainer.predict_loop.return_predictions and self._command is None
+        parts = self, *getattr(self.trainer, 'callbacks', ())
+        return not is_returned and not any(map(_may_keep_predictions, parts))
+
     @property
     def _data(self) -> SeriesDataModule | None:
         """The data module, if it is one of this package."""
@@ -264,11 +312,17 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         return datamodule if isinstance(datamodule, SeriesDataModule) else None
 
     @property
-    def _checkpoint(self) -> str | None:
-        """``--ckpt_path`` of the command line, empty without that; None without a command."""
+    def _command(self) -> Any:
+        """Arguments of a subcommand of the command line, None without one."""
         callbacks = getattr(self._trainer, 'callbacks', ())
         commands = (c.config for c in callbacks if isinstance(c, SaveConfigCallback))
-        return next((str(c.ckpt_path or '') for c in commands if 'ckpt_path' in c), None)
+        return next((c for c in commands if 'ckpt_path' in c), None)
+
+    @property
+    def _checkpoint(self) -> str:
+        """File given as ``--ckpt_path``, of which a command takes the model's arguments, or ''."""
+        path = str(getattr(self._command, 'ckpt_path', None) or '')
+        return path if Path(path).is_file() else ''
 
     def _take_names(self, names: list[str], fit: bool) -> None:
         """Check the names of the data's classes, and name the metrics by them."""
@@ -318,6 +372,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         if theirs != own.keys():
             checkpoint['state_dict'] = {k: v for k, v in state.items() if k not in theirs} | own
         self._classes = trained_classes(checkpoint)
+        if getattr(self._trainer, 'training', False):
+            states = checkpoint.get('optimizer_states', [])
+            self._optimized = _sizes(g for state in states for g in state['param_groups'])
         if self._data and self._is_multiclass:
             self._check_classes(list(self._data.classes.names))
         given = [argument for argument in sys.argv if argument.startswith('--model')]
@@ -545,23 +602,43 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
     def _check_data(self, data: SeriesDataModule) -> None:
         """The numbers of both sides; an encoder of series takes any number of slots."""
         classes, given = len(data.classes), dict(data.channels)
+        model = 'the model'
+        if self._checkpoint:
+            model += f' of {self._checkpoint} (whose arguments replace those of the configuration)'
         if self._is_multiclass and self.hparams['num_classes'] != classes:
             raise ValueError(
-                f'the model has num_classes={self.hparams["num_classes"]}, the data have {classes} '
+                f'{model} has num_classes={self.hparams["num_classes"]}, the data have {classes} '
                 'classes; give model and data the same number'
             )
         length, channels = data.series_length, sum(given.values())
         encoder, in_channels = series_encoder(self.model), self.hparams['in_channels']
         if encoder is None and in_channels != length * channels:
             raise ValueError(
-                f'the model has in_channels={in_channels}, the data give {length} time slots x '
+                f'{model} has in_channels={in_channels}, the data give {length} time slots x '
                 f'{channels} channels = {length * channels}; set in_channels to that'
             )
         if encoder is not None and list(encoder.sensors.items()) != list(given.items()):
             raise ValueError(
-                f'backbone {self.hparams["backbone"]!r} reads {encoder.sensors} channels, the data '
-                f'give {given}; use the backbone for these sensors and bands'
+                f'{model} has the backbone {self.hparams["backbone"]!r}, which reads '
+                f'{encoder.sensors} channels, the data give {given}; use the backbone for these '
+                'sensors and bands'
             )
+
+
+def _may_keep_predictions(part: Callback | LightningModule) -> bool:
+    """Whether a part of a run writes predictions, or has a hook of its own that sees them."""
+    names = 'predict_step', 'on_predict_batch_end', 'on_predict_epoch_end', 'on_predict_end'
+    hooks = [getattr(part, name) for name in names if hasattr(part, name)]
+    known = all(hook.__module__.startswith(('lightning.', __name__)) for hook in hooks)
+    return isinstance(part, BasePredictionWriter) or not known
+
+
+def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
+    return [len(group['params']) for group in groups]
+
+
+def _loaded(model: Any, keys: Any) -> None:
+    model.is_initial = False
 
 
 def _mask(batch: Sample, expected: torch.Size) -> Tensor:

@@ -17,7 +17,7 @@ from torchgeo_s1s2.models.fuselstm import PREFIXES
 from torchgeo_s1s2.models.norm import share_with_steps
 
 
-def load_weights(model: Any, weights: WeightsEnum | str | Path) -> list[str] | None:
+def load_weights(model: Any, weights: WeightsEnum | str | Path) -> Mapping[str, Any]:
     """Load weights into a model of smp.
 
     Everything of a checkpoint that fits by name and shape is loaded; what does not is said.
@@ -29,7 +29,7 @@ def load_weights(model: Any, weights: WeightsEnum | str | Path) -> list[str] | N
             of a backbone from TorchGeo.
 
     Returns:
-        Names of the classes that the checkpoint of a task was trained on, if it says so.
+        The checkpoint, empty for a weight enum.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -39,7 +39,7 @@ def load_weights(model: Any, weights: WeightsEnum | str | Path) -> list[str] | N
     if isinstance(weights, str) and Path(weights).exists():
         checkpoint = _read(weights)
         _load_fitting(model, _named_as_in(model, checkpoint, weights), weights)
-        return trained_classes(checkpoint)
+        return checkpoint
     if isinstance(weights, str) and weights.endswith(('.ckpt', '.pt', '.pth')):
         raise FileNotFoundError(f'there is no checkpoint {weights}; correct the path in weights')
     try:
@@ -51,13 +51,19 @@ def load_weights(model: Any, weights: WeightsEnum | str | Path) -> list[str] | N
         ) from error
     state = enum.get_state_dict(progress=True, check_hash=True, weights_only=True)
     model.encoder.load_state_dict(state)
-    return None
+    return {}
 
 
 def trained_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
     """Names of the classes that a checkpoint of the task was trained on, if it says so."""
     names = checkpoint.get('classes') or checkpoint.get('hyper_parameters', {}).get('labels')
     return list(names) if names else None
+
+
+def trained_ground(checkpoint: Mapping[str, Any]) -> str:
+    """Ground that a checkpoint was trained on, as its data module said it, '' if it did not."""
+    states = (state for state in checkpoint.values() if isinstance(state, Mapping))
+    return next((str(state['ground']) for state in states if 'ground' in state), '')
 
 
 def _read(path: str) -> Mapping[str, Any]:
