@@ -317,6 +317,23 @@ KINDS: dict[str, tuple[str, str, Callable[[np.ndarray, str], Any], dict, str, di
         's2', 'int16', lambda v, d: np.where(np.arange(8) < 3, -9999, v), {},
         "nodata={'s2': -9999}", {'nodata': {'s2': -9999}},
     ),
+    'zeros without a tag': (
+        's2', 'int16', lambda v, d: np.where(np.arange(8) < 3, 0, v), {},
+        "37.5% of the pixels of Sentinel-2 hold 0 in all bands.*nodata={'s2': 0}",
+        {'nodata': {'s2': 0}},
+    ),
+    'zeros without a tag below an offset': (
+        's2', 'int16', lambda v, d: np.where(np.arange(8) < 3, 0, v + 1000), {'offset': -1000},
+        "hold 0 in all bands", {'nodata': {'s2': 0}, 'offset': -1000},
+    ),
+    'the highest number of 16 bits': (
+        's2', 'float32', lambda v, d: np.where(np.arange(8) < 1, 32767, v * 1.0), {},
+        "nodata={'s2': 32767}", {'nodata': {'s2': 32767}},
+    ),
+    'no data without a tag below an offset': (
+        's2', 'int16', lambda v, d: np.where(np.arange(8) < 1, -9999, v + 1000), {'offset': -1000},
+        "nodata={'s2': -9999}", {'nodata': {'s2': -9999}, 'offset': -1000},
+    ),
     'the lowest number': (
         's2', 'float32', lambda v, d: np.where(np.arange(8) < 3, LOWEST, v), {},
         r"nodata={'s2': -3.40282e\+38}", {'nodata': {'s2': -3.40282e38}},

@@ -164,6 +164,18 @@ def test_masks_are_obeyed(tmp_path: Path, how: str, dtype: str, tag: float | Non
     np.testing.assert_allclose(sample['image'][0].numpy(), expected, rtol=1e-5)
 
 
+def test_each_band_may_have_a_mask_of_its_own(tmp_path: Path) -> None:
+    read(tmp_path)
+    mask = np.full((10, 8, 8), 255, np.uint8)
+    mask[3, :, :4] = 0
+    beside = tmp_path / 's2' / f'31UEQ_{DAY}_S2_0_0.tif.msk'
+    flags = {f'INTERNAL_MASK_FLAGS_{band}': '0' for band in range(1, 11)}
+    write_raster(beside, mask, *ORIGINS['31UEQ'], tags=flags)
+    image = MultiSenGE(tmp_path, 'all', EvenlySpaced(n=1))[0]['image'][0, :10].numpy()
+    check_halves(image[3], 0.1)
+    assert np.isfinite(np.delete(image, 3, 0)).all()
+
+
 def test_an_infinite_pixel_is_missing_in_its_image_only(tmp_path: Path) -> None:
     image = np.full((2, 8, 8), 0.1, np.float32)
     image[0, 5, 5], image[1, 0, 0] = INF, -INF
@@ -329,6 +341,10 @@ ORDERS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     '12 named': (ESA, ESA),
     'short and lower': (ESA, tuple(name.lower().replace('b0', 'b') for name in ESA)),
     'with their colours': (ESA, tuple(f'{name} - of the sensor' for name in ESA)),
+    'by number': (ESA[::-1], tuple(name[1:] for name in ESA[::-1])),
+    'four by number': (FOUR, tuple(f'Band {int(name[1:])}' for name in FOUR)),
+    'counted': (ESA, tuple(f'Band {i}' for i in range(1, 13))),
+    'with a zero too many': (ESA, tuple(name.replace('B8A', 'B08A') for name in ESA)),
     'common names': (ESA, STAC),
     'named in part': (ESA, tuple('vegetation' if n in ('B05', 'B06') else n for n in ESA)),
     '12 unnamed': (ESA, None),
@@ -548,3 +564,14 @@ def test_a_raster_that_covers_a_part_leaves_the_rest_missing(tmp_path: Path) -> 
 def test_a_raster_that_the_faster_driver_does_not_know_is_read(tmp_path: Path, bits: int) -> None:
     image = np.full((10, 8, 8), 1000, np.uint16)
     check_halves(read(tmp_path, image, options={'s2_options': {'nbits': bits}})['s2'], 0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    'kind', [{'BIGTIFF': 'YES'}, {'ENDIANNESS': 'BIG', 'compress': 'packbits'}], ids=str
+)
+@pytest.mark.parametrize(('dtype', 'tag'), [('uint16', 65535), ('int16', -9999)])
+def test_what_the_faster_driver_overlooks_counts(
+    tmp_path: Path, kind: dict[str, str], dtype: str, tag: int
+) -> None:
+    options = {'s2_options': {'nodata': tag, **kind}}
+    check_halves(read(tmp_path, half(tag, dtype), options=options)['s2'], 0.1)

@@ -14,6 +14,7 @@ _DARK, _BRIGHT = 0.01, 1.5
 # Of a single pixel: what stands for none, such as -9999, lies further below 0 than a correction of
 # relief or haze that overshoots, and no cloud or roof is as bright.
 _LEAST, _MOST = -0.9, 5.0
+_ALIKE = 0.01  # share of the pixels in which all bands hold one value that is no reflectance
 # Lowest reflectance of an image whose values are 1,000 too high: shadows, water and forest have
 # 0 to 0.05 in some band, which the offset of processing baseline 04.00 makes 0.1 to 0.2.
 _OFFSET_FLOOR = 0.095, 0.2
@@ -34,6 +35,7 @@ def check_values(
     mean: Mapping[str, Sequence[float]],
     span: Mapping[str, tuple[float, float]],
     floors: Sequence[Floor],
+    alike: Mapping[float, float],
     offset_given: bool,
 ) -> None:
     """Compare statistics of training images with what their sensors can measure.
@@ -43,6 +45,7 @@ def check_values(
         mean: Mean of each band by sensor.
         span: Lowest and highest value by sensor.
         floors: Of Sentinel-2 images.
+        alike: Share of the pixels in which all bands of Sentinel-2 hold a value of the files.
         offset_given: Whether somebody said what the offset is.
 
     Raises:
@@ -54,7 +57,15 @@ def check_values(
         why = '' if reading.raw else look(reading, mean[name], *span[name])
         if why:
             raise ImplausibleValuesError(why)
-    if not offset_given and 's2' in readings and not readings['s2'].raw:
+    if 's2' not in readings or readings['s2'].raw:
+        return
+    value = max(alike, key=lambda v: alike[v], default=0.0)
+    if alike.get(value, 0) > _ALIKE:
+        raise ImplausibleValuesError(
+            f'{alike[value]:.1%} of the pixels of Sentinel-2 hold {value:g} in all bands, which '
+            f"seems to stand for none: give nodata={{'s2': {value:g}}}, or tag it in the files"
+        )
+    if not offset_given:
         _check_offset(floors)
 
 
@@ -65,7 +76,7 @@ def _reflectance(reading: Reading, mean: Sequence[float], lowest: float, highest
         return f'{seen}: the offset takes away too much; leave offset out, or give it by day'
     if lowest < _LEAST or (highest > _MOST and (high < _BRIGHT or highest > 2**16)):
         odd = lowest if lowest < _LEAST else highest
-        stored = odd if reading.unit == 'reflectance' else odd * 1e4
+        stored = reading.stored_value(odd, np.datetime64('now'))
         return f'{seen}{_stands_for_none(reading, odd, stored)}'
     if high < _DARK:
         return (

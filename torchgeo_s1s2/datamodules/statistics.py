@@ -237,6 +237,7 @@ def _image_statistics(windows: _Windows, num_workers: int, progress: bool = True
     count, total, squares = torch.zeros(3, len(bands), dtype=torch.float64)
     lowest = torch.full((len(bands),), torch.inf)
     highest, floors, replaced = -lowest, list[Floor](), set[int]()
+    alike = Counter[float]()
     for sample in windows.read('Computing statistics', num_workers, progress):
         image = sample['image']
         if image.shape[1] != len(bands):
@@ -253,6 +254,7 @@ def _image_statistics(windows: _Windows, num_workers: int, progress: bool = True
         high = image.nan_to_num(-torch.inf).amax((2, 3))
         lowest, highest = lowest.minimum(low.amin(0)), highest.maximum(high.amax(0))
         floors += _floors(dataset, sample['acquisition_times'], low, high)
+        alike.update(_alike(dataset, sample['acquisition_times'], image))
     unseen = [band for band, n in zip(bands, count, strict=True) if not n]
     if unseen:
         raise DataError(
@@ -267,7 +269,8 @@ def _image_statistics(windows: _Windows, num_workers: int, progress: bool = True
         means[sensor] = average.tolist()
         span[sensor] = float(low.min()), float(high.max())
     given = any(reading.offsets for reading in dataset.readings.values())
-    check_values(dataset.readings, means, span, floors, given)
+    shares = {value: n / int(count[0]) for value, n in alike.items()}
+    check_values(dataset.readings, means, span, floors, shares, given)
     return {
         'bands': bands,
         'mean': mean.tolist(),
@@ -283,6 +286,22 @@ def _floors(dataset: SeriesDataset, times: Tensor, low: Tensor, high: Tensor) ->
         lowest, highest = low[:, :channels].amin(1), high[:, :channels].amax(1)
         seen = (times[:, column] >= 0) & (highest - lowest > 0.05)
         yield from map(Floor, times[seen, column].tolist(), lowest[seen].tolist())
+
+
+def _alike(dataset: SeriesDataset, times: Tensor, image: Tensor) -> dict[float, int]:
+    """Values of files that no ground has in all bands of Sentinel-2, with their pixels."""
+    if len(dataset.bands.get('s2', ())) < 2:
+        return {}
+    reading, series = dataset.readings['s2'], image[:, : len(dataset.bands['s2'])]
+    low = series.amin(1)
+    odd = (low == series.amax(1)) & ((low <= 0) | (low > 2))
+    found = Counter[float]()
+    for t in odd.flatten(1).any(1).nonzero().flatten().tolist():
+        time = np.datetime64(int(times[t, dataset.sensors.index('s2')]), 's')
+        values, pixels = low[t][odd[t]].unique(return_counts=True)
+        for value, n in zip(values.tolist(), pixels.tolist(), strict=True):
+            found[reading.stored_value(value, time)] += n
+    return found
 
 
 def count_labels(

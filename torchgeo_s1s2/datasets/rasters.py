@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -185,6 +185,8 @@ def _open(path: Path, sidecars: bool) -> rasterio.DatasetReader:
     if sidecars:
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN='TRUE'):
             return rasterio.open(path)
+    if not _is_classic(path):
+        return rasterio.open(path)
     try:
         # GDAL's own reader takes three quarters of the time that libtiff does, of most GeoTIFFs.
         src = rasterio.open(path, driver='LIBERTIFF')
@@ -196,6 +198,16 @@ def _open(path: Path, sidecars: bool) -> rasterio.DatasetReader:
     masked = MaskFlags.per_dataset in other.mask_flag_enums[0]
     (src if masked else other).close()
     return other if masked else src
+
+
+def _is_classic(path: Path) -> bool:
+    """Whether a file begins as a little-endian TIFF of 32 bits.
+
+    Of others the faster reader overlooks tags of no data and the order of bytes.
+    """
+    with suppress(OSError), path.open('rb') as file:
+        return file.read(4) == b'II*\0'
+    return False
 
 
 def read_grid(path: Path, sidecars: bool = False) -> Grid:
@@ -355,22 +367,23 @@ def _indexes(
 
     A band with a name of the sensor is none of transparency, whatever its colour is.
     """
-    sensor, texts, alpha = reading.sensor, src.descriptions, _alpha(src)
+    sensor, texts, alpha = reading.sensor, _names(src.descriptions), _alpha(src)
     names = {i: sensor.band(text) for i, text in enumerate(texts, 1)}
     if alpha and (names[alpha] or len(reading.file_bands) == src.count):
         alpha = None
     data = [i for i in names if i != alpha]
     at = {name: i for i, name in names.items() if name}
     if len(at) < sum(map(bool, names.values())):
-        raise DataError(f'{path} names a band twice: {texts}; mend its descriptions')
+        raise DataError(f'{path} names a band twice: {src.descriptions}; mend its descriptions')
     expected = reading.file_bands or sensor.bands
     said = dict(zip(expected, data, strict=False)) if len(expected) == len(data) else {}
-    foreign = not reading.file_bands and _tell_apart([texts[i - 1] for i in data])
+    others = {texts[i - 1] for i in data} - {None}
+    foreign = not reading.file_bands and len(others) == len(data)
     if not at and (foreign or not said):
         raise DataError(
-            f'{path} has {len(data)} bands of which no name is known ({texts}), expected '
-            f'{len(expected)}: {", ".join(expected)}. Say which bands they are, in order, as '
-            f'in file_bands={{{sensor.name!r}: [...]}}'
+            f'{path} has {len(data)} bands of which no name is known ({src.descriptions}), '
+            f'expected {len(expected)}: {", ".join(expected)}. Say which bands they are, in order, '
+            f'as in file_bands={{{sensor.name!r}: [...]}}'
         )
     lacking = [band for band in reading.bands if band not in at]
     if lacking and (reading.file_bands or not at) and at.items() <= said.items():
@@ -385,10 +398,14 @@ def _indexes(
     return [at[band] for band in reading.bands], alpha
 
 
-def _tell_apart(texts: Sequence[str | None]) -> bool:
-    """Whether descriptions name each band, and not only its number."""
-    named = [text for text in texts if text and not re.fullmatch(r'(band)?\W*\d+', text, re.I)]
-    return len(named) == len(set(named)) == len(texts)
+def _names(texts: Sequence[str | None]) -> list[str | None]:
+    """Descriptions without those that count the bands; other numbers are of Sentinel-2's bands."""
+    told = {i: re.fullmatch(r'(?:band)?\W*0*(\d+a?)', t, re.I) for i, t in enumerate(texts) if t}
+    numbers = {i: match[1] for i, match in told.items() if match}
+    if len(numbers) < len(told):
+        return [text or None for text in texts]
+    counts = any(all(n == str(i + first) for i, n in numbers.items()) for first in (0, 1))
+    return [None if counts or i not in numbers else f'B{numbers[i]}' for i in range(len(texts))]
 
 
 def _values(
@@ -414,6 +431,7 @@ def _values(
     # GDAL takes transparency for a mask, but not beside a tag.
     kinds_of_mask = {flag for i in indexes for flag in flags[i - 1]}
     masked = MaskFlags.per_dataset in kinds_of_mask and MaskFlags.alpha not in kinds_of_mask
+    masked |= any(not flags[i - 1] for i in indexes)  # each band has a mask of its own
     if 'u' in kinds and nodata < 0:
         nodata = 0  # as in ESA's products, whose type has no other
     for tag in {tags[i - 1] for i in indexes} - ({None} if masked or alpha else set()):

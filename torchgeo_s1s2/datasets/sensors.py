@@ -102,7 +102,7 @@ SENSORS = {
         | {'blue': 'B02', 'green': 'B03', 'red': 'B04', 'rededge': 'B05', 'rededge1': 'B05'}
         | {'re1': 'B05', 'rededge2': 'B06', 're2': 'B06', 'rededge3': 'B07', 're3': 'B07'}
         | {'nir': 'B08', 'nir08': 'B8A', 'nir2': 'B8A', 'nirnarrow': 'B8A', 'narrownir': 'B8A'}
-        | {'swir16': 'B11', 'swir1': 'B11', 'swir22': 'B12', 'swir2': 'B12'},
+        | {'b08a': 'B8A', 'swir16': 'B11', 'swir1': 'B11', 'swir22': 'B12', 'swir2': 'B12'},
     ),
     's1': Sensor(
         's1',
@@ -180,6 +180,11 @@ class Reading:
         """What is added to the values of an acquisition."""
         known = (value for day, value in reversed(self.offsets) if np.datetime64(day) <= time)
         return next(known, 0.0)
+
+    def stored_value(self, value: float, time: np.datetime64) -> float:
+        """What a file without a scale holds for a reflectance, with three decimals."""
+        scale = 1 if self.unit == 'reflectance' else 1e4
+        return round(value * scale - self.offset(time), 3) + 0.0  # and never -0
 
     def of_file(self, tags: Mapping[str, str]) -> 'Reading':
         """How a file is read after its tags, which are believed before what is given."""
