@@ -53,8 +53,8 @@ def write_days(root: Path, *days: str) -> None:
 
 
 def numbered(root: Path, **options: Any) -> MultiSenGE:
-    rule = options.pop('series', EvenlySpaced(n=1))
-    return MultiSenGE(root, 'all', rule, sensors=['s2'], bands=['B02'], raw=True, **options)
+    options = {'series': EvenlySpaced(n=1), 'raw': True} | options
+    return MultiSenGE(root, 'all', sensors=['s2'], bands=['B02'], **options)
 
 
 @pytest.fixture(scope='module')
@@ -219,6 +219,14 @@ def test_an_index_without_patches_or_times_is_refused(
     for part in (dataset, dataset | numbered(ground)):
         with pytest.raises(ValueError, match='must keep their columns "patch" and "name"'):
             part.index = change(part.index)
+    assert len(dataset) == 8
+
+
+@pytest.mark.parametrize('shift', [1, 100])
+def test_an_index_from_before_patches_were_added_is_refused(ground: Path, shift: int) -> None:
+    dataset = numbered(ground)
+    with pytest.raises(ValueError, match=r'of the index is .*, which is another one here'):
+        dataset.index = dataset.index.assign(patch=dataset.index['patch'] + shift)
     assert len(dataset) == 8
 
 
@@ -391,8 +399,9 @@ def test_what_does_not_fit_is_not_joined(ground: Path, three: list[MultiSenGE]) 
             one & other
         with pytest.raises(TypeError, match='Raster is no data set of series'):
             one | other
-    with pytest.raises(ValueError, match='samples of the two data sets differ'):
-        a | numbered(ground, series=EvenlySpaced(n=2, missing='keep'))
+    for change in ({'series': EvenlySpaced(n=2, missing='keep')}, {'raw': False}):
+        with pytest.raises(ValueError, match='samples of the two data sets differ'):
+            a | numbered(ground, **change)
 
 
 def test_a_crs_in_degrees_has_its_resolution_in_degrees(ground: Path) -> None:

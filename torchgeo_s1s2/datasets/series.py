@@ -167,11 +167,23 @@ class SeriesDataset(GeoDataset):
     @index.setter
     def index(self, index: gpd.GeoDataFrame) -> None:
         index = _restored(index, list(self._index.columns), self.crs)
+        self._check_names(index)
         if len(index) and index.crs != self.crs:
             self._res = self._res_in(index.crs, int(index['patch'].iat[0]))
         self._index, self._checked = index, False
         self._slivers = index.geometry[:0]
         len(self)  # says what is left out
+
+    def _check_names(self, index: gpd.GeoDataFrame) -> None:
+        """Refuse rows of another data set, or of this one before patches were added to it."""
+        for patch, name in zip(index['patch'], index['name'], strict=True):
+            with suppress(IndexError):
+                if f'{name}_'.startswith(f'{self.name_of(int(patch))}_'):  # or a piece of it
+                    continue
+            raise ValueError(
+                f'patch {patch} of the index is {name!r}, which is another one here; give rows of '
+                'the index of this data set as it is now'
+            )
 
     @property
     def _rows(self) -> gpd.GeoDataFrame:
@@ -743,7 +755,7 @@ class SeriesUnion(UnionDataset):
 
         Args:
             dataset1: A data set of series, or a union.
-            dataset2: Another one, of the same bands, classes and number of slots.
+            dataset2: Another one, of the same bands, classes, number of slots and units.
             transforms: Function applied to each sample.
 
         Raises:
@@ -754,7 +766,7 @@ class SeriesUnion(UnionDataset):
         if described[0] != described[1]:
             raise ValueError(
                 f'samples of the two data sets differ: {described[0]} and {described[1]}; give '
-                'both the same bands, classes and number of slots'
+                'both the same bands, classes, number of slots and raw'
             )
         self._bands: Mapping[str, Sequence[str]] = described[0][0]
         super().__init__(dataset1, dataset2, self._merge, transforms)
@@ -849,7 +861,8 @@ def _description(dataset: GeoDataset) -> tuple[Any, ...]:
         return _description(dataset.datasets[0])
     if not isinstance(dataset, SeriesDataset):
         raise TypeError(f'{type(dataset).__name__} is no data set of series; it cannot be joined')
-    return dataset.bands, dataset.classes.names, dataset.series.length
+    raw = {name for name, reading in dataset.readings.items() if reading.raw}
+    return dataset.bands, dataset.classes.names, dataset.series.length, raw
 
 
 def _pair(res: float | Sequence[float]) -> tuple[float, float]:
