@@ -53,8 +53,8 @@ def write_days(root: Path, *days: str) -> None:
 
 
 def numbered(root: Path, **options: Any) -> MultiSenGE:
-    options = {'series': EvenlySpaced(n=1), 'raw': True} | options
-    return MultiSenGE(root, 'all', sensors=['s2'], bands=['B02'], **options)
+    given: dict[str, Any] = {'series': EvenlySpaced(n=1), 'raw': True} | options
+    return MultiSenGE(root, 'all', sensors=['s2'], bands=['B02'], **given)
 
 
 @pytest.fixture(scope='module')
