@@ -139,21 +139,21 @@ def test_images_without_a_date_or_of_another_format_are_counted_and_left_out(
     path = two_zones / 's2' / f'31UEQ_{date}_S2_0_0.{ending}'
     shutil.copy(two_zones / 's2' / '31UEQ_20200706_S2_0_0.tif', path)
     (two_zones / 's2' / '31UEQ_20200706_S2_0_0.png').write_bytes(b'a picture of an image')
-    with pytest.warns(S1S2Warning, match=f'1 file in s2 of other names.* {path.name}, left'):
+    with pytest.warns(S1S2Warning, match=f'files in s2 of other names.* {path.name}, left out: 1'):
         dataset = MultiSenGE(two_zones, 'all', AllDates())
     assert int(dataset[0]['valid'][:, 0].sum()) == 4
 
 
 def test_images_that_no_label_file_names_are_read_and_counted(two_zones: Path) -> None:
     write_label_file(two_zones, '31UEQ', 0, 0, s2=S2_DATES[:1], s1=())
-    with pytest.warns(S1S2Warning, match='7 images that no label file names are read too'):
+    with pytest.warns(S1S2Warning, match='images that no label file names, read too: 7'):
         catalog = Catalog(two_zones)
     assert [len(catalog.times(0, sensor)) for sensor in ('s2', 's1')] == [4, 4]
     (two_zones / 'labels' / '31UEQ_33_0.json').unlink()
     (two_zones / 's1' / 'mosaic.tif').write_bytes(b'')
     message = (
-        '1 file in s1 of other names.*mosaic.tif, left out; '
-        '4 rasters in s1 of places without a label file, such as 31UEQ_33_0'
+        'files in s1 of other names.*mosaic.tif, left out: 1; '
+        'rasters in s1 of places without a label file, such as 31UEQ_33_0, left out: 4'
     )
     with pytest.warns(S1S2Warning, match=message):
         assert len(Catalog(two_zones).patches) == 2
@@ -162,7 +162,9 @@ def test_images_that_no_label_file_names_are_read_and_counted(two_zones: Path) -
 def test_a_date_that_is_listed_twice_counts_once(two_zones: Path) -> None:
     write_label_file(two_zones, '31UEQ', 0, 0, s1=(*S1_DATES, *S1_DATES[:2]))
     for files in (True, False):
-        with pytest.warns(S1S2Warning, match='label files name 2 images twice; each counts once'):
+        with pytest.warns(
+            S1S2Warning, match='images that a label file names twice, each counted once: 2'
+        ):
             catalog = Catalog(two_zones, files=files)
         assert len(catalog.times(0, 's1')) == 4
         assert catalog.missing['s1'] == 0
@@ -236,7 +238,7 @@ def test_label_files_are_found_at_any_depth(two_zones: Path) -> None:
         path.rename(deeper / path.name)
     assert_frame_equal(Catalog(two_zones).patches, before)
     shutil.copy(deeper / '31UEQ_0_0.json', two_zones / 'labels')
-    with pytest.warns(S1S2Warning, match='1 label file has the name of another, which is read'):
+    with pytest.warns(S1S2Warning, match='label files with the name of another, which is read: 1'):
         assert_frame_equal(Catalog(two_zones).patches, before)
     (deeper / '31UEQ_0_0.json').unlink()
     (deeper / '32ULU_0_0.json').unlink()

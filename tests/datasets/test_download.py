@@ -680,7 +680,7 @@ def test_plan_by_hand(server: Files, tmp_path: Path) -> None:
     assert 'of the S1 files of MultiSenGE about a fifth exist' in str(plan)
     # Two label rasters of 65,536 bytes, four images of 1,310,720 and four of 524,288.
     assert plan.size == 2 * 65_536 + 4 * 1_310_720 + 4 * 524_288
-    assert '1 of 2 patches have the series' in str(plan)
+    assert 'patches with the series: 1 of 2' in str(plan)
 
 
 def test_plan_of_the_paper(real_labels: Path, server: Files, tmp_path: Path) -> None:
@@ -755,7 +755,7 @@ def test_data_set(
     assert {p.name[:5] for p in (tmp_path / 's2').iterdir()} == {'31UEQ'}
     assert len(list((tmp_path / 's2').iterdir())) == 2
     assert not list((tmp_path / 's1').iterdir())
-    assert '1 of 4 patches have the series' in capsys.readouterr().out
+    assert 'patches with the series: 1 of 4' in capsys.readouterr().out
 
 
 def test_data_module(server: Files, source: Path, tmp_path: Path) -> None:

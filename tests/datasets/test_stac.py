@@ -345,12 +345,12 @@ def test_refused_and_dropped_requests(
 
 
 def test_what_is_missing_or_broken_is_named(world: World, tmp_path: Path) -> None:
-    with pytest.warns(S1S2Warning, match=r'1 item is left out: lacking lacks B11 \(no such'):
+    with pytest.warns(S1S2Warning, match=r'items left out \(1\): lacking lacks B11 \(no such'):
         region(world, 'lacking').write(tmp_path / 'a', ['s2'], progress=False)
     with pytest.warns(S1S2Warning) as told:
         region(world, 'broken').write(tmp_path / 'b', ['s2'], progress=False)
     (message,) = (str(w.message) for w in told if w.category is S1S2Warning)
-    assert '2 of 3 images are left out: 2 that cannot be read' in message
+    assert 'images left out: 2 of 3 (2 that cannot be read)' in message
     assert f'B04 of broken ({world.files.url}/broken/B04.tif) is left out' in message
     assert 'B12 of gone' in message
     assert '404' in message

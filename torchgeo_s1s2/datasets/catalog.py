@@ -23,7 +23,7 @@ from tqdm import tqdm
 from torchgeo_s1s2.datasets.cache import CONTENTS, TableCache, wait_for_next_tick
 from torchgeo_s1s2.datasets.rasters import Grid, epsg_of, first_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.errors import DataError, UnreadableError, counted, warn
+from torchgeo_s1s2.errors import DataError, UnreadableError, warn
 
 LABELS, GROUND_REFERENCE = 'labels', 'ground_reference'
 FOLDERS = (*SENSORS, GROUND_REFERENCE)
@@ -314,14 +314,12 @@ class _Builder:
                 f'{self._mend(LABELS)}'
             )
         if again:
-            files_have = counted(again, 'label file has', 'label files have')
-            self.notes.append(f'{files_have} the name of another, which is read')
+            self.notes.append(f'label files with the name of another, which is read: {again}')
         hidden = not self.progress or len(files) < 1000
         bar = tqdm(files.values(), 'Reading labels', disable=hidden, unit='patch')
         labels = [_read_label(path) for path in bar]
         if twice := sum(label.twice for label in labels):
-            images = counted(twice, 'image', 'images')
-            self.notes.append(f'label files name {images} twice; each counts once')
+            self.notes.append(f'images that a label file names twice, each counted once: {twice}')
         return labels
 
     def _find_images(self, labels: Sequence[_Label]) -> dict[str, int]:
@@ -342,14 +340,12 @@ class _Builder:
                 missing[folder] = sum(bool(label.classes) for label in labels)
             if found:
                 n, example = sum(map(len, found.values())), min(found)
-                rasters = counted(n, 'raster', 'rasters')
                 self.notes.append(
-                    f'{rasters} in {folder} of places without a label file, such as {example}, '
-                    'left out; write_label_files adds them'
+                    f'rasters in {folder} of places without a label file, such as {example}, left '
+                    f'out: {n}; write_label_files adds them'
                 )
         if unlisted:
-            images_are = 'image that no label file names is', 'images that no label file names are'
-            self.notes.append(f'{counted(unlisted, *images_are)} read too')
+            self.notes.append(f'images that no label file names, read too: {unlisted}')
         if lacking := +missing:
             what = ', '.join(f'{n} of {folder}' for folder, n in lacking.items())
             self.notes.insert(
@@ -432,7 +428,7 @@ def _notes(
         'like another one but for the ending; one of each is read': doubles,
         f'of the place and time of another one; {read} read': same,
     }
-    return [f'{counted(n, "file", "files")} in {folder} {text}' for text, n in texts.items() if n]
+    return [f'files in {folder} {text}: {n}' for text, n in texts.items() if n]
 
 
 def _image(match: re.Match[str], folder: str, sidecars: bool) -> Image:

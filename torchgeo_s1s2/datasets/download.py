@@ -78,7 +78,7 @@ class DownloadPlan:
         """A table of files and gigabytes."""
         titles = '', 'needed', 'to be written', 'label files name', 'archive holds'
         rows = [
-            f'{self.root}: {self.patches:,} of {self.patches_in_all:,} patches have the series',
+            f'{self.root}: patches with the series: {self.patches:,} of {self.patches_in_all:,}',
             '{:16} {:>19} {:>19} {:>19} {:>19}'.format(*titles),
         ]
         for folder, held in self.held.items():

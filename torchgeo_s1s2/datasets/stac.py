@@ -50,7 +50,7 @@ from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, in_order, tags_of
 from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import read_vectors
-from torchgeo_s1s2.errors import DataError, DownloadError, counted, warn
+from torchgeo_s1s2.errors import DataError, DownloadError, warn
 from torchgeo_s1s2.files import check_room, write_json
 
 WAITS = (1.0, 2.0, 4.0)
@@ -384,7 +384,7 @@ class SentinelRegion(Source):
                 notes.append(str(error))
         if not items and not notes:
             raise DataError(f'no item of {collection.collection} is of an {self.orbits} orbit')
-        told = f'{counted(len(notes), "item is", "items are")} left out: {"; ".join(notes[:5])}'
+        told = f'items left out ({len(notes)}): {"; ".join(notes[:5])}'
         if not items:
             raise DataError(f'no item of {collection.collection} can be used. {told}')
         if notes:

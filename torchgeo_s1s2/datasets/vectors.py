@@ -30,7 +30,7 @@ from torchgeo_s1s2.datasets.catalog import (
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_written, first_grid, open_raster
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError, counted, warn
+from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError, warn
 from torchgeo_s1s2.files import whole, write_json
 
 TAG = 'TORCHGEO_S1S2_POLYGONS'
@@ -112,8 +112,8 @@ def rasterize_labels(
     if bare:
         rule = '' if all_touched else ' at its centre (all_touched=True: anywhere)'
         warn(
-            f'{len(bare)} of {counted(len(grids), "patch has", "patches have")} no label, such as '
-            f'{catalog.patch(min(bare)).name}: no polygon of {file} meets a pixel of them{rule}'
+            f'patches without a label: {len(bare)} of {len(grids)}, such as '
+            f'{catalog.patch(min(bare)).name}; no polygon of {file} meets a pixel of them{rule}'
         )
     return len(todo)
 
