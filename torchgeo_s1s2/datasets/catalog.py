@@ -375,8 +375,10 @@ def list_label_files(root: Path) -> tuple[dict[str, Path], int]:
     """Label files by patch, in the order of their names, and how many have the name of another."""
     there = ((name, where) for where, names in walk(root, LABELS) for name in names)
     places = sorted(own for own in there if own[0].endswith('.json') and own[0][0] != '.')
-    files = {name.removesuffix('.json'): root / where / name for name, where in reversed(places)}
-    return dict(reversed(files.items())), len(places) - len(files)
+    files = dict[str, Path]()
+    for name, where in places:
+        files.setdefault(name.removesuffix('.json'), root / where / name)
+    return files, len(places) - len(files)
 
 
 def has_images(root: Path) -> bool:
