@@ -195,9 +195,9 @@ class SeasonDownload:
         for folder, archive in self._archives.items():
             if archive.journal.replaced and (outdated := sorted(self._files(folder, True))):
                 warn(
-                    f'{len(outdated)} files in {self.root / folder} are from before {archive.url} '
-                    f'changed, and are read still: {", ".join(outdated[:3])}. It holds them no '
-                    'longer, or nothing has asked for them since. Delete what '
+                    f'files in {self.root / folder} from before {archive.url} changed, still read '
+                    f'({len(outdated)}): {", ".join(outdated[:3])}. It holds them no longer, or '
+                    'nothing has asked for them since. Delete what '
                     f'{self._checksums.path} does not list'
                 )
 

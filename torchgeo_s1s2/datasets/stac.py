@@ -251,8 +251,8 @@ class SentinelRegion(Source):
             return root
         if untold := [path for path in there if path.parent.name in state.untold]:
             warn(
-                f'{state.path} does not say how {len(untold)} images that are there were made, '
-                f'such as {untold[0].name}; they are taken to be of the source, offset, clouds, '
+                f'{state.path} does not say how images that are there were made ({len(untold)}, '
+                f'such as {untold[0].name}); they are taken to be of the source, offset, clouds, '
                 'orbits and resampling now given. Delete them if they are not'
             )
         late = pd.Period(self.season[-1]).end_time + _PUBLISHED
