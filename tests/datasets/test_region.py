@@ -350,13 +350,13 @@ def test_what_was_told_of_files_when_they_were_written_is_not_applied_again(tmp_
         np.testing.assert_allclose(plain[:, :10], 0.12, rtol=1e-6)
         np.testing.assert_allclose(plain[:, 10:], -10, rtol=1e-6)
     again = MultiSenGE(root, 'all', rule, **told)
-    with pytest.warns(S1S2Warning, match='say what they hold') as warned:
+    with pytest.warns(S1S2Warning, match='images that say their') as warned:
         assert all(again[0]['image'].equal(plain) for _ in range(2))
     s2_said, s1_said = (str(warning.message) for warning in warned)
-    assert 'told/s2 has images that say what they hold (no offset left), as' in s2_said
-    assert 'what is given as offset is ignored for them' in s2_said
-    assert "told/s1 has images that say what they hold (unit 'linear'), as" in s1_said
-    assert 'what is given as unit is ignored for them' in s1_said
+    assert 'told/s2 has images that say their offset (0.0), as' in s2_said
+    assert 'the one given (-1000.0) is ignored for them' in s2_said
+    assert 'told/s1 has images that say their unit (linear), as' in s1_said
+    assert 'the one given (db) is ignored for them' in s1_said
 
 
 def test_offsets_belong_to_their_times(tmp_path: Path) -> None:
