@@ -144,7 +144,6 @@ class Catalog:
             ``ground_reference`` (has a label raster), ``width``, ``height`` (pixels), ``xmin``,
             ``ymin``, ``xmax``, ``ymax`` (in the patch's own CRS) and ``geometry`` (footprint,
             EPSG:4326).
-        missing: Number of images by sensor that label files name and the disk lacks.
     """
 
     def __init__(
@@ -175,7 +174,6 @@ class Catalog:
         if table is None:
             table = _Builder(self.root, files, progress).build(kept)
         attrs, table.attrs = table.attrs, {}  # which pandas would copy at each step
-        self.missing: dict[str, int] = attrs['missing']
         self._layouts = [Layout(*layout) for layout in attrs['layouts']]
         self._set_images(table)
         table['classes'] = pd.Series(map(tuple, table['classes']), table.index, object)
@@ -282,10 +280,12 @@ class _Builder:
         if state:
             wait_for_next_tick(state)
         labels = self._read_labels()
-        missing = self._find_images(labels) if self.files else {}
-        opened = self._find_grids(labels) if self.files else []
+        opened = []
+        if self.files:
+            self._find_images(labels)
+            opened = self._find_grids(labels)
         table = _table(labels)
-        table.attrs |= {'missing': dict.fromkeys(SENSORS, 0) | missing, 'notes': self.notes}
+        table.attrs['notes'] = self.notes
         if cache:
             cache.save(table, state | cache.state(*opened))
         return table
@@ -322,8 +322,8 @@ class _Builder:
             self.notes.append(f'images that a label file names twice, each counted once: {twice}')
         return labels
 
-    def _find_images(self, labels: Sequence[_Label]) -> dict[str, int]:
-        """Put what is on disk in the place of what the label files name."""
+    def _find_images(self, labels: Sequence[_Label]) -> None:
+        """Put what is on disk in the place of what the label files name, and count what differs."""
         missing, unlisted = Counter[str](), 0
         for folder in FOLDERS:
             found, notes = list_rasters(self.root, folder)
@@ -351,7 +351,6 @@ class _Builder:
             self.notes.insert(
                 0, f'the labels name files that are not on disk ({what}); they are left out'
             )
-        return {sensor: missing[sensor] for sensor in SENSORS}
 
     def _find_grids(self, labels: Sequence[_Label]) -> list[str]:
         """Open a raster a patch to learn where it lies; the paths of what was read."""
