@@ -586,8 +586,8 @@ class StacImage:
 
     def _load(self, item: Any, assets: Sequence[str]) -> list[tuple[Any, float]]:
         """Assets of an item on the grid, and their values without an observation."""
-        size = self.grid.height, self.grid.width
-        place = optional('odc.geo.geobox').GeoBox(size, self.grid.transform, self.grid.crs)
+        grid = self.grid
+        place = optional('odc.geo.geobox').GeoBox(grid.shape, grid.transform, grid.crs)
         # A footprint that crosses 180 degrees as one polygon, or is coarse, would leave chunks out.
         item.geometry = place.footprint('epsg:4326', buffer=1, wrapdateline=True).json
         dtype, nodata = 'uint16' if self.sensor == 's2' else 'float32', self.collection.nodata
