@@ -58,8 +58,3 @@ def warn(message: str) -> None:
 def warn_once(message: str) -> None:
     """Give a warning that each of many files would give, once in a process and its forks."""
     warn(message)
-
-
-def counted(n: int, one: str, many: str) -> str:
-    """A number with the words that agree with it: ``1 patch has``, ``2 patches have``."""
-    return f'{n:,} {one if n == 1 else many}'

@@ -49,9 +49,9 @@ def whole(path: str | os.PathLike[str], within: Path | None = None) -> Iterator[
 
 
 def stamp(file: Path | os.DirEntry[str]) -> tuple[int, int, int]:
-    """Bytes of a file and the ns of its modification and change: whether it is as it was."""
+    """Times of modification and of change in ns, and bytes: whether a file is as it was."""
     status = file.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
 def stamps[F: (Path, os.DirEntry[str])](

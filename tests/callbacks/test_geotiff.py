@@ -87,7 +87,7 @@ def test_patches_are_written_on_their_pixels(
     files = sorted(f.name for f in (tmp_path / 'out').iterdir())
     ends = '.tif', '.tif.aux.xml', '_confidence.tif'
     assert files == sorted(f'{name}{end}' for name in names for end in ends)
-    assert f'3 maps written to {tmp_path / "out"}' in capsys.readouterr().out
+    assert f'maps written to {tmp_path / "out"}: 3' in capsys.readouterr().out
     for i, (name, epsg, number) in enumerate(
         zip(names, (32631, 32631, 32632), (1, 4, 7), strict=True)
     ):

@@ -56,7 +56,5 @@ def test_another_order_each_epoch_and_the_same_in_each_process() -> None:
 
 
 def test_fewer_samples_than_processes() -> None:
-    with pytest.raises(ValueError, match='2 patches cannot be shared by 3 processes; give 2 dev'):
+    with pytest.raises(ValueError, match=r'3 processes cannot share the patches \(2\); give no'):
         shares(2, 3, 1)
-    with pytest.raises(ValueError, match='1 patch cannot be shared by 2 processes; give 1 device'):
-        shares(1, 2, 1)

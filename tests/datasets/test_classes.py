@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,35 +43,29 @@ def test_own_scheme_merges_and_keeps_its_ids() -> None:
     assert scheme.cmap(1) == (0, 1, 0, 1)
 
 
+TOWN, FIELD = LandCoverClass('town', 'red', (1,)), LandCoverClass('field', 'green', (2,))
+
+
 @pytest.mark.parametrize(
-    ('labels', 'ids', 'message'),
+    ('classes', 'ids', 'message'),
     [
-        (((1,), (1,)), (), r'label \[1\] is of more than one class'),
-        (((1,), (2,)), (7, 7), r'id \[7\] is of more than one class'),
-        (((1,), (2,)), (0, 1), r'have the ids \(0, 1\); expected one whole number within 1..254'),
-        (((1,), (2,)), (1, 255), r'2 classes have the ids \(1, 255\); expected'),
-        (((1,), (2,)), (1,), r'2 classes have the ids \(1,\); expected .* for each'),
-        ((), (), r'classes are \(\); expected a list of at least one LandCoverClass'),
+        ((TOWN, replace(FIELD, labels=(1,))), (), r'label \[1\] is of more than one class'),
+        ((TOWN, replace(FIELD, name='town')), (), r"name \['town'\] is of more than one class"),
+        ((TOWN, FIELD), (7, 7), r'id \[7\] is of more than one class'),
+        ((TOWN, FIELD), (0, 1), r'the ids \(0, 1\); expected one whole number within 1..254'),
+        ((TOWN, FIELD), (1, 255), r'2 classes have the ids \(1, 255\); expected'),
+        ((TOWN, FIELD), (1,), r'2 classes have the ids \(1,\); expected .* for each'),
+        *(
+            (none, (), r'classes are .*; expected a list of at least one LandCoverClass')
+            for none in ((), TOWN, {'town': [1]}, 10)
+        ),
     ],
 )
 def test_contradictory_schemes_are_refused(
-    labels: tuple[tuple[int, ...], ...], ids: tuple[int, ...], message: str
+    classes: Any, ids: tuple[int, ...], message: str
 ) -> None:
-    classes = tuple(LandCoverClass(str(n), (0, 0, n), numbers) for n, numbers in enumerate(labels))
     with pytest.raises(ValueError, match=message):
         ClassScheme(classes, ids)
-
-
-def test_a_name_of_two_classes_is_refused() -> None:
-    towns = [LandCoverClass('town', 'red', (label,)) for label in (1, 2)]
-    with pytest.raises(ValueError, match=r"name \['town'\] is of more than one class"):
-        ClassScheme(tuple(towns))
-
-
-@pytest.mark.parametrize('classes', [LandCoverClass('town', 'red', (1,)), {'town': [1]}, 10])
-def test_what_are_no_classes_is_refused(classes: Any) -> None:
-    with pytest.raises(ValueError, match=r'classes are .*; expected a list of at least one LandC'):
-        ClassScheme(classes)
 
 
 @pytest.mark.parametrize('labels', [5, '12', (1.5,), (True,), (65536,), (-32769,), None])

@@ -13,20 +13,32 @@ from torchgeo_s1s2.datasets import Catalog, MonthlySeries, MultiSenGE, write_lab
 from torchgeo_s1s2.errors import S1S2Warning
 
 
-def test_label_files_tell_what_those_of_the_data_set_tell(two_zones: Path) -> None:
+@pytest.mark.parametrize('there', [True, False])
+def test_label_files_tell_what_those_of_the_data_set_tell(
+    two_zones: Path, there: bool, capsys: Any
+) -> None:
     given = Catalog(two_zones)
     for path in (two_zones / 'labels').iterdir():
         path.unlink()
-    assert write_label_files(two_zones, progress=False) == 3
+    if not there:
+        (two_zones / 'labels').rmdir()
+    with pytest.raises(FileNotFoundError, match=rf"write_label_files\('{two_zones}'\) writes"):
+        MultiSenGE(two_zones, 'all')
+    for count in (3, 0):
+        assert write_label_files(two_zones) == count
+        assert ('Writing labels' in capsys.readouterr().err) == bool(count)
     made = Catalog(two_zones)
     assert_frame_equal(made.acquisitions, given.acquisitions)
     assert_frame_equal(made.patches, given.patches)
 
 
-def test_label_files_that_are_there_stay(two_zones: Path) -> None:
-    path = two_zones / 'labels' / '31UEQ_0_0.json'
+@pytest.mark.parametrize('below', ['', 'north'])
+def test_label_files_that_are_there_stay(two_zones: Path, below: str) -> None:
+    labels, name = two_zones / 'labels', '31UEQ_0_0.json'
+    (labels / below).mkdir(exist_ok=True)
+    path = (labels / name).rename(labels / below / name)
     before = path.read_text()
-    (two_zones / 'labels' / '31UEQ_33_0.json').unlink()
+    (labels / '31UEQ_33_0.json').unlink()
     (two_zones / 's2' / f'31UEQ_{S2_DATES[0]}_S2_33_0.tif').write_bytes(b'')  # others tell the CRS
     (two_zones / 's2' / f'31UEQ_{S2_DATES[0]}_S2_0_0.tif').unlink()
     assert write_label_files(two_zones, progress=False) == 1
@@ -34,6 +46,7 @@ def test_label_files_that_are_there_stay(two_zones: Path) -> None:
     assert write_label_files(two_zones, overwrite=True, progress=False) == 3
     expected = ';'.join(f'31UEQ_{date}_S2_0_0.tif' for date in S2_DATES[1:])
     assert json.loads(path.read_text())['corresponding_s2'] == expected
+    assert len([*labels.rglob('*.json')]) == 3
 
 
 def test_a_scene_of_one_sensor_without_labels(tmp_path: Path) -> None:
@@ -50,39 +63,11 @@ def test_a_scene_of_one_sensor_without_labels(tmp_path: Path) -> None:
     assert (dataset[0]['image'] == -10).all()
 
 
-def test_label_files_stay_in_the_folder_that_they_lie_in(two_zones: Path) -> None:
-    (two_zones / 'labels' / 'north').mkdir()
-    path = two_zones / 'labels' / '31UEQ_0_0.json'
-    nested = path.rename(path.parent / 'north' / path.name)
-    assert write_label_files(two_zones, progress=False) == 0
-    nested.write_text(nested.read_text().replace('2;6', '9'))
-    assert write_label_files(two_zones, overwrite=True, progress=False) == 3
-    assert json.loads(nested.read_text())['labels'] == '2;6'
-    assert sorted(p.name for p in path.parent.glob('*.json')) == [
-        '31UEQ_33_0.json',
-        '32ULU_0_0.json',
-    ]
-
-
-@pytest.mark.parametrize('there', [True, False])
-def test_images_without_label_files_need_these(two_zones: Path, there: bool, capsys: Any) -> None:
-    for path in (two_zones / 'labels').iterdir():
-        path.unlink()
-    if not there:
-        (two_zones / 'labels').rmdir()
-    with pytest.raises(FileNotFoundError, match=rf"write_label_files\('{two_zones}'\) writes"):
-        MultiSenGE(two_zones, 'all')
-    for count in (3, 0):
-        assert write_label_files(two_zones) == count
-        assert ('Writing labels' in capsys.readouterr().err) == bool(count)
-    assert len(MultiSenGE(two_zones, 'all')) == 3
-
-
 def test_other_names_are_counted_and_missing_images_refused(
     two_zones: Path, tmp_path: Path
 ) -> None:
     (two_zones / 's1' / 'mosaic.tif').write_bytes(b'')
-    with pytest.warns(S1S2Warning, match='1 file in s1 of other .*such as mosaic.tif') as told:
+    with pytest.warns(S1S2Warning, match='s1 of other .*such as mosaic.tif, left out: 1') as told:
         assert write_label_files(two_zones, overwrite=True, progress=False) == 3
     assert {warning.filename for warning in told} == {__file__}  # where the user called
     (tmp_path / 'empty' / 's2').mkdir(parents=True)

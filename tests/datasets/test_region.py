@@ -193,7 +193,7 @@ def test_merge(states: list[str], merge: Any, names: list[str], tmp_path: Path) 
 
 def test_offset_and_unit(tmp_path: Path) -> None:
     data = odc().assign_coords({'s2:processing_baseline': ('time', ['03.01', '05.00'])})
-    with pytest.warns(S1S2Warning, match='1 acquisition of processing baseline 04.00'):
+    with pytest.warns(S1S2Warning, match=r'processing baseline 04.00 and later \(1\)'):
         write_series(tmp_path / 'as it is', data, progress=False)
     offset = xr.where(data['s2:processing_baseline'].astype(float) >= 4, -1000, 0)
     db = odc(10 * np.log10(POWER), ('vv', 'vh'), 'float32')
@@ -246,7 +246,7 @@ def test_goes_on(tmp_path: Path) -> None:
         write_series(tmp_path, broken, progress=False)
     (path,) = (tmp_path / 's2').iterdir()
     written = path.stat().st_mtime_ns
-    with pytest.warns(S1S2Warning, match='1 of 2 images of region are there already and not'):
+    with pytest.warns(S1S2Warning, match='images of region that are there already, not .*: 1 of 2'):
         write_series(tmp_path, data, progress=False)
     assert path.stat().st_mtime_ns == written
     assert len([*(tmp_path / 's2').iterdir()]) == 2
@@ -256,7 +256,7 @@ def test_goes_on(tmp_path: Path) -> None:
 
 def test_leaves_empty_dates_out(tmp_path: Path) -> None:
     data = odc(VALUES * np.array([0, 1])[:, None, None, None])
-    with pytest.warns(S1S2Warning, match='1 of 2 images are left out: 1 without a pixel'):
+    with pytest.warns(S1S2Warning, match=r'images left out: 1 of 2 \(1 without a pixel'):
         write_series(tmp_path, data, progress=False)
     assert len([*(tmp_path / 's2').iterdir()]) == 1
 
@@ -307,7 +307,10 @@ def test_refuses(change: Callable[[Any], Any], message: str, tmp_path: Path) -> 
 def test_tiles_whose_names_begin_alike_are_apart(tmp_path: Path) -> None:
     for tile in ('town_2', 'town_20200703'):
         write_series(tmp_path, odc(), tile=tile, progress=False)
-    with pytest.warns(S1S2Warning), pytest.raises(DataError, match='2 images of town has a pixel'):
+    with (
+        pytest.warns(S1S2Warning),
+        pytest.raises(DataError, match=r'images of town \(2\) has a pixel'),
+    ):
         write_series(tmp_path, odc(VALUES * 0), tile='town', progress=False)
     write_series(tmp_path, odc().isel(x=slice(1, None)), tile='town', progress=False)
     assert len([*(tmp_path / 's2').iterdir()]) == 6
@@ -347,13 +350,13 @@ def test_what_was_told_of_files_when_they_were_written_is_not_applied_again(tmp_
         np.testing.assert_allclose(plain[:, :10], 0.12, rtol=1e-6)
         np.testing.assert_allclose(plain[:, 10:], -10, rtol=1e-6)
     again = MultiSenGE(root, 'all', rule, **told)
-    with pytest.warns(S1S2Warning, match='say what they hold') as warned:
+    with pytest.warns(S1S2Warning, match='images that say their') as warned:
         assert all(again[0]['image'].equal(plain) for _ in range(2))
     s2_said, s1_said = (str(warning.message) for warning in warned)
-    assert 'told/s2 has images that say what they hold (no offset left), as' in s2_said
-    assert 'what is given as offset is ignored for them' in s2_said
-    assert "told/s1 has images that say what they hold (unit 'linear'), as" in s1_said
-    assert 'what is given as unit is ignored for them' in s1_said
+    assert 'told/s2 has images that say their offset (0.0), as' in s2_said
+    assert 'the one given (-1000.0) is ignored for them' in s2_said
+    assert 'told/s1 has images that say their unit (linear), as' in s1_said
+    assert 'the one given (db) is ignored for them' in s1_said
 
 
 def test_offsets_belong_to_their_times(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def labels(root: Path, name: str = '31UEQ_GR_0_0.tif') -> NDArray[Any]:
 
 
 def write(root: Path, path: Path, attribute: str, classes: Any = None, **options: Any) -> int:
-    with pytest.warns(S1S2Warning, match='1 of 2 patches have no label, such as 32ULU_0_0: no p'):
+    with pytest.warns(S1S2Warning, match='without a label: 1 of 2, such as 32ULU_0_0; no p'):
         return rasterize_labels(root, path, attribute, classes, progress=False, **options)
 
 
@@ -205,7 +205,9 @@ def test_an_interrupted_run_goes_on(step: str, root: Path, monkeypatch: pytest.M
 def test_rasters_without_a_label_are_told_each_time(root: Path) -> None:
     path = polygons(root, square(2.6, 2.6, 0.8, 0.3), code=['11'])
     for written in (2, 0):
-        with pytest.warns(S1S2Warning, match=r'2 of 2 .* no label, such as 31UEQ_0_0: .* centre'):
+        with pytest.warns(
+            S1S2Warning, match=r'without a label: 2 of 2, such as 31UEQ_0_0; .* centre'
+        ):
             assert rasterize_labels(root, path, 'code', progress=False) == written
     assert write(root, path, 'code', all_touched=True) == 2
     assert [*zip(*labels(root).nonzero(), strict=True)] == [(2, 2), (2, 3)]

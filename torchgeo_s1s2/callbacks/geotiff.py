@@ -26,7 +26,7 @@ from torchgeo_s1s2.callbacks.layers import (
 )
 from torchgeo_s1s2.datasets.classes import ClassScheme, class_scheme
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
-from torchgeo_s1s2.errors import MapError, counted, warn
+from torchgeo_s1s2.errors import MapError, warn
 from torchgeo_s1s2.files import Workplace
 
 
@@ -364,4 +364,4 @@ class GeoTIFFWriter(MapWriter):
         count = torch.tensor(len(self._written), device=pl_module.device)
         total = int(trainer.strategy.reduce(count, reduce_op='sum'))
         if trainer.is_global_zero:
-            print(f'{counted(total, "map", "maps")} written to {self.output_dir}')
+            print(f'maps written to {self.output_dir}: {total:,}')

@@ -13,7 +13,6 @@ from torchgeo.datasets import stack_samples
 
 from torchgeo_s1s2.datasets.classes import NO_LABEL
 from torchgeo_s1s2.datasets.series import Sample, SeriesDataset
-from torchgeo_s1s2.errors import counted
 
 
 class EvenBatches(BatchSampler):
@@ -48,9 +47,8 @@ class EvenBatches(BatchSampler):
         self._rank = 0 if shared is None else shared.rank
         if self._samples < self._processes:
             raise ValueError(
-                f'{counted(self._samples, "patch", "patches")} cannot be shared by '
-                f'{self._processes} processes; give {counted(self._samples, "device", "devices")} '
-                'or fewer'
+                f'{self._processes} processes cannot share the patches ({self._samples}); give no '
+                'more devices than patches'
             )
 
     def __len__(self) -> int:

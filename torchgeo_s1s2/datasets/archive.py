@@ -186,7 +186,8 @@ class RemoteFile:
         position: Bytes before the one that is read next.
         hosts: Other hosts to which the server may redirect.
         retries: How often in a row a connection may fail.
-        backoff: Seconds before the first retry; they double with each.
+        backoff: Seconds before the second retry in a row; they double with each. The first is made
+            at once, since some proxies end their answers before the file.
         timeout: Seconds to wait for a connection, and for bytes.
         patience: Seconds that a busy server may ask to wait.
     """
@@ -206,7 +207,7 @@ class RemoteFile:
         self._session = requests.Session()
         self._session.hooks['response'].append(self._check_redirect)
         self._response: requests.Response | None = None
-        self._failures, self._pause, self._first = 0, 0.0, 0
+        self._failures, self._pause = 0, 0.0
 
     def close(self) -> None:
         """Close the connection."""
@@ -219,8 +220,7 @@ class RemoteFile:
             try:
                 data: bytes = (self._response or self._connect()).raw.read(size)
                 if not data and self.version and self.version.length is not None:
-                    self._ask_for_the_rest()
-                    continue
+                    raise ConnectionError('the server sends no more')
             except (OSError, HTTPError) as error:  # those of requests are OSErrors
                 self._wait(error)
                 continue
@@ -228,12 +228,6 @@ class RemoteFile:
             self.position += len(data)
             return data
         return b''
-
-    def _ask_for_the_rest(self) -> None:
-        """Go on after an answer that ended before the file, as those of some proxies do."""
-        if self.position == self._first:
-            raise ConnectionError('the server sends no more')
-        self._disconnect()
 
     def _connect(self) -> requests.Response:
         headers = {'Accept-Encoding': 'identity'}
@@ -244,7 +238,7 @@ class RemoteFile:
                 headers['If-Range'] = etag
         response = self._session.get(self.url, headers=headers, stream=True, timeout=self.timeout)
         response.raw.enforce_content_length = True  # urllib3 1 takes an early end for the end
-        self._response, self._first = response, self.position
+        self._response = response
         self._check_status(response)
         version = Version.of(response)
         if self.version is not None and self.version.differs(version):
@@ -305,7 +299,8 @@ class RemoteFile:
                 f'{self.url}: reading from byte {self.position} on failed {self._failures} times '
                 f'({error}); run the same again{when} to continue'
             ) from error
-        time.sleep(max(self._pause, self.backoff * 2 ** (self._failures - 1)))
+        again = self.backoff * 2 ** (self._failures - 2) if self._failures > 1 else 0
+        time.sleep(max(self._pause, again))
         self._pause = 0.0
 
     def _disconnect(self) -> None:

@@ -46,7 +46,7 @@ class TableCache:
         return {
             name: _stamp_all(root / name.removesuffix(CONTENTS))
             if name.endswith(CONTENTS)
-            else _times_first(stamp(root / name))
+            else [*stamp(root / name)]
             for name in names
         }
 
@@ -92,12 +92,7 @@ def wait_for_next_tick(state: State) -> None:
 def _stamp_all(folder: Path) -> list[int]:
     """Newest times of the files in a folder, and a digest of all their names, times and sizes."""
     with os.scandir(folder) as files:
-        stamped = {file.name: _times_first(own) for file, own in stamps(files)}
+        stamped = {file.name: own for file, own in stamps(files)}
     digest = sha256(repr(sorted(stamped.items())).encode()).digest()
     newest = [max((times[i] for times in stamped.values()), default=0) for i in range(2)]
     return [*newest, int.from_bytes(digest[:8])]
-
-
-def _times_first(own: tuple[int, int, int]) -> list[int]:
-    size, *times = own
-    return [*times, size]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from torchgeo_s1s2.datasets.cache import CONTENTS, TableCache, wait_for_next_tick
 from torchgeo_s1s2.datasets.rasters import Grid, epsg_of, first_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.errors import DataError, UnreadableError, counted, warn
+from torchgeo_s1s2.errors import DataError, UnreadableError, warn
 
 LABELS, GROUND_REFERENCE = 'labels', 'ground_reference'
 FOLDERS = (*SENSORS, GROUND_REFERENCE)
@@ -144,7 +144,6 @@ class Catalog:
             ``ground_reference`` (has a label raster), ``width``, ``height`` (pixels), ``xmin``,
             ``ymin``, ``xmax``, ``ymax`` (in the patch's own CRS) and ``geometry`` (footprint,
             EPSG:4326).
-        missing: Number of images by sensor that label files name and the disk lacks.
     """
 
     def __init__(
@@ -175,7 +174,6 @@ class Catalog:
         if table is None:
             table = _Builder(self.root, files, progress).build(kept)
         attrs, table.attrs = table.attrs, {}  # which pandas would copy at each step
-        self.missing: dict[str, int] = attrs['missing']
         self._layouts = [Layout(*layout) for layout in attrs['layouts']]
         self._set_images(table)
         table['classes'] = pd.Series(map(tuple, table['classes']), table.index, object)
@@ -282,10 +280,12 @@ class _Builder:
         if state:
             wait_for_next_tick(state)
         labels = self._read_labels()
-        missing = self._find_images(labels) if self.files else {}
-        opened = self._find_grids(labels) if self.files else []
+        opened = []
+        if self.files:
+            self._find_images(labels)
+            opened = self._find_grids(labels)
         table = _table(labels)
-        table.attrs |= {'missing': dict.fromkeys(SENSORS, 0) | missing, 'notes': self.notes}
+        table.attrs['notes'] = self.notes
         if cache:
             cache.save(table, state | cache.state(*opened))
         return table
@@ -314,18 +314,16 @@ class _Builder:
                 f'{self._mend(LABELS)}'
             )
         if again:
-            files_have = counted(again, 'label file has', 'label files have')
-            self.notes.append(f'{files_have} the name of another, which is read')
+            self.notes.append(f'label files with the name of another, which is read: {again}')
         hidden = not self.progress or len(files) < 1000
         bar = tqdm(files.values(), 'Reading labels', disable=hidden, unit='patch')
         labels = [_read_label(path) for path in bar]
         if twice := sum(label.twice for label in labels):
-            images = counted(twice, 'image', 'images')
-            self.notes.append(f'label files name {images} twice; each counts once')
+            self.notes.append(f'images that a label file names twice, each counted once: {twice}')
         return labels
 
-    def _find_images(self, labels: Sequence[_Label]) -> dict[str, int]:
-        """Put what is on disk in the place of what the label files name."""
+    def _find_images(self, labels: Sequence[_Label]) -> None:
+        """Put what is on disk in the place of what the label files name, and count what differs."""
         missing, unlisted = Counter[str](), 0
         for folder in FOLDERS:
             found, notes = list_rasters(self.root, folder)
@@ -342,20 +340,17 @@ class _Builder:
                 missing[folder] = sum(bool(label.classes) for label in labels)
             if found:
                 n, example = sum(map(len, found.values())), min(found)
-                rasters = counted(n, 'raster', 'rasters')
                 self.notes.append(
-                    f'{rasters} in {folder} of places without a label file, such as {example}, '
-                    'left out; write_label_files adds them'
+                    f'rasters in {folder} of places without a label file, such as {example}, left '
+                    f'out: {n}; write_label_files adds them'
                 )
         if unlisted:
-            images_are = 'image that no label file names is', 'images that no label file names are'
-            self.notes.append(f'{counted(unlisted, *images_are)} read too')
+            self.notes.append(f'images that no label file names, read too: {unlisted}')
         if lacking := +missing:
             what = ', '.join(f'{n} of {folder}' for folder, n in lacking.items())
             self.notes.insert(
                 0, f'the labels name files that are not on disk ({what}); they are left out'
             )
-        return {sensor: missing[sensor] for sensor in SENSORS}
 
     def _find_grids(self, labels: Sequence[_Label]) -> list[str]:
         """Open a raster a patch to learn where it lies; the paths of what was read."""
@@ -379,8 +374,10 @@ def list_label_files(root: Path) -> tuple[dict[str, Path], int]:
     """Label files by patch, in the order of their names, and how many have the name of another."""
     there = ((name, where) for where, names in walk(root, LABELS) for name in names)
     places = sorted(own for own in there if own[0].endswith('.json') and own[0][0] != '.')
-    files = {name.removesuffix('.json'): root / where / name for name, where in reversed(places)}
-    return dict(reversed(files.items())), len(places) - len(files)
+    files = dict[str, Path]()
+    for name, where in places:
+        files.setdefault(name.removesuffix('.json'), root / where / name)
+    return files, len(places) - len(files)
 
 
 def has_images(root: Path) -> bool:
@@ -432,7 +429,7 @@ def _notes(
         'like another one but for the ending; one of each is read': doubles,
         f'of the place and time of another one; {read} read': same,
     }
-    return [f'{counted(n, "file", "files")} in {folder} {text}' for text, n in texts.items() if n]
+    return [f'files in {folder} {text}: {n}' for text, n in texts.items() if n]
 
 
 def _image(match: re.Match[str], folder: str, sidecars: bool) -> Image:

@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import ListedColormap, is_color_like, to_rgb, to_rgba
+from matplotlib.colors import ListedColormap, is_color_like, to_rgba
 
 NO_LABEL = 255
 """Mask value of a pixel without a label."""
@@ -23,7 +23,7 @@ class LandCoverClass:
 
     Attributes:
         name: Name shown in legends and written into maps.
-        color: Red, green and blue, each 0..255, or a colour as Matplotlib spells it, such as
+        color: Red, green and blue, each 0..255; may be given as Matplotlib spells it, such as
             ``'#1e64d2'``.
         labels: Values of the label raster that belong to the class, each -32768..65535.
 
@@ -37,16 +37,11 @@ class LandCoverClass:
 
     def __post_init__(self) -> None:
         """Check the colour and the labels."""
-        color, labels = self.color, _whole_numbers(self.labels, -(2**15), 2**16 - 1)
-        if not isinstance(color, str):
-            numbers = _whole_numbers(color, 0, 255)
-            known = numbers is not None and len(numbers) == 3
-            object.__setattr__(self, 'color', numbers)
-        else:
-            known = is_color_like(color) and to_rgba(color)[3] == 1
-        if not known:
+        color = _whole_numbers(_rgb(self.color), 0, 255)
+        labels = _whole_numbers(self.labels, -(2**15), 2**16 - 1)
+        if color is None or len(color) != 3:
             raise ValueError(
-                f'class {self.name!r} has the colour {color!r}; expected red, green and blue, '
+                f'class {self.name!r} has the colour {self.color!r}; expected red, green and blue, '
                 "each 0..255, or a string such as '#1e64d2'"
             )
         if labels is None:
@@ -54,15 +49,8 @@ class LandCoverClass:
                 f'class {self.name!r} has the labels {self.labels!r}; expected a list of whole '
                 f'numbers within {-(2**15)}..{2**16 - 1}, such as [1, 2]'
             )
+        object.__setattr__(self, 'color', color)
         object.__setattr__(self, 'labels', labels)
-
-    @property
-    def rgb(self) -> Color:
-        """Red, green, blue, each 0..255."""
-        if not isinstance(self.color, str):
-            return self.color
-        red, green, blue = (round(255 * v) for v in to_rgb(self.color))
-        return red, green, blue
 
 
 @dataclass(frozen=True)
@@ -126,7 +114,7 @@ class ClassScheme:
     @property
     def colors(self) -> tuple[Color, ...]:
         """Class colours in order."""
-        return tuple(c.rgb for c in self.classes)
+        return tuple(c.color for c in self.classes)  # type: ignore[misc]
 
     @property
     def cmap(self) -> ListedColormap:
@@ -149,6 +137,14 @@ class ClassScheme:
             table[label - low] = index
         known = np.where(np.isnan(labels), low, labels).astype(np.int64)
         return table.take(known - low, mode='clip')
+
+
+def _rgb(color: Any) -> Any:
+    """Red, green and blue, each 0..255, of an opaque colour of Matplotlib; others as they are."""
+    if isinstance(color, str) and is_color_like(color):
+        *rgb, alpha = to_rgba(color)
+        return [round(255 * v) for v in rgb] if alpha == 1 else color
+    return color
 
 
 def _whole_numbers(values: Any, least: int, most: int) -> tuple[int, ...] | None:
@@ -180,7 +176,7 @@ _CLASSES_15 = (
 def _merge(name: str, *labels: int, color: int | None = None) -> LandCoverClass:
     """Merge original classes; the colour is that of ``color`` or of the first label."""
     shown = _CLASSES_15[(color or labels[0]) - 1]
-    return LandCoverClass(name, shown.rgb, labels)
+    return LandCoverClass(name, shown.color, labels)
 
 
 SCHEMES: dict[int, ClassScheme] = {

@@ -78,7 +78,7 @@ class DownloadPlan:
         """A table of files and gigabytes."""
         titles = '', 'needed', 'to be written', 'label files name', 'archive holds'
         rows = [
-            f'{self.root}: {self.patches:,} of {self.patches_in_all:,} patches have the series',
+            f'{self.root}: patches with the series: {self.patches:,} of {self.patches_in_all:,}',
             '{:16} {:>19} {:>19} {:>19} {:>19}'.format(*titles),
         ]
         for folder, held in self.held.items():
@@ -184,7 +184,7 @@ class SeasonDownload:
             DownloadError: If a file differs.
         """
         with self._locked():
-            self._verify(LABELS, filter(_LABEL.fullmatch, self._finished(LABELS)))
+            self._verify(LABELS, filter(_LABEL.fullmatch, self._files(LABELS)))
             plan = self._plan()
             for folder, names in plan.needed.items():
                 self._verify(folder, names - plan.missing[folder])
@@ -193,17 +193,16 @@ class SeasonDownload:
     def _tell_outdated(self) -> None:
         """Warn of files that an earlier version of an archive has left."""
         for folder, archive in self._archives.items():
-            there = self._on_disk(folder) if archive.journal.replaced else ()
-            if outdated := sorted(name for name in there if self._is_outdated(folder, name)):
+            if archive.journal.replaced and (outdated := sorted(self._files(folder, True))):
                 warn(
-                    f'{len(outdated)} files in {self.root / folder} are from before {archive.url} '
-                    f'changed, and are read still: {", ".join(outdated[:3])}. It holds them no '
-                    'longer, or nothing has asked for them since. Delete what '
+                    f'files in {self.root / folder} from before {archive.url} changed, still read '
+                    f'({len(outdated)}): {", ".join(outdated[:3])}. It holds them no longer, or '
+                    'nothing has asked for them since. Delete what '
                     f'{self._checksums.path} does not list'
                 )
 
     def _verify(self, folder: str, names: Iterable[str]) -> None:
-        wrong, there, paths = [], sorted(names), self._finished(folder)
+        wrong, there, paths = [], sorted(names), self._files(folder)
         hidden = not (self.progress and there)
         for name in tqdm(there, f'Verifying {folder}', unit='file', disable=hidden):
             digest = hashlib.sha256(paths[name].read_bytes()).hexdigest()
@@ -259,7 +258,7 @@ class SeasonDownload:
         return self._plan()
 
     def _fetch_labels(self) -> None:
-        journal, there = self._archives[LABELS].journal, self._finished(LABELS)
+        journal, there = self._archives[LABELS].journal, self._files(LABELS)
         if journal.version is None and any(map(_LABEL.fullmatch, there)):
             return  # they came in another way
         names = journal.all_names if journal.complete else None
@@ -316,22 +315,18 @@ class SeasonDownload:
             temporary.write_bytes(content)
         self._checksums.add(f'{folder}/{name}', digest)
 
-    def _finished(self, folder: str) -> dict[str, Path]:
-        """Files on disk by their usual names, without those of an archive that was replaced."""
-        there = self._on_disk(folder)
-        return {name: path for name, path in there.items() if not self._is_outdated(folder, name)}
-
-    def _is_outdated(self, folder: str, name: str) -> bool:
-        """Whether a file was there before the archive changed."""
+    def _files(self, folder: str, outdated: bool = False) -> dict[str, Path]:
+        """Files on disk by their usual names, or those of before the archive changed."""
         replaced = self._archives[folder].journal.replaced
-        return replaced and f'{folder}/{name}' not in self._checksums
-
-    def _on_disk(self, folder: str) -> dict[str, Path]:
-        """Files on disk by their usual names."""
-        return {
+        there = {
             usual_name(name): self.root / where / name
             for where, names in walk(self.root, folder)
             for name in names
+        }
+        return {
+            name: path
+            for name, path in there.items()
+            if outdated == (replaced and f'{folder}/{name}' not in self._checksums)
         }
 
     def _plan(self) -> DownloadPlan:
@@ -359,7 +354,7 @@ class SeasonDownload:
             chosen,
             len(patches),
             {folder: frozenset(names) for folder, names in needed.items()},
-            {f: frozenset(names - self._finished(f).keys()) for f, names in needed.items()},
+            {f: frozenset(names - self._files(f).keys()) for f, names in needed.items()},
             {GROUND_REFERENCE: len(patches), **in_all},
             {folder: journal.files for folder, journal in journals.items()},
             {folder: journals[folder].file_size or size for folder, size in FILE_SIZE.items()},
@@ -368,7 +363,7 @@ class SeasonDownload:
     def _held(self, folder: str) -> Set[str] | None:
         """Names of the files that there are to choose from, None while all may be."""
         journal = self._archives[folder].journal
-        return journal.all_names | self._finished(folder).keys() if journal.complete else None
+        return journal.all_names | self._files(folder).keys() if journal.complete else None
 
     def _images(
         self, catalog: Catalog, row: int, held: Mapping[str, Set[str] | None]

@@ -305,15 +305,14 @@ def _as_tagged(
     They are ignored, as the file knows better, and as other files of the folder may need them.
     """
     own = given.of_file(src.tags())
-    unit, offset = own.stored != given.stored, own.offset(time) != given.offset(time)
-    if unit or offset:
-        holds = [f'unit {own.stored!r}'] * unit + ['no offset left'] * offset
-        ignored = ['unit'] * unit + ['offset'] * offset
-        warn_once(
-            f'{path.parent} has images that say what they hold ({", ".join(holds)}), as was told '
-            f'when they were written; what is given as {" and ".join(ignored)} is ignored for '
-            'them. Leave it out, unless other files need it, or write these anew if they are wrong'
-        )
+    offsets = own.offset(time), given.offset(time)
+    for what, (says, told) in {'unit': (own.stored, given.stored), 'offset': offsets}.items():
+        if says != told:
+            warn_once(
+                f'{path.parent} has images that say their {what} ({says}), as was told when they '
+                f'were written; the one given ({told}) is ignored for them. Leave it out, unless '
+                'other files need it, or write these anew if they are wrong'
+            )
     return own
 
 

@@ -35,7 +35,7 @@ from torchgeo_s1s2.datasets.catalog import (
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_power, check_written, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings, tags_of
-from torchgeo_s1s2.errors import DataError, counted, warn
+from torchgeo_s1s2.errors import DataError, warn
 from torchgeo_s1s2.files import whole
 
 Merge = Literal['pass', 'day'] | None
@@ -167,8 +167,8 @@ def write_series(
     paths = paths_of(Path(root), images)
     if there := sum(path.exists() for path in paths):
         warn(
-            f'{there} of {counted(len(paths), f"image of {tile} is", f"images of {tile} are")} '
-            'there already and not written again; delete what shall be'
+            f'images of {tile} that are there already, not written again: {there} of {len(paths)}; '
+            'delete what shall be'
         )
     write_patch(root, tile, grid, images, progress, reference)
     return Path(root)
@@ -198,8 +198,7 @@ def write_patch(
     _warn(outcomes, len(paths))
     if not images_of(root, tile):
         raise DataError(
-            f'none of the {counted(len(paths), "image", "images")} of {tile} has a pixel: nothing '
-            'to write'
+            f'none of the images of {tile} ({len(paths)}) has a pixel: nothing to write'
         )
     if labels is not None:
         path = root / GROUND_REFERENCE / reference_name(patch_name(tile))
@@ -283,8 +282,7 @@ def _warn(outcomes: Mapping[Path, Outcome], count: int) -> None:
     notes = [note for outcome in outcomes.values() for note in outcome.notes]
     if reasons:
         why = '; '.join(f'{n} {reason}' for reason, n in reasons.items())
-        images = counted(count, 'image is', 'images are')
-        notes.insert(0, f'{reasons.total()} of {images} left out: {why}')
+        notes.insert(0, f'images left out: {reasons.total()} of {count} ({why})')
     if notes:
         warn('; '.join(notes))
 
@@ -325,9 +323,9 @@ class _Cube:
         late = sum(baseline_of(baseline) >= 4 for baseline in self.baselines)
         if offset is None and late:
             warn(
-                f's2 has {counted(late, "acquisition", "acquisitions")} of processing baseline '
-                '04.00 and later, whose values are 1,000 too high unless their source has '
-                'harmonised them; give offset=-1000, or 0 if it has'
+                f's2 has acquisitions of processing baseline 04.00 and later ({late}), whose '
+                'values are 1,000 too high unless their source has harmonised them; give '
+                'offset=-1000, or 0 if it has'
             )
         if hasattr(offset, 'dims'):
             return self._offsets_along_time(offset)

@@ -34,7 +34,7 @@ from torchgeo_s1s2.datasets.plot import plot_series
 from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS, Grid, crs_of, mean, same_crs
 from torchgeo_s1s2.datasets.sensors import Array, Reading
 from torchgeo_s1s2.datasets.time_series import DateRule, Slots, series_report
-from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError, UnreadableError, counted, warn
+from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError, UnreadableError, warn
 
 Sample = dict[str, Any]
 
@@ -194,12 +194,8 @@ class SeriesDataset(GeoDataset):
             if not held.all():
                 self._slivers = self._index.geometry[~held]
                 self._index = self._index[held]
-                rows = counted(
-                    len(held),
-                    'row of the index holds no pixel and is',
-                    'rows of the index hold no pixel and are',
-                )
-                warn(f'{(~held).sum()} of {rows} left out')
+                left_out = f'{(~held).sum()} of {len(held)}'
+                warn(f'rows of the index that hold no pixel, left out: {left_out}')
         return self._index
 
     def __len__(self) -> int:
@@ -412,20 +408,17 @@ class SeriesDataset(GeoDataset):
         chosen = [p for p, why in zip(patches, self.report.reasons, strict=True) if not why]
         failed = Counter(filter(None, self.report.reasons))
         if failed:
-            why = '; '.join(
-                f'{counted(n, "patch has", "patches have")} {reason}'
-                for reason, n in failed.most_common(3)
-            )
-            of = f'of the {counted(len(patches), "patch", "patches")} of {self.title}'
+            why = '; '.join(f'{reason} ({n})' for reason, n in failed.most_common(3))
             if not chosen:
                 leader, others = self.series.leader, [s for s in sensors if s != self.series.leader]
                 led = any(len(self.times_of(patch, leader)) for patch in patches)
                 mend = 'missing="keep"' if led or not others else f'leader={others[0]!r}'
                 raise NoPatchesError(
-                    f'none {of} has the series {self.series}: {why}. Choose another series, or '
-                    f'{mend}'
+                    f'none of the patches of {self.title} ({len(patches)}) has the series '
+                    f'{self.series}: {why}. Choose another series, or {mend}'
                 )
-            warn(f'{counted(failed.total(), f"{of} is", f"{of} are")} left out: {why}')
+            left_out = f'{failed.total()} of {len(patches)}'
+            warn(f'patches of {self.title} left out: {left_out}: {why}')
         return chosen
 
     @property
@@ -541,8 +534,7 @@ class SeriesDataset(GeoDataset):
 
     def _row(self, index: int, crop: tuple[int, int, int, int] | None = None) -> Sample:
         if not -len(self) <= index < len(self):
-            patches = counted(len(self), 'patch', 'patches')
-            raise IndexError(f'index: {index} not found in dataset with {patches}')
+            raise IndexError(f'index: {index} not found in dataset of length {len(self)}')
         index %= len(self)
         grid, inside = self._target(index, crop)
         period = self._period(index)
@@ -606,8 +598,8 @@ class SeriesDataset(GeoDataset):
                 failed[f'{self.name_of(patch)}: {error}'] += 1
         if not chosen:
             raise NoSeriesError(
-                f'none of {counted(len(failed), "patch", "patches")} has the series {self.series} '
-                f'from {period.start} to {period.stop}: {"; ".join(list(failed)[:3])}'
+                f'none of the patches there ({len(failed)}) has the series {self.series} from '
+                f'{period.start} to {period.stop}: {"; ".join(list(failed)[:3])}'
             )
         with rasterio.Env(**GDAL_OPTIONS):
             canvas = self._filled(grid, chosen)

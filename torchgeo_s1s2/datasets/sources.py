@@ -26,7 +26,7 @@ from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import rasterize_labels
-from torchgeo_s1s2.errors import UnreadableError, counted, warn
+from torchgeo_s1s2.errors import UnreadableError, warn
 from torchgeo_s1s2.files import check_room, whole, write_json
 
 
@@ -175,15 +175,15 @@ def copy_series(
         bar = tqdm(pool.map(_copy, jobs), title, len(jobs), disable=hidden, unit='raster')
         failed = [text for text in bar if text]
     if failed:
-        rasters_are = 'raster cannot be read and is', 'rasters cannot be read and are'
-        warn(f'{counted(len(failed), *rasters_are)} not copied: {"; ".join(failed[:3])}')
+        told = '; '.join(failed[:3])
+        warn(f'rasters that cannot be read and are not copied ({len(failed)}): {told}')
     held = _held(folder, {dataset.name_of(patch) for patch in patches})
     for patch in patches:
         _write_label_file(dataset, patch, folder, held)
     if stale := [p for p in chain(*held.values()) if not (dataset.root / p).exists()]:
         warn(
-            f'{folder} holds {counted(len(stale), "raster", "rasters")} that {dataset.root} has '
-            f'no longer, still read: {", ".join(stale[:3])}. Delete them, or give another folder'
+            f'{folder} holds rasters that {dataset.root} has no longer, still read ({len(stale)}): '
+            f'{", ".join(stale[:3])}. Delete them, or give another folder'
         )
     return folder
 

@@ -50,7 +50,7 @@ from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, in_order, tags_of
 from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import read_vectors
-from torchgeo_s1s2.errors import DataError, DownloadError, counted, warn
+from torchgeo_s1s2.errors import DataError, DownloadError, warn
 from torchgeo_s1s2.files import check_room, write_json
 
 WAITS = (1.0, 2.0, 4.0)
@@ -251,8 +251,8 @@ class SentinelRegion(Source):
             return root
         if untold := [path for path in there if path.parent.name in state.untold]:
             warn(
-                f'{state.path} does not say how {len(untold)} images that are there were made, '
-                f'such as {untold[0].name}; they are taken to be of the source, offset, clouds, '
+                f'{state.path} does not say how images that are there were made ({len(untold)}, '
+                f'such as {untold[0].name}); they are taken to be of the source, offset, clouds, '
                 'orbits and resampling now given. Delete them if they are not'
             )
         late = pd.Period(self.season[-1]).end_time + _PUBLISHED
@@ -384,7 +384,7 @@ class SentinelRegion(Source):
                 notes.append(str(error))
         if not items and not notes:
             raise DataError(f'no item of {collection.collection} is of an {self.orbits} orbit')
-        told = f'{counted(len(notes), "item is", "items are")} left out: {"; ".join(notes[:5])}'
+        told = f'items left out ({len(notes)}): {"; ".join(notes[:5])}'
         if not items:
             raise DataError(f'no item of {collection.collection} can be used. {told}')
         if notes:
@@ -586,8 +586,8 @@ class StacImage:
 
     def _load(self, item: Any, assets: Sequence[str]) -> list[tuple[Any, float]]:
         """Assets of an item on the grid, and their values without an observation."""
-        size = self.grid.height, self.grid.width
-        place = optional('odc.geo.geobox').GeoBox(size, self.grid.transform, self.grid.crs)
+        grid = self.grid
+        place = optional('odc.geo.geobox').GeoBox(grid.shape, grid.transform, grid.crs)
         # A footprint that crosses 180 degrees as one polygon, or is coarse, would leave chunks out.
         item.geometry = place.footprint('epsg:4326', buffer=1, wrapdateline=True).json
         dtype, nodata = 'uint16' if self.sensor == 's2' else 'float32', self.collection.nodata

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from torchgeo_s1s2.errors import NoSeriesError, counted
+from torchgeo_s1s2.errors import NoSeriesError
 
 Times = NDArray[np.datetime64]
 Span = tuple[np.datetime64, np.datetime64]
@@ -218,8 +218,7 @@ class DateRule(ABC):
             chosen = chosen[np.argsort(np.abs(times[chosen] - slot.time), kind='stable')]
         if not len(chosen) and self.missing != 'keep':
             raise NoSeriesError(
-                f'no {sensor.upper()} date for {slot.name} within '
-                f'{counted(self.s1_max_days, "day", "days")}'
+                f'no {sensor.upper()} date for {slot.name} within s1_max_days={self.s1_max_days}'
             )
         return tuple(sorted(chosen[: self.s1_per_slot].tolist()))
 
@@ -356,9 +355,7 @@ class EvenlySpaced(DateRule):
         distance = np.abs(times - target)
         nearest = int(distance.argmin())
         if distance[nearest] > self.max_days * _DAY:
-            raise NoSeriesError(
-                f'no {self.leader.upper()} date within {counted(self.max_days, "day", "days")}'
-            )
+            raise NoSeriesError(f'no {self.leader.upper()} date within max_days={self.max_days}')
         return nearest
 
 
@@ -540,8 +537,7 @@ class SeriesReport:
         """How many patches have the series, why others have none, and what each bound costs."""
         failed = Counter(filter(None, self.reasons))
         kept = len(self.reasons) - failed.total()
-        patches = counted(len(self.reasons), 'patch has', 'patches have')
-        rows = [f'{kept:,} of {patches} the series']
+        rows = [f'patches with the series: {kept:,} of {len(self.reasons):,}']
         rows += [f'  {count:,} without: {reason}' for reason, count in failed.most_common()]
         for sensor, days in self.days.items():
             known = days[~np.isnan(days)]
@@ -549,15 +545,13 @@ class SeriesReport:
                 continue
             half, most = np.quantile(known, (0.5, 0.9), method='higher')
             rows.append(
-                f'{sensor.upper()} lies within {counted(int(half), "day", "days")} of '
-                f'{self.rule.leader.upper()} in half of {counted(len(known), "slot", "slots")}, '
-                f'within {most:.0f} in 90 %, {known.max():.0f} in all'
+                f'days from {sensor.upper()} to {self.rule.leader.upper()}: up to {half:.0f} in '
+                f'half of the slots ({len(known):,}), {most:.0f} in 90 %, {known.max():.0f} in all'
             )
             for bound in filter(lambda bound: bound < known.max(), BOUNDS):
-                slots, own = self.cost(sensor, bound)
-                where = counted(own, 'patch', 'patches')
+                slots, patches = self.cost(sensor, bound)
                 rows.append(
-                    f'  beyond {bound:2} days: {counted(slots, "slot", "slots")} in {where}'
+                    f'  beyond {bound:2}: {slots:,} of the slots, {patches:,} of the patches'
                 )
         return '\n'.join(rows)
 

@@ -30,7 +30,7 @@ from torchgeo_s1s2.datasets.catalog import (
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_written, first_grid, open_raster
 from torchgeo_s1s2.datasets.sensors import SENSORS
-from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError, counted, warn
+from torchgeo_s1s2.errors import DataError, S1S2Warning, UnreadableError, warn
 from torchgeo_s1s2.files import whole, write_json
 
 TAG = 'TORCHGEO_S1S2_POLYGONS'
@@ -112,8 +112,8 @@ def rasterize_labels(
     if bare:
         rule = '' if all_touched else ' at its centre (all_touched=True: anywhere)'
         warn(
-            f'{len(bare)} of {counted(len(grids), "patch has", "patches have")} no label, such as '
-            f'{catalog.patch(min(bare)).name}: no polygon of {file} meets a pixel of them{rule}'
+            f'patches without a label: {len(bare)} of {len(grids)}, such as '
+            f'{catalog.patch(min(bare)).name}; no polygon of {file} meets a pixel of them{rule}'
         )
     return len(todo)
 
@@ -267,13 +267,13 @@ def _is_outdated(catalog: Catalog, number: int, grid: Grid, made_of: str, overwr
     if path is None:
         return True
     with open_raster(path) as src:
-        tag, same = src.tags().get(TAG), src.transform == grid.transform and src.shape
+        tag, place = src.tags().get(TAG), (src.transform, src.shape)
     if tag is None and not overwrite:
         raise DataError(
             f'{path} is there and was not made from polygons here; nothing is written. Move it '
             'away, or give overwrite=True'
         )
-    return tag != made_of or same != (grid.height, grid.width)
+    return tag != made_of or place != (grid.transform, grid.shape)
 
 
 def _rasterized(
@@ -284,7 +284,7 @@ def _rasterized(
     near = polygons.clip_by_rect(*_around(polygons, grid).bounds) if len(polygons) else polygons
     shapes = zip(near.geometry.to_crs(grid.crs.to_wkt()), polygons['id'], strict=True)
     own = [(shape, number) for shape, number in shapes if not shape.is_empty]
-    labels = np.zeros((grid.height, grid.width), dtype)
+    labels = np.zeros(grid.shape, dtype)
     if own:
         rasterize(own, out=labels, transform=grid.transform, all_touched=all_touched)
     return labels
