@@ -252,13 +252,6 @@ def test_balanced_weights_come_from_the_training_patches(root: Path, tmp_path: P
     assert task.criterion.weight.tolist() == [500, 500, 0]  # type: ignore[operator]
 
 
-def test_weights_with_which_no_training_pixel_counts_are_refused(
-    root: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match='all classes that have a training pixel have the weight'):
-        quiet_trainer(tmp_path).fit(small(class_weights=[0.0, 0.0, 1.0]), data_of(root))
-
-
 def test_statistics_of_other_data_do_not_weigh_classes(root: Path, tmp_path: Path) -> None:
     own, path = data_of(root), tmp_path / 'others.json'
     own.setup('fit')
@@ -505,6 +498,7 @@ def test_time_is_a_dimension_or_folded(series: str) -> None:
             r"reads \{'s2': 10\} channels, the data give \{'s2': 10, 's1': 2\}; use the backbone",
         ),
         ({'labels': ['Field', 'Town', 'Water']}, 'leave labels out'),
+        ({'class_weights': [0.0, 0.0, 1.0]}, 'all classes that have a training pixel have the wei'),
     ],
 )
 def test_data_that_do_not_fit_are_refused_before_the_first_step(
