@@ -1,7 +1,7 @@
 """Semantic segmentation of Sentinel-1 and Sentinel-2 time series."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchgeo.tasks import SemanticSegmentation
 from torchmetrics import MetricCollection
@@ -130,7 +130,6 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         self._pretrained_classes: list[str] | None = None
         self._pretrained_ground = ''
         self._tally: dict[str, Tensor] = {}
-        self._optimized: list[int] = []
         super().__init__(weights=weights)  # TorchGeo takes all arguments from this call's frame
         # PyTorch refuses checkpoints with numbers of NumPy.
         numbers: Any = np.generic, np.ndarray
@@ -240,7 +239,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                 classes differ, or no training pixel has a label.
         """
         if stage == 'fit':
-            self.model.is_initial, self._optimized = False, []
+            self.model.is_initial = False
         data = self._data
         balanced = self.hparams['class_weights'] == 'balanced'
         if data is None:
@@ -265,19 +264,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                 )
 
     def on_fit_start(self) -> None:
-        """Check that what learns is what learned in the checkpoint that the fit goes on with.
-
-        Raises:
-            ValueError: If it is not.
-        """
-        own = _sizes(g for optimizer in self.trainer.optimizers for g in optimizer.param_groups)
-        if self._optimized and self._optimized != own:
-            raise ValueError(
-                f'{self._optimized} tensors learned in the checkpoint, by groups of its optimizer, '
-                f'and {own} learn here. Give the callbacks of that training, such as '
-                'GradualUnfreezing, and freeze what it froze; to train otherwise, load the '
-                'checkpoint as weights of the task'
-            )
+        """See to it that a checkpoint in which other parts learned is refused."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.register_load_state_dict_pre_hook(_check_learning)
 
     def on_validation_start(self) -> None:
         """Warn of weights that have learned nothing."""
@@ -292,19 +281,14 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
     def on_predict_start(self) -> None:
         """Warn of weights that have learned nothing, and of predictions that nothing keeps."""
         self.on_validation_start()
-        if self._drops_predictions:
+        is_returned = self.trainer.predict_loop.return_predictions and self._command is None
+        parts = self, *getattr(self.trainer, 'callbacks', ())
+        if not is_returned and not any(map(_may_keep_predictions, parts)):
             _warn(
                 'nothing keeps the predictions. To write maps, add to trainer.callbacks: '
                 '{class_path: torchgeo_s1s2.callbacks.GeoTIFFWriter}, or SceneWriter for windows '
                 'of scenes'
             )
-
-    @property
-    def _drops_predictions(self) -> bool:
-        """Whether neither the caller nor a hook can keep the predictions."""
-        is_returned = self.trainer.predict_loop.return_predictions and self._command is None
-        parts = self, *getattr(self.trainer, 'callbacks', ())
-        return not is_returned and not any(map(_may_keep_predictions, parts))
 
     @property
     def _data(self) -> SeriesDataModule | None:
@@ -373,9 +357,6 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         if theirs != own.keys():
             checkpoint['state_dict'] = {k: v for k, v in state.items() if k not in theirs} | own
         self._classes = trained_classes(checkpoint)
-        if getattr(self._trainer, 'training', False):
-            states = checkpoint.get('optimizer_states', [])
-            self._optimized = _sizes(g for state in states for g in state['param_groups'])
         if self._data and self._is_multiclass:
             self._check_classes(list(self._data.classes.names))
         given = [argument for argument in sys.argv if argument.startswith('--model')]
@@ -634,8 +615,16 @@ def _may_keep_predictions(part: Callback | LightningModule) -> bool:
     return isinstance(part, BasePredictionWriter) or not known
 
 
-def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
-    return [len(group['params']) for group in groups]
+def _check_learning(optimizer: Optimizer, checkpoint: dict[str, Any]) -> None:
+    """Check that as many parameters learn as in the checkpoint that a fit goes on with."""
+    groups = checkpoint['param_groups'], optimizer.param_groups
+    there, here = ([len(group['params']) for group in each] for each in groups)
+    if there != here:
+        raise ValueError(
+            f'{there} tensors learned in the checkpoint, by groups of its optimizer, and {here} '
+            'learn here. Give the callbacks of that training, such as GradualUnfreezing, and '
+            'freeze what it froze; to train otherwise, load the checkpoint as weights of the task'
+        )
 
 
 def _loaded(model: Any, keys: Any) -> None:
