@@ -36,7 +36,6 @@ def check_values(
     span: Mapping[str, tuple[float, float]],
     floors: Sequence[Floor],
     alike: Mapping[float, float],
-    offset_given: bool,
 ) -> None:
     """Compare statistics of training images with what their sensors can measure.
 
@@ -46,7 +45,6 @@ def check_values(
         span: Lowest and highest value by sensor.
         floors: Of Sentinel-2 images.
         alike: Share of the pixels in which all bands of Sentinel-2 hold a value of the files.
-        offset_given: Whether somebody said what the offset is.
 
     Raises:
         ImplausibleValuesError: If the values look like others; the message says which argument to
@@ -59,13 +57,13 @@ def check_values(
             raise ImplausibleValuesError(why)
     if 's2' not in readings or readings['s2'].raw:
         return
-    value = max(alike, key=lambda v: alike[v], default=0.0)
-    if alike.get(value, 0) > _ALIKE:
-        raise ImplausibleValuesError(
-            f'{alike[value]:.1%} of the pixels of Sentinel-2 hold {value:g} in all bands, which '
-            f"seems to stand for none: give nodata={{'s2': {value:g}}}, or tag it in the files"
-        )
-    if not offset_given:
+    for value, share in alike.items():
+        if share > _ALIKE:
+            raise ImplausibleValuesError(
+                f'{share:.1%} of the pixels of Sentinel-2 hold {value:g} in all bands, which seems '
+                f"to stand for none: give nodata={{'s2': {value:g}}}, or tag it in the files"
+            )
+    if not readings['s2'].offsets:
         _check_offset(floors)
 
 
