@@ -542,6 +542,7 @@ class SceneWriter(MapWriter):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the parts of all ranks and write the maps."""
         self._save()
+        self._buffer = BlendBuffer()  # whose memory is free again
         trainer.strategy.barrier('all parts')
         if trainer.is_global_zero:
             self._merge(trainer)

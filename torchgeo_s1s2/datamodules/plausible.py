@@ -60,8 +60,8 @@ def check_values(
     for value, share in alike.items():
         if share > _ALIKE:
             raise ImplausibleValuesError(
-                f'{share:.1%} of the pixels of Sentinel-2 hold {value:g} in all bands, which seems '
-                f"to stand for none: give nodata={{'s2': {value:g}}}, or tag it in the files"
+                f'{share:.1%} of the pixels of Sentinel-2 hold {value:g} in all bands'
+                f'{_stands_for_none(readings["s2"], value)}'
             )
     if not readings['s2'].offsets:
         _check_offset(floors)
@@ -75,7 +75,7 @@ def _reflectance(reading: Reading, mean: Sequence[float], lowest: float, highest
     if lowest < _LEAST or (highest > _MOST and (high < _BRIGHT or highest > 2**16)):
         odd = lowest if lowest < _LEAST else highest
         stored = reading.stored_value(odd, np.datetime64('now'))
-        return f'{seen}{_stands_for_none(reading, odd, stored)}'
+        return f'{seen}, and a value of {odd:.5g}{_stands_for_none(reading, stored)}'
     if high < _DARK:
         return (
             f'{seen}: the files seem to hold reflectance itself; give unit="reflectance", or write '
@@ -89,11 +89,9 @@ def _reflectance(reading: Reading, mean: Sequence[float], lowest: float, highest
     return ''
 
 
-def _stands_for_none(reading: Reading, value: float, stored: float) -> str:
-    return (
-        f', and a value of {value:.5g}, which seems to stand for none: give it as it is in the '
-        f'files, as in nodata={{{reading.sensor.name!r}: {stored:g}}}, or tag it in them'
-    )
+def _stands_for_none(reading: Reading, stored: float) -> str:
+    nodata = f'nodata={{{reading.sensor.name!r}: {stored:g}}}'
+    return f', which seems to stand for none: give {nodata}, as it is in the files, or tag it there'
 
 
 def _backscatter(reading: Reading, mean: Sequence[float], lowest: float, highest: float) -> str:
@@ -107,7 +105,7 @@ def _backscatter(reading: Reading, mean: Sequence[float], lowest: float, highest
     if highest > _LOUDEST:
         stored = highest if reading.stored == 'db' else min(10 ** (highest / 10), _MOST_POWER)
         stored = stored**0.5 if reading.stored == 'amplitude' else stored
-        return f'{seen}{_stands_for_none(reading, highest, stored)}'
+        return f'{seen}, and a value of {highest:.5g}{_stands_for_none(reading, stored)}'
     if max(mean) > _LOUD and reading.unit != 'amplitude':
         return (
             f'{seen}: the files seem to hold uncalibrated amplitudes; calibrate them to sigma0 or '
