@@ -502,7 +502,7 @@ class SceneWriter(MapWriter):
         if self.resume and trainer.is_global_zero:
             done, of = len(self._parts.places), f' of {self._total}' if self._total else ''
             found = f'continues from {done}{of} windows' if done else 'nothing to continue'
-            print(f'{self.output_dir}: {found}')
+            print(f'{self._folder}: {found}')
         self._save_at = time.monotonic() + SAVE_AFTER
         for workplace in self._dropped:
             warn(
@@ -574,11 +574,11 @@ class SceneWriter(MapWriter):
         older = (path for path in folder.glob('*.tif') if path.stem.split('_')[0] not in names)
         self._warn_of_older(filter(_is_of_a_scene, older))
 
-    def _choose(self, folder: Path, left: list[Workplace]) -> Workplace:
+    def _choose(self, left: list[Workplace]) -> Workplace:
         if not self.resume:
             self._dropped = left
-            return Workplace.new(folder)
-        *others, last = left or [Workplace.new(folder)]
+            return Workplace.new(self._folder)
+        *others, last = left or [Workplace.new(self._folder)]
         for workplace in others:
             workplace.leave()
         return last
