@@ -590,13 +590,13 @@ def test_weights_that_have_learned_nothing_are_said(tmp_path: Path, stage: str) 
     def is_said(task: S1S2SemanticSegmentation, **options: Any) -> bool:
         trainer = quiet_trainer(tmp_path / 'other', fast_dev_run='ckpt_path' not in options)
         run = getattr(trainer, stage)
-        return said(lambda: run(task, data, **options), 'the weights are initial ones')
+        return said(lambda: run(task, data, **options), 'no checkpoint was loaded')
 
     assert is_said(tiny())
     assert is_said(tiny(), ckpt_path='last')
     learned = tiny()
     fit = quiet_trainer(tmp_path, max_epochs=1)
-    assert not said(lambda: fit.fit(learned, data, data), 'the weights are initial ones')
+    assert not said(lambda: fit.fit(learned, data, data), 'no checkpoint was loaded')
     assert not is_said(learned)
     path = tmp_path / 'learned.ckpt'
     fit.save_checkpoint(path)

@@ -176,8 +176,12 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                     "series, such as 'vgg16_convlstm_inception'"
                 )
             encoder.set_recompute_gates(True)
-        self.model.is_initial = not self.weights
+        self.model.is_initial = True
         self.model.register_load_state_dict_post_hook(_loaded)
+        if self.weights and self.weights is not True:
+            checkpoint = load_weights(self.model, self.weights)
+            self._pretrained_classes = trained_classes(checkpoint)
+            self._pretrained_ground = trained_ground(checkpoint)
 
     def _configure_smp(self) -> None:
         self.model = smp.create_model(
@@ -188,10 +192,6 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             classes=self.hparams['num_classes'] or self.hparams['num_labels'] or 1,
             **(self.hparams['model_kwargs'] or {}),
         )
-        if self.weights and self.weights is not True:
-            checkpoint = load_weights(self.model, self.weights)
-            self._pretrained_classes = trained_classes(checkpoint)
-            self._pretrained_ground = trained_ground(checkpoint)
         if self.hparams['freeze_backbone']:
             freeze(spatial_encoder(self.model))
         if self.hparams['freeze_decoder']:
@@ -272,8 +272,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         """Warn of weights that have learned nothing."""
         if getattr(self.model, 'is_initial', False):  # not one that was put in its place
             _warn(
-                'no checkpoint was loaded: the weights are initial ones, which have learned '
-                'nothing. Give the checkpoint of a training, as --ckpt_path of a command'
+                'no checkpoint was loaded: the weights, of decoder and head at least, are initial '
+                'ones, which have learned nothing. Give the checkpoint of a training, as '
+                '--ckpt_path of a command'
             )
 
     on_test_start = on_validation_start
