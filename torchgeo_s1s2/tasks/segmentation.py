@@ -23,7 +23,7 @@ from torchvision.models import WeightsEnum
 
 from torchgeo_s1s2.datamodules.series import SeriesDataModule
 from torchgeo_s1s2.datasets.classes import NO_LABEL
-from torchgeo_s1s2.datasets.multisenge import Sample
+from torchgeo_s1s2.datasets.series import Sample
 from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.models import (
     ImageSeries,
