@@ -173,7 +173,7 @@ def compute_statistics(root: Path, options: argparse.Namespace) -> Row:
     """Compute the statistics of a scene, window by window."""
     dataset = MultiSenGE(root, 'train', classes=10, splits=SPLITS)
     with measured() as found:
-        Statistics.compute(dataset, progress=False)
+        Statistics.compute(dataset)
     return found
 
 

@@ -121,17 +121,23 @@ class Windows(Dataset[dict[str, Any]]):
 
 
 class Task(LightningModule):
-    """Predicts what the batch holds, with a trace of its one weight, until the power is cut."""
+    """Predicts what the batch holds; something may happen at its third batch."""
 
-    def __init__(self, stop_after: int | None = None, weight: float = 0, turn: int = 0) -> None:
+    def __init__(
+        self, happens: Callable[[], Any] | None = None, weight: float = 0, turn: int = 0
+    ) -> None:
         super().__init__()
-        self.stop_after, self.turn = stop_after, turn
+        self.happens, self.turn = happens, turn
         self.weight = torch.nn.Parameter(torch.tensor(float(weight)))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        if batch_idx == self.stop_after:
-            raise RuntimeError('power cut')
+        if self.happens and batch_idx == 2:
+            self.happens()
         return batch | {'probabilities': batch['probabilities'].roll(self.turn, 1)}
+
+
+def power_cut() -> None:
+    raise RuntimeError('power cut')
 
 
 def predict(
@@ -147,7 +153,7 @@ def predict(
 def interrupted(root: Path, **options: Any) -> Path:
     """Hidden folder of a run that was interrupted after 8 windows."""
     with pytest.raises(RuntimeError, match='power cut'):
-        predict(root, SceneWriter(buffer_size=1, **options), Task(stop_after=2))
+        predict(root, SceneWriter(buffer_size=1, **options), Task(power_cut))
     (folder,) = (root / 'maps').glob('.torchgeo_s1s2-*')
     return folder
 
@@ -294,19 +300,6 @@ def test_cog_validator_accepts_all_three(tmp_path: Path) -> None:
         assert valid, (file, errors, warnings)
 
 
-class Stopped(Task):
-    """Something happens at its third batch."""
-
-    def __init__(self, happens: Callable[[], Any]) -> None:
-        super().__init__()
-        self.happens = happens
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        if batch_idx == 2:
-            self.happens()
-        return super().predict_step(batch, batch_idx, dataloader_idx)
-
-
 def read_maps(root: Path) -> list[NDArray[Any]]:
     names = '32631.tif', '32631_confidence.tif', '32631_observations.tif'
     return [read(root / 'maps', name) for name in names]
@@ -332,7 +325,7 @@ def test_an_interrupted_run_resumes_to_the_same_map(
     handler = signal.getsignal(signal.SIGINT)
     predict(tmp_path / 'whole', SceneWriter(buffer_size=buffer_size))
     with pytest.raises(error) as caught:
-        predict(tmp_path, SceneWriter(buffer_size=buffer_size), Stopped(stop))
+        predict(tmp_path, SceneWriter(buffer_size=buffer_size), Task(stop))
     signal.signal(signal.SIGINT, handler)  # Lightning ignores more of them
     assert getattr(caught.value, 'code', 1)
     capsys.readouterr()
@@ -355,7 +348,7 @@ def test_a_killed_run_loses_what_it_did_since_it_saved(
 ) -> None:
     """What is on the disk at that moment is all that the next run has."""
     monkeypatch.setattr(scenes, 'SAVE_AFTER', seconds)
-    killed = Stopped(lambda: shutil.copytree(tmp_path / 'maps', tmp_path / 'killed' / 'maps'))
+    killed = Task(lambda: shutil.copytree(tmp_path / 'maps', tmp_path / 'killed' / 'maps'))
     predict(tmp_path, SceneWriter(), killed)
     predict(tmp_path / 'killed', SceneWriter(resume=True))
     assert found in capsys.readouterr().out
@@ -412,13 +405,13 @@ def test_an_interrupt_anywhere_leaves_sums_of_the_windows_that_they_name(
 def test_sums_that_cannot_be_kept_are_said_and_the_error_of_the_run_stays(tmp_path: Path) -> None:
     def full_disk() -> None:
         shutil.rmtree(tmp_path / 'maps')
-        raise RuntimeError('power cut')
+        power_cut()
 
     with (
         pytest.warns(S1S2Warning, match=r'last 8 windows will be predicted again: .*npz cannot be'),
         pytest.raises(RuntimeError, match='power cut'),
     ):
-        predict(tmp_path, SceneWriter(), Stopped(full_disk))
+        predict(tmp_path, SceneWriter(), Task(full_disk))
 
 
 class Fewer(Windows):
@@ -493,16 +486,13 @@ def test_what_is_no_map_of_this_package_is_not_replaced(tmp_path: Path, name: st
 def test_runs_that_share_a_folder_do_not_touch_each_other(tmp_path: Path, resume: bool) -> None:
     """Another run, of other windows, begins and ends while the first one is at work."""
 
-    class Meanwhile(Task):
-        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-            if batch_idx == 2:
-                with pytest.warns(S1S2Warning, match='1 other runs are at work'):
-                    predict(tmp_path, SceneWriter(resume=resume), dataset=Fewer())
-                assert read(tmp_path / 'maps', '32631.tif')[-32:, -32:].max() == 0
-            return super().predict_step(batch, batch_idx, dataloader_idx)
+    def meanwhile() -> None:
+        with pytest.warns(S1S2Warning, match='1 other runs are at work'):
+            predict(tmp_path, SceneWriter(resume=resume), dataset=Fewer())
+        assert read(tmp_path / 'maps', '32631.tif')[-32:, -32:].max() == 0
 
     predict(tmp_path / 'alone', SceneWriter())
-    predict(tmp_path, SceneWriter(buffer_size=1), Meanwhile())
+    predict(tmp_path, SceneWriter(buffer_size=1), Task(meanwhile))
     for name in ('32631.tif', '32631_confidence.tif'):
         both, alone = (read(p / 'maps', name) for p in (tmp_path, tmp_path / 'alone'))
         assert (both != alone).mean() < 1e-3
@@ -544,7 +534,7 @@ def test_sampler_of_the_datamodule_gives_what_remains(
             return DataLoader(Windows(), batch_size=4, sampler=indices, collate_fn=stack_samples)
 
     seen: list[Any] = []
-    for stop, resume in ((2, False), (None, True)):
+    for stop, resume in ((power_cut, False), (None, True)):
         writer = SceneWriter(tmp_path, resume=resume, buffer_size=1)
         trainer = quiet_trainer(callbacks=[writer])
         with pytest.raises(RuntimeError, match='power cut') if stop else nullcontext():

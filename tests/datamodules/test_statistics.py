@@ -35,7 +35,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compute(root: Path, series: MonthlySeries | None = None, **options: Any) -> Statistics:
-    return Statistics.compute(MultiSenGE(root, 'test', series, **options), progress=False)
+    return Statistics.compute(MultiSenGE(root, 'test', series, **options))
 
 
 def series_in_numpy(root: Path) -> np.ndarray:
@@ -64,7 +64,7 @@ def test_mean_and_std_are_of_the_dates_of_the_series_only(noise: Path) -> None:
 
 def test_a_worker_reads_the_same(noise: Path) -> None:
     dataset = MultiSenGE(noise, 'test')
-    assert Statistics.compute(dataset, 1, False) == Statistics.compute(dataset, 0, False)
+    assert Statistics.compute(dataset, 1) == Statistics.compute(dataset)
 
 
 def test_a_band_that_varies_little_around_a_large_mean(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_what_has_no_label_is_not_counted(tmp_path: Path) -> None:
     (tmp_path / 'ground_reference' / '31UEQ_GR_700_0.tif').unlink()
     with pytest.warns(S1S2Warning, match='1 of ground_reference'):
         dataset = MultiSenGE(tmp_path, 'test', MonthlySeries(months=(7,)))
-    assert count_labels(dataset, progress=False) == [[6, 16 * 300]]
+    assert count_labels(dataset) == [[6, 16 * 300]]
 
 
 def test_statistics_are_made_window_by_window(

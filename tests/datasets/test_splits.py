@@ -146,7 +146,7 @@ def test_parts_hold_each_pixel_once(ground: Path, split: Callable[[MultiSenGE], 
         assert sorted(pixels(window)) == sorted(own)
         for again in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
             assert by_number(again) == own
-        statistics = Statistics.compute(part, progress=False)
+        statistics = Statistics.compute(part)
         assert statistics.labels == ((6, len(own)),)
         assert statistics.mean[0] == pytest.approx(np.mean(own))
         assert statistics.std[0] == pytest.approx(np.std(own))

@@ -394,21 +394,14 @@ def test_freezing_keeps_weights_and_statistics_of_the_spatial_encoder(name: str)
     assert not model.state_dict()[mean].equal(before[mean])
 
 
-def test_synchronised_batch_norms_stay_frozen() -> None:
-    """They take the place of others after these were frozen, as for sync_batchnorm: true."""
-    model: Any = smp.Unet('resnet18', encoder_weights=None, in_channels=12)
-    freeze(model.encoder)
-    freeze(model.encoder.layer4, frozen=False)
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()
-    norms = {n: p for n, p in model.encoder.named_modules() if isinstance(p, nn.SyncBatchNorm)}
-    assert len(norms) == 20
-    assert {n for n, p in norms.items() if p.training} == {n for n in norms if 'layer4' in n}
-
-
-def test_a_part_may_be_unfrozen_within_a_frozen_one() -> None:
+@pytest.mark.parametrize('is_synchronised', [False, True])
+def test_a_part_may_be_unfrozen_within_a_frozen_one(is_synchronised: bool) -> None:
+    """Also if batch norms take the place of others after that, as for sync_batchnorm: true."""
     spatial: Any = spatial_encoder(smp.Unet('resnet18', encoder_weights=None, in_channels=12))
     freeze(spatial)
     freeze(spatial.layer4, frozen=False)
+    if is_synchronised:
+        spatial = nn.SyncBatchNorm.convert_sync_batchnorm(spatial)
     learning = {f'layer4.{name}' for name, _ in spatial.layer4.named_modules() if name}
     for mode, expected in ((True, learning | {'layer4'}), (False, set())):
         spatial.train(mode)
@@ -481,38 +474,35 @@ def test_weights_of_a_model_and_of_an_encoder_fit(tmp_path: Path) -> None:
         assert all(value.equal(expected[name]) for name, value in encoder.state_dict().items())
 
 
-@pytest.mark.parametrize('late', [False, True])
-def test_weights_of_torchgeo_are_taken_band_by_band(late: bool) -> None:
-    """Of Sentinel-2 (B1, ..., B8, B8A, B9, ..., B12) and of Sentinel-1, one after the other."""
-    encoder = build('resnet18_attention_late' if late else 'resnet18_attention')
-    s2, s1 = (get_encoder('resnet18', in_channels=n).state_dict() for n in (13, 2))
-    for weights in (s2, s1):
-        encoder.load_state_dict(weights)
-        spatial = encoder.spatial
-        own = spatial['s2' if weights is s2 else 's1'] if late else spatial['series']
-        assert own.state_dict()['layer4.1.conv2.weight'].equal(weights['layer4.1.conv2.weight'])
-        kernel = own.state_dict()['conv1.weight']
-        if weights is s2:
-            for band, place in zip((0, 1, 7, 8, 9), (1, 2, 8, 11, 12), strict=True):
-                assert kernel[:, band].equal(weights['conv1.weight'][:, place])
-            assert late or kernel[:, 10:].eq(0).all()
-        else:
-            assert kernel[:, -2:].equal(weights['conv1.weight'])
+OF_S2 = dict(enumerate([1, 2, 3, 4, 5, 6, 7, 8, 11, 12]))
+TWELVE = ['B1', 'B2', 'B3', 'B4', 'B5', 'B6', 'B7', 'B8', 'B8a', 'B9', 'B11', 'B12']
 
 
-def test_weights_for_other_bands_than_their_number_tells_are_taken_by_name() -> None:
-    """Twelve of Sentinel-2 for twelve of both sensors, and three in the order red, green, blue."""
-    for names, both in (('B1 B2 B3 B4 B5 B6 B7 B8 B8a B9 B11 B12', 10), ('B04 B03 B02', 3)):
-        given = names.split()
-        weights = get_encoder('resnet18', in_channels=len(given)).state_dict()
-        encoder = build('resnet18_attention')
-        encoder.load_state_dict(weights, bands=given)
-        kernel = encoder.spatial['series'].state_dict()['conv1.weight']
-        for band, place in enumerate([1, 2, 3, 4, 5, 6, 7, 8, 10, 11] if both == 10 else [2, 1, 0]):
-            assert kernel[:, band].equal(weights['conv1.weight'][:, place])
-        assert kernel[:, both:].eq(0).all()
-    with pytest.raises(ValueError, match=r'no weight can be loaded: .* reads 2 s1'):
-        build('resnet18_attention_s1', 2).load_state_dict(weights, bands=given)
+@pytest.mark.parametrize(
+    ('name', 'group', 'given', 'places'),
+    [
+        ('resnet18_attention', 'series', 13, OF_S2),
+        ('resnet18_attention', 'series', 2, {10: 0, 11: 1}),
+        ('resnet18_attention_late', 's2', 13, OF_S2),
+        ('resnet18_attention_late', 's1', 2, {0: 0, 1: 1}),
+        # Twelve of Sentinel-2 for twelve of both sensors, and three in another order.
+        ('resnet18_attention', 'series', TWELVE, {**OF_S2, 8: 10, 9: 11}),
+        ('resnet18_attention', 'series', ['B04', 'B03', 'B02'], {0: 2, 1: 1, 2: 0}),
+    ],
+)
+def test_weights_of_images_are_taken_band_by_band(
+    name: str, group: str, given: int | list[str], places: dict[int, int]
+) -> None:
+    """Of TorchGeo's 13 bands of Sentinel-2 and 2 of Sentinel-1, or of those with these names."""
+    bands = given if isinstance(given, list) else []
+    weights = get_encoder('resnet18', in_channels=len(bands) or given).state_dict()
+    encoder = build(name)
+    encoder.load_state_dict(weights, bands=bands)
+    own = encoder.spatial[group].state_dict()
+    assert own['layer4.1.conv2.weight'].equal(weights['layer4.1.conv2.weight'])
+    expected = torch.zeros_like(own['conv1.weight'])
+    expected[:, [*places]] = weights['conv1.weight'][:, [*places.values()]]
+    assert own['conv1.weight'].equal(expected)
 
 
 @pytest.mark.parametrize('name', FRONTS)
@@ -532,6 +522,9 @@ def test_weights_of_another_spatial_encoder_or_sensor_are_refused() -> None:
     s1 = get_encoder('resnet18', in_channels=2).state_dict()
     with pytest.raises(ValueError, match=r'no weight can be loaded: .* reads 10 s2'):
         build('resnet18_attention_s2', 10).load_state_dict(s1)
+    rgb = get_encoder('resnet18').state_dict()
+    with pytest.raises(ValueError, match=r'no weight can be loaded: .* reads 2 s1'):
+        build('resnet18_attention_s1', 2).load_state_dict(rgb, bands=['B04', 'B03', 'B02'])
 
 
 @pytest.mark.parametrize('spatial', [*LOADERS, 'mit_b0'])

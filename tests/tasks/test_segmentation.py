@@ -4,7 +4,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchgeo.datasets.utils import pad_across_batches
 from torchgeo.tasks import SemanticSegmentation
 
 from torchgeo_s1s2.datamodules import MultiSenGEDataModule
@@ -250,29 +248,6 @@ def test_balanced_weights_come_from_the_training_patches(root: Path, tmp_path: P
     quiet_trainer(tmp_path, fast_dev_run=True).fit(task, data_of(root))
     # Half of the pixels are town and half are field, none is water; the sum is 1000.
     assert task.criterion.weight.tolist() == [500, 500, 0]  # type: ignore[operator]
-
-
-def test_weights_with_which_no_training_pixel_counts_are_refused(
-    root: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match='all classes that have a training pixel have the weight'):
-        quiet_trainer(tmp_path).fit(small(class_weights=[0.0, 0.0, 1.0]), data_of(root))
-
-
-def test_statistics_of_other_data_do_not_weigh_classes(root: Path, tmp_path: Path) -> None:
-    own, path = data_of(root), tmp_path / 'others.json'
-    own.setup('fit')
-    assert own.statistics is not None
-    labels = own.statistics.labels
-    replace(own.statistics, mean=(7.5,) * 12, pixels=(9, 1), labels=((1, 1),)).save(path)
-    data = MultiSenGEDataModule(
-        root, batch_size=2, classes=CLASSES, splits=own.kwargs['splits'], statistics=path
-    )
-    task = tiny(class_weights='balanced')
-    quiet_trainer(tmp_path, fast_dev_run=True).fit(task, data)
-    assert data.statistics is not None
-    assert (data.statistics.mean, data.statistics.labels) == ((7.5,) * 12, labels)
-    assert torch.equal(task.criterion.weight, own.class_weights)  # type: ignore[arg-type]
 
 
 def test_a_fit_may_follow_a_test(root: Path, tmp_path: Path) -> None:
@@ -505,6 +480,7 @@ def test_time_is_a_dimension_or_folded(series: str) -> None:
             r"reads \{'s2': 10\} channels, the data give \{'s2': 10, 's1': 2\}; use the backbone",
         ),
         ({'labels': ['Field', 'Town', 'Water']}, 'leave labels out'),
+        ({'class_weights': [0.0, 0.0, 1.0]}, 'all classes that have a training pixel have the wei'),
     ],
 )
 def test_data_that_do_not_fit_are_refused_before_the_first_step(
@@ -614,13 +590,13 @@ def test_weights_that_have_learned_nothing_are_said(tmp_path: Path, stage: str) 
     def is_said(task: S1S2SemanticSegmentation, **options: Any) -> bool:
         trainer = quiet_trainer(tmp_path / 'other', fast_dev_run='ckpt_path' not in options)
         run = getattr(trainer, stage)
-        return said(lambda: run(task, data, **options), 'the weights are initial ones')
+        return said(lambda: run(task, data, **options), 'no checkpoint was loaded')
 
     assert is_said(tiny())
     assert is_said(tiny(), ckpt_path='last')
     learned = tiny()
     fit = quiet_trainer(tmp_path, max_epochs=1)
-    assert not said(lambda: fit.fit(learned, data, data), 'the weights are initial ones')
+    assert not said(lambda: fit.fit(learned, data, data), 'no checkpoint was loaded')
     assert not is_said(learned)
     path = tmp_path / 'learned.ckpt'
     fit.save_checkpoint(path)
@@ -687,22 +663,14 @@ def test_ground_of_weights_is_handed_on(
     assert said(lambda: trainer.test(task, data, verbose=False), words) == expected
 
 
-@pytest.mark.parametrize('key', ['valid', 'length'])
-def test_what_a_sensor_did_not_see_is_not_read(key: str) -> None:
+def test_what_a_sensor_did_not_see_is_not_read() -> None:
     """Whatever the image holds there, such as noise that was added after the normalisation."""
-    task = small().eval()
-    image = torch.randn(2, 4, 12, 32, 32)
-    if key == 'valid':
-        known = torch.ones(2, 4, 2, dtype=torch.bool)
-        known[0, 1, 0] = known[1, 2:] = False
-        batch = {'image': image, 'valid': known}
-    else:
-        samples = [{'image': image[0, :3]}, {'image': image[1, :2]}]
-        batch = pad_across_batches(samples, 4)
-        known = (torch.arange(4) < batch['length'][:, None])[..., None].expand(-1, -1, 2)
-    seen = known.repeat_interleave(torch.tensor([10, 2]), 2)[..., None, None]
-    noisy = {**batch, 'image': batch['image'].where(seen, torch.randn_like(image))}
-    expected = task(batch['image'].where(seen, 0)).softmax(1)
+    task, image = small().eval(), torch.randn(2, 4, 12, 32, 32)
+    valid = torch.ones(2, 4, 2, dtype=torch.bool)
+    valid[0, 1, 0] = valid[1, 2:] = False
+    seen = valid.repeat_interleave(torch.tensor([10, 2]), 2)[..., None, None]
+    noisy = {'image': image.where(seen, torch.randn_like(image)), 'valid': valid}
+    expected = task(image.where(seen, 0)).softmax(1)
     torch.testing.assert_close(task.predict_step(noisy, 0)['probabilities'], expected)
 
 

@@ -9,6 +9,7 @@ import torchvision
 from torchgeo.models import ResNet18_Weights
 from torchgeo.tasks import SemanticSegmentation
 
+from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.models import unet_to_fuselstm
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
 
@@ -107,6 +108,8 @@ def test_weight_enums_and_their_names_are_loaded(monkeypatch: pytest.MonkeyPatch
     for weights in (enum, str(enum)):
         task = task_of(3, backbone='resnet18', in_channels=13, weights=weights)
         assert task.model.encoder.conv1.weight.equal(resnet.conv1.weight)
+        with pytest.warns(S1S2Warning, match='of decoder and head at least, are initial ones'):
+            task.on_test_start()
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,8 @@ class MapWriter(BasePredictionWriter):
             classes: Class scheme, or number of classes; that of the data set unless given.
         """
         super().__init__(write_interval='batch')
-        self._given_dir = Path(output_dir).expanduser() if output_dir is not None else None
-        self.output_dir = self._given_dir
+        self.output_dir = Path(output_dir).expanduser() if output_dir is not None else None
+        self._folder = self.output_dir or Path()
         self.classes = class_scheme(classes) if classes is not None else None
         self._workplace: Workplace | None = None
         self._unfinished: Path | None = None
@@ -166,9 +166,9 @@ class MapWriter(BasePredictionWriter):
         if stage == 'predict':
             if getattr(pl_module, 'hparams', {}).get('task') == 'multilabel':
                 raise MapError('a map holds one class a pixel, and the task is multilabel')
-            self.output_dir = self._given_dir or Path(trainer.default_root_dir) / 'maps'
+            self._folder = self.output_dir or Path(trainer.default_root_dir) / 'maps'
             if trainer.is_global_zero:
-                self._workplace = self._open(self.output_dir)
+                self._workplace = self._open()
             path = self._workplace.path if self._workplace else None
             self._unfinished = trainer.strategy.broadcast(path)
             self._unknown = 0
@@ -184,7 +184,8 @@ class MapWriter(BasePredictionWriter):
         super().teardown(trainer, pl_module, stage)
         self._leave()
 
-    def _open(self, folder: Path) -> Workplace:
+    def _open(self) -> Workplace:
+        folder = self._folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             left, living = Workplace.found(folder)
@@ -193,22 +194,18 @@ class MapWriter(BasePredictionWriter):
                     f'{living} other runs are at work in {folder}; their unfinished files are '
                     'left alone, but of maps of the same name the last one stays'
                 )
-            return self._choose(folder, left)
+            return self._choose(left)
         except OSError as error:
             raise MapError(
                 f'no map can be written to {folder}: {error}. Give output_dir a folder that can '
                 'be written to'
             ) from error
 
-    def _choose(self, folder: Path, left: list[Workplace]) -> Workplace:
+    def _choose(self, left: list[Workplace]) -> Workplace:
         """One of those that interrupted runs left, or a new one."""
         for workplace in left:
             workplace.leave()
-        return Workplace.new(folder)
-
-    @property
-    def _folder(self) -> Path:
-        return self.output_dir or Path()
+        return Workplace.new(self._folder)
 
     def _leave(self) -> None:
         if self._workplace:
@@ -261,7 +258,7 @@ class MapWriter(BasePredictionWriter):
         names = sorted(path.name for path in paths)
         if names:
             warn(
-                f'{len(names)} files in {self.output_dir} are of an earlier run and do not belong '
+                f'{len(names)} files in {self._folder} are of an earlier run and do not belong '
                 f'to the maps of this one: {", ".join(names[:5])}. Delete them, or give another '
                 'output_dir'
             )
@@ -364,4 +361,4 @@ class GeoTIFFWriter(MapWriter):
         count = torch.tensor(len(self._written), device=pl_module.device)
         total = int(trainer.strategy.reduce(count, reduce_op='sum'))
         if trainer.is_global_zero:
-            print(f'maps written to {self.output_dir}: {total:,}')
+            print(f'maps written to {self._folder}: {total:,}')

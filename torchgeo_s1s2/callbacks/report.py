@@ -13,7 +13,7 @@ from torch import Tensor
 from torchgeo.datasets import unbind_samples
 from torchmetrics.utilities.plot import plot_confusion_matrix
 
-from torchgeo_s1s2.datasets.multisenge import Sample
+from torchgeo_s1s2.datasets.series import Sample
 from torchgeo_s1s2.files import whole
 from torchgeo_s1s2.tasks.metrics import SegmentationScores
 

@@ -111,14 +111,15 @@ class BlendBuffer:
         places: Windows that are in the sums.
         probe: Probabilities of the first of the windows.
         saved: Number of the windows that are on disk.
+        number: Number of the part that they are saved as, among those of a rank.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
         """Begin empty."""
         self.blocks: dict[Block, NDArray[np.float32]] = {}
         self.places: list[Place] = []
         self.probe = np.zeros(0, np.float16)
-        self.saved = 0
+        self.saved, self.number = 0, number
         self._adding: tuple[Place, list[Any]] | None = None
 
     @classmethod
@@ -128,7 +129,7 @@ class BlendBuffer:
         Raises:
             MapError: If the file is damaged.
         """
-        buffer = cls()
+        buffer = cls(int(path.stem[-5:]))
         with _opened(path) as part:
             buffer.blocks = {key: part[name] for key, name in _blocks(part)}
             buffer.places, buffer.probe = _places(part), part['probe']
@@ -470,8 +471,7 @@ class SceneWriter(MapWriter):
         self.buffer_size = buffer_size
         self._buffer = BlendBuffer()
         self._parts = Parts([])
-        self._number = self._total = 0
-        self._save_at = 0.0
+        self._total, self._save_at = 0, 0.0
         self._dropped: list[Workplace] = []
         self._origin: dict[str, str] = {}
         self._rank = 0
@@ -482,13 +482,12 @@ class SceneWriter(MapWriter):
         if stage != 'predict':
             return
         self._rank = trainer.global_rank
-        files, self._number, self._total = self._part_files(), 0, 0
-        self._parts, self._buffer = Parts(files), BlendBuffer()
-        if own := [path for path in files if path.match(f'part-{self._rank:05}-*')]:
-            self._buffer, self._number = BlendBuffer.load(own[-1]), int(own[-1].stem[-5:])
-            self._empty_if_full()
-        windows = self._plan(getattr(trainer, 'datamodule', None), trainer.world_size)
-        self._origin = {'windows': windows}
+        files = self._part_files()
+        own = [path for path in files if path.match(f'part-{self._rank:05}-*')]
+        self._parts = Parts(files)
+        self._buffer = BlendBuffer.load(own[-1]) if own else BlendBuffer()
+        self._save()
+        self._origin = {'windows': self._plan(trainer)}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the parts are of this model and these data, or delete them.
@@ -503,7 +502,7 @@ class SceneWriter(MapWriter):
         if self.resume and trainer.is_global_zero:
             done, of = len(self._parts.places), f' of {self._total}' if self._total else ''
             found = f'continues from {done}{of} windows' if done else 'nothing to continue'
-            print(f'{self.output_dir}: {found}')
+            print(f'{self._folder}: {found}')
         self._save_at = time.monotonic() + SAVE_AFTER
         for workplace in self._dropped:
             warn(
@@ -528,7 +527,6 @@ class SceneWriter(MapWriter):
         self._parts.places.add(place)
         if self._is_full or time.monotonic() > self._save_at:
             self._save()
-            self._empty_if_full()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -544,6 +542,7 @@ class SceneWriter(MapWriter):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the parts of all ranks and write the maps."""
         self._save()
+        self._buffer = BlendBuffer()  # whose memory is free again
         trainer.strategy.barrier('all parts')
         if trainer.is_global_zero:
             self._merge(trainer)
@@ -575,11 +574,11 @@ class SceneWriter(MapWriter):
         older = (path for path in folder.glob('*.tif') if path.stem.split('_')[0] not in names)
         self._warn_of_older(filter(_is_of_a_scene, older))
 
-    def _choose(self, folder: Path, left: list[Workplace]) -> Workplace:
+    def _choose(self, left: list[Workplace]) -> Workplace:
         if not self.resume:
             self._dropped = left
-            return Workplace.new(folder)
-        *others, last = left or [Workplace.new(folder)]
+            return Workplace.new(self._folder)
+        *others, last = left or [Workplace.new(self._folder)]
         for workplace in others:
             workplace.leave()
         return last
@@ -593,28 +592,26 @@ class SceneWriter(MapWriter):
         return Workplace(self._unfinished).parts if self._unfinished else []
 
     def _save(self) -> None:
-        """Write the sums, if there are others than on disk."""
+        """Write the sums, if there are others than on disk, and begin anew if they are many."""
         self._buffer.finish()
-        if len(self._buffer.places) == self._buffer.saved:
-            return
-        name = f'part-{self._rank:05}-{self._number:05}.npz'
-        path = (self._unfinished or self._folder) / name
-        self._buffer.save(path, self._parts.lattices, self._origin)
-        self._save_at = time.monotonic() + SAVE_AFTER
+        if len(self._buffer.places) > self._buffer.saved:
+            name = f'part-{self._rank:05}-{self._buffer.number:05}.npz'
+            path = (self._unfinished or self._folder) / name
+            self._buffer.save(path, self._parts.lattices, self._origin)
+            self._save_at = time.monotonic() + SAVE_AFTER
+        if self._is_full:
+            self._buffer = BlendBuffer(self._buffer.number + 1)
 
     @property
     def _is_full(self) -> bool:
         return self._buffer.nbytes > self.buffer_size * 2**20
 
-    def _empty_if_full(self) -> None:
-        if self._is_full:
-            self._buffer = BlendBuffer()  # first, so that an interrupt here saves nothing
-            self._number += 1
-
-    def _plan(self, datamodule: Any, least: int) -> str:
+    def _plan(self, trainer: Trainer) -> str:
         """Leave out what is done of the data module's windows; return a digest of them all."""
+        datamodule: Any = getattr(trainer, 'datamodule', None)
         sampler = getattr(datamodule, 'predict_sampler', None)
         dataset = getattr(datamodule, 'predict_dataset', None)
+        self._total = 0
         if sampler is None or dataset is None:
             return ''
         several = isinstance(dataset, list)
@@ -623,7 +620,7 @@ class SceneWriter(MapWriter):
         self._total = sum(map(len, windows))
         if self._parts.places:
             pairs = zip(windows, datasets, strict=True)
-            remaining = [self._parts.remaining(w, d, least) for w, d in pairs]
+            remaining = [self._parts.remaining(w, d, trainer.world_size) for w, d in pairs]
             datamodule.predict_sampler = remaining if several else remaining[0]
         return _digest(windows)
 

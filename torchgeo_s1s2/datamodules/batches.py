@@ -94,15 +94,11 @@ class RandomCrops(Dataset[Sample]):
         counts = [(height // size[0]) * (width // size[1]) for height, width in self.shapes]
         if not any(counts):
             height, width = (max(lengths) for lengths in zip(*self.shapes, strict=True))
-            grids = (dataset.grid_of(patch) for patch in dataset.index['patch'])
-            cut = [grid.shape for grid in grids] != self.shapes
-            what, mend = 'patch', ''
-            if cut:
-                what, mend = 'part of a patch in the blocks or areas', ' or the blocks larger'
             raise ValueError(
-                f'patch_size is {size}, height and width, and no {what} of {dataset.title} has so '
-                f'many pixels: the highest has {height}, the widest {width}. Make it '
-                f'smaller{mend}, or leave it out to train without crops'
+                f'patch_size is {size}, height and width, and no patch of {dataset.title}, or part '
+                f'of one in its blocks or areas, has so many pixels: the highest has {height}, the '
+                f'widest {width}. Make it smaller, or the blocks larger, or leave it out to train '
+                'without crops'
             )
         self.rows = np.repeat(np.arange(len(counts)), np.maximum(counts, 1))
 

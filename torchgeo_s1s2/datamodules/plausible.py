@@ -36,7 +36,6 @@ def check_values(
     span: Mapping[str, tuple[float, float]],
     floors: Sequence[Floor],
     alike: Mapping[float, float],
-    offset_given: bool,
 ) -> None:
     """Compare statistics of training images with what their sensors can measure.
 
@@ -46,7 +45,6 @@ def check_values(
         span: Lowest and highest value by sensor.
         floors: Of Sentinel-2 images.
         alike: Share of the pixels in which all bands of Sentinel-2 hold a value of the files.
-        offset_given: Whether somebody said what the offset is.
 
     Raises:
         ImplausibleValuesError: If the values look like others; the message says which argument to
@@ -59,13 +57,13 @@ def check_values(
             raise ImplausibleValuesError(why)
     if 's2' not in readings or readings['s2'].raw:
         return
-    value = max(alike, key=lambda v: alike[v], default=0.0)
-    if alike.get(value, 0) > _ALIKE:
-        raise ImplausibleValuesError(
-            f'{alike[value]:.1%} of the pixels of Sentinel-2 hold {value:g} in all bands, which '
-            f"seems to stand for none: give nodata={{'s2': {value:g}}}, or tag it in the files"
-        )
-    if not offset_given:
+    for value, share in alike.items():
+        if share > _ALIKE:
+            raise ImplausibleValuesError(
+                f'{share:.1%} of the pixels of Sentinel-2 hold {value:g} in all bands'
+                f'{_stands_for_none(readings["s2"], value)}'
+            )
+    if not readings['s2'].offsets:
         _check_offset(floors)
 
 
@@ -77,7 +75,7 @@ def _reflectance(reading: Reading, mean: Sequence[float], lowest: float, highest
     if lowest < _LEAST or (highest > _MOST and (high < _BRIGHT or highest > 2**16)):
         odd = lowest if lowest < _LEAST else highest
         stored = reading.stored_value(odd, np.datetime64('now'))
-        return f'{seen}{_stands_for_none(reading, odd, stored)}'
+        return f'{seen}, and a value of {odd:.5g}{_stands_for_none(reading, stored)}'
     if high < _DARK:
         return (
             f'{seen}: the files seem to hold reflectance itself; give unit="reflectance", or write '
@@ -91,11 +89,9 @@ def _reflectance(reading: Reading, mean: Sequence[float], lowest: float, highest
     return ''
 
 
-def _stands_for_none(reading: Reading, value: float, stored: float) -> str:
-    return (
-        f', and a value of {value:.5g}, which seems to stand for none: give it as it is in the '
-        f'files, as in nodata={{{reading.sensor.name!r}: {stored:g}}}, or tag it in them'
-    )
+def _stands_for_none(reading: Reading, stored: float) -> str:
+    nodata = f'nodata={{{reading.sensor.name!r}: {stored:g}}}'
+    return f', which seems to stand for none: give {nodata}, as it is in the files, or tag it there'
 
 
 def _backscatter(reading: Reading, mean: Sequence[float], lowest: float, highest: float) -> str:
@@ -109,7 +105,7 @@ def _backscatter(reading: Reading, mean: Sequence[float], lowest: float, highest
     if highest > _LOUDEST:
         stored = highest if reading.stored == 'db' else min(10 ** (highest / 10), _MOST_POWER)
         stored = stored**0.5 if reading.stored == 'amplitude' else stored
-        return f'{seen}{_stands_for_none(reading, highest, stored)}'
+        return f'{seen}, and a value of {highest:.5g}{_stands_for_none(reading, stored)}'
     if max(mean) > _LOUD and reading.unit != 'amplitude':
         return (
             f'{seen}: the files seem to hold uncalibrated amplitudes; calibrate them to sigma0 or '

@@ -181,8 +181,9 @@ class SeriesDataModule(NonGeoDataModule):
         Lightning calls this in the first process only, before the ``setup`` of all.
         """
         if self._trains and self._prepared is None:
-            if self.trainer is not None:
-                self._setup_train()  # what it refuses shall cost no statistics
+            if self.trainer is not None:  # what is refused shall cost no statistics
+                self._setup_train()
+                self._dataset('val')
             self._prepared = self._find_statistics()
 
     def setup(self, stage: str) -> None:

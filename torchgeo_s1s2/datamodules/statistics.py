@@ -51,20 +51,19 @@ class Statistics:
     labels: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def compute(cls, dataset: SeriesDataset, num_workers: int = 0, progress: bool = True) -> Self:
+    def compute(cls, dataset: SeriesDataset, num_workers: int = 0) -> Self:
         """Read every patch of a data set once, window by window.
 
         Args:
             dataset: The training patches.
             num_workers: Number of processes that read.
-            progress: Show a progress bar.
 
         Raises:
             DataError: If a band has no value at all.
             ImplausibleValuesError: If values are not in the units they are taken for.
         """
-        content = _image_statistics(_Windows(dataset), num_workers, progress)
-        content['labels'] = count_labels(dataset, num_workers, progress)
+        content = _image_statistics(_Windows(dataset), num_workers)
+        content['labels'] = count_labels(dataset, num_workers)
         return cls._of(content, dataset.classes)
 
     @classmethod
@@ -204,11 +203,10 @@ class _Windows(Dataset[Any]):
         sample = self.dataset.crop(*window)
         return sample | {'replaced': [window[0]] if self.dataset.replaced(window[0]) else []}
 
-    def read(self, title: str, num_workers: int, progress: bool) -> Iterable[Any]:
-        """All of them, with a progress bar."""
+    def read(self, title: str, num_workers: int) -> Iterable[Any]:
+        """All of them, with a progress bar if they are many."""
         loader = DataLoader(self, batch_size=None, num_workers=num_workers)
-        hidden = not progress or len(self) < 100
-        bar: Iterable[Any] = tqdm(loader, title, disable=hidden, unit='window')
+        bar: Iterable[Any] = tqdm(loader, title, disable=len(self) < 100, unit='window')
         return bar
 
 
@@ -219,14 +217,14 @@ def warn_of_other_units(dataset: SeriesDataset) -> None:
     top, left = max(height - _GLANCE, 0) // 2, max(width - _GLANCE, 0) // 2
     window = row, top, left, min(height, _GLANCE), min(width, _GLANCE)
     try:
-        _image_statistics(_Windows(dataset, [window]), num_workers=0, progress=False)
+        _image_statistics(_Windows(dataset, [window]), num_workers=0)
     except ImplausibleValuesError as error:
         warn(f'{dataset.title}: {error}')
     except DataError:  # no value there
         return
 
 
-def _image_statistics(windows: _Windows, num_workers: int, progress: bool = True) -> dict[str, Any]:
+def _image_statistics(windows: _Windows, num_workers: int) -> dict[str, Any]:
     """Bands, mean and standard deviation; checked against what the sensors can measure.
 
     ``replaced`` are the rows that were read around an image that cannot be read.
@@ -238,7 +236,7 @@ def _image_statistics(windows: _Windows, num_workers: int, progress: bool = True
     lowest = torch.full((len(bands),), torch.inf)
     highest, floors, replaced = -lowest, list[Floor](), set[int]()
     alike = Counter[float]()
-    for sample in windows.read('Computing statistics', num_workers, progress):
+    for sample in windows.read('Computing statistics', num_workers):
         image = sample['image']
         if image.shape[1] != len(bands):
             raise DataError(
@@ -268,9 +266,8 @@ def _image_statistics(windows: _Windows, num_workers: int, progress: bool = True
     for sensor, (average, low, high) in zip(dataset.sensors, parts, strict=True):
         means[sensor] = average.tolist()
         span[sensor] = float(low.min()), float(high.max())
-    given = any(reading.offsets for reading in dataset.readings.values())
     shares = {value: n / int(count[0]) for value, n in alike.items()}
-    check_values(dataset.readings, means, span, floors, shares, given)
+    check_values(dataset.readings, means, span, floors, shares)
     return {
         'bands': bands,
         'mean': mean.tolist(),
@@ -304,19 +301,16 @@ def _alike(dataset: SeriesDataset, times: Tensor, image: Tensor) -> dict[float, 
     return found
 
 
-def count_labels(
-    dataset: SeriesDataset, num_workers: int = 0, progress: bool = True
-) -> list[list[int]]:
+def count_labels(dataset: SeriesDataset, num_workers: int = 0) -> list[list[int]]:
     """Values of the label rasters and the number of pixels of each, no data left out.
 
     Args:
         dataset: The training patches.
         num_workers: Number of processes that read.
-        progress: Show a progress bar.
     """
     counts = Counter[int]()
     windows = _Windows(dataset, labels=True)
-    for labels in windows.read('Counting labels', num_workers, progress):
+    for labels in windows.read('Counting labels', num_workers):
         values, pixels = labels[~labels.isnan()].long().unique(return_counts=True)
         counts.update(dict(zip(values.tolist(), pixels.tolist(), strict=True)))
     return [list(item) for item in sorted(counts.items())]

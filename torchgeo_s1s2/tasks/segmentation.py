@@ -1,7 +1,7 @@
 """Semantic segmentation of Sentinel-1 and Sentinel-2 time series."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchgeo.tasks import SemanticSegmentation
 from torchmetrics import MetricCollection
@@ -23,7 +23,7 @@ from torchvision.models import WeightsEnum
 
 from torchgeo_s1s2.datamodules.series import SeriesDataModule
 from torchgeo_s1s2.datasets.classes import NO_LABEL
-from torchgeo_s1s2.datasets.multisenge import Sample
+from torchgeo_s1s2.datasets.series import Sample
 from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.models import (
     ImageSeries,
@@ -130,7 +130,6 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         self._pretrained_classes: list[str] | None = None
         self._pretrained_ground = ''
         self._tally: dict[str, Tensor] = {}
-        self._optimized: list[int] = []
         super().__init__(weights=weights)  # TorchGeo takes all arguments from this call's frame
         # PyTorch refuses checkpoints with numbers of NumPy.
         numbers: Any = np.generic, np.ndarray
@@ -177,8 +176,12 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                     "series, such as 'vgg16_convlstm_inception'"
                 )
             encoder.set_recompute_gates(True)
-        self.model.is_initial = not self.weights
+        self.model.is_initial = True
         self.model.register_load_state_dict_post_hook(_loaded)
+        if self.weights and self.weights is not True:
+            checkpoint = load_weights(self.model, self.weights)
+            self._pretrained_classes = trained_classes(checkpoint)
+            self._pretrained_ground = trained_ground(checkpoint)
 
     def _configure_smp(self) -> None:
         self.model = smp.create_model(
@@ -189,10 +192,6 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             classes=self.hparams['num_classes'] or self.hparams['num_labels'] or 1,
             **(self.hparams['model_kwargs'] or {}),
         )
-        if self.weights and self.weights is not True:
-            checkpoint = load_weights(self.model, self.weights)
-            self._pretrained_classes = trained_classes(checkpoint)
-            self._pretrained_ground = trained_ground(checkpoint)
         if self.hparams['freeze_backbone']:
             freeze(spatial_encoder(self.model))
         if self.hparams['freeze_decoder']:
@@ -240,7 +239,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                 classes differ, or no training pixel has a label.
         """
         if stage == 'fit':
-            self.model.is_initial, self._optimized = False, []
+            self.model.is_initial = False
         data = self._data
         balanced = self.hparams['class_weights'] == 'balanced'
         if data is None:
@@ -265,26 +264,17 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
                 )
 
     def on_fit_start(self) -> None:
-        """Check that what learns is what learned in the checkpoint that the fit goes on with.
-
-        Raises:
-            ValueError: If it is not.
-        """
-        own = _sizes(g for optimizer in self.trainer.optimizers for g in optimizer.param_groups)
-        if self._optimized and self._optimized != own:
-            raise ValueError(
-                f'{self._optimized} tensors learned in the checkpoint, by groups of its optimizer, '
-                f'and {own} learn here. Give the callbacks of that training, such as '
-                'GradualUnfreezing, and freeze what it froze; to train otherwise, load the '
-                'checkpoint as weights of the task'
-            )
+        """See to it that a checkpoint in which other parts learned is refused."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.register_load_state_dict_pre_hook(_check_learning)
 
     def on_validation_start(self) -> None:
         """Warn of weights that have learned nothing."""
         if getattr(self.model, 'is_initial', False):  # not one that was put in its place
             _warn(
-                'no checkpoint was loaded: the weights are initial ones, which have learned '
-                'nothing. Give the checkpoint of a training, as --ckpt_path of a command'
+                'no checkpoint was loaded: the weights, of decoder and head at least, are initial '
+                'ones, which have learned nothing. Give the checkpoint of a training, as '
+                '--ckpt_path of a command'
             )
 
     on_test_start = on_validation_start
@@ -292,19 +282,14 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
     def on_predict_start(self) -> None:
         """Warn of weights that have learned nothing, and of predictions that nothing keeps."""
         self.on_validation_start()
-        if self._drops_predictions:
+        is_returned = self.trainer.predict_loop.return_predictions and self._command is None
+        parts = self, *getattr(self.trainer, 'callbacks', ())
+        if not is_returned and not any(map(_may_keep_predictions, parts)):
             _warn(
                 'nothing keeps the predictions. To write maps, add to trainer.callbacks: '
                 '{class_path: torchgeo_s1s2.callbacks.GeoTIFFWriter}, or SceneWriter for windows '
                 'of scenes'
             )
-
-    @property
-    def _drops_predictions(self) -> bool:
-        """Whether neither the caller nor a hook can keep the predictions."""
-        is_returned = self.trainer.predict_loop.return_predictions and self._command is None
-        parts = self, *getattr(self.trainer, 'callbacks', ())
-        return not is_returned and not any(map(_may_keep_predictions, parts))
 
     @property
     def _data(self) -> SeriesDataModule | None:
@@ -373,9 +358,6 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         if theirs != own.keys():
             checkpoint['state_dict'] = {k: v for k, v in state.items() if k not in theirs} | own
         self._classes = trained_classes(checkpoint)
-        if getattr(self._trainer, 'training', False):
-            states = checkpoint.get('optimizer_states', [])
-            self._optimized = _sizes(g for state in states for g in state['param_groups'])
         if self._data and self._is_multiclass:
             self._check_classes(list(self._data.classes.names))
         given = [argument for argument in sys.argv if argument.startswith('--model')]
@@ -634,8 +616,16 @@ def _may_keep_predictions(part: Callback | LightningModule) -> bool:
     return isinstance(part, BasePredictionWriter) or not known
 
 
-def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
-    return [len(group['params']) for group in groups]
+def _check_learning(optimizer: Optimizer, checkpoint: dict[str, Any]) -> None:
+    """Check that as many parameters learn as in the checkpoint that a fit goes on with."""
+    groups = checkpoint['param_groups'], optimizer.param_groups
+    there, here = ([len(group['params']) for group in each] for each in groups)
+    if there != here:
+        raise ValueError(
+            f'{there} tensors learned in the checkpoint, by groups of its optimizer, and {here} '
+            'learn here. Give the callbacks of that training, such as GradualUnfreezing, and '
+            'freeze what it froze; to train otherwise, load the checkpoint as weights of the task'
+        )
 
 
 def _loaded(model: Any, keys: Any) -> None:
