@@ -102,13 +102,13 @@ class Journal:
     """
 
     version: Version | None
-    starts: list[RestartPoint]
     names: list[frozenset[str]]
 
     def __init__(self, path: Path) -> None:
         """Read a journal, or begin one."""
         self.path = path
-        self.version, self.replaced, self.starts, self.names = None, False, [RestartPoint()], []
+        self.replaced = False
+        self._forget()
         if not path.exists():
             return
         try:
@@ -161,8 +161,14 @@ class Journal:
 
     def start_anew(self, version: Version | None) -> None:
         """Forget everything, but not that another version was there."""
-        self.version, self.replaced, self.starts, self.names = version, True, [RestartPoint()], []
+        self._forget()
+        self.version, self.replaced = version, True
         self._save()
+
+    def _forget(self) -> None:
+        self.version = None
+        self.starts = [RestartPoint()]
+        self.names = []
 
     def _save(self) -> None:
         content = {
@@ -384,8 +390,9 @@ class GzipReader:
         return self._compressed >= self._search_from
 
     def _note_restart_point(self) -> None:
-        end, state = self._end, (self._crc, self._size, self._window)
-        self.point = RestartPoint(self._compressed, end, end, *state)
+        self.point = RestartPoint(
+            self._compressed, self._end, self._end, self._crc, self._size, self._window
+        )
         self._search_from = self._compressed + self.spacing
 
     def _keep(self, data: bytes) -> None:

@@ -149,7 +149,9 @@ def _rgb(color: Any) -> Any:
 
 def _whole_numbers(values: Any, least: int, most: int) -> tuple[int, ...] | None:
     """Values, None if they are no list of whole numbers within a range."""
-    listed = [*values] if isinstance(values, Iterable) else [values, None]
+    if not isinstance(values, Iterable):
+        return None
+    listed = [*values]
     whole = all(isinstance(v, Integral) and not isinstance(v, bool) for v in listed)
     return tuple(map(int, listed)) if whole and all(least <= v <= most for v in listed) else None
 
