@@ -20,7 +20,8 @@ from torchgeo.datasets import RasterDataset, splits
 from torchgeo.samplers import GriddedPatchSampler, RandomPatchSampler
 
 from torchgeo_s1s2.datamodules.statistics import Statistics
-from torchgeo_s1s2.datasets import AllDates, EvenlySpaced, MultiSenGE
+from torchgeo_s1s2.datasets import AllDates, EvenlySpaced, MultiSenGE, multisenge
+from torchgeo_s1s2.datasets.rasters import Grid, read_image
 from torchgeo_s1s2.errors import S1S2Warning
 
 SIZE, COLUMNS, ROWS = 16, 4, 2
@@ -179,6 +180,26 @@ def test_samplers_stay_within_a_part(ground: Path, split: Callable[[MultiSenGE],
                 assert shapely.covers(shape, points).all()
                 seen += len(points)
         assert seen > 64
+
+
+def test_a_window_reads_of_each_patch_what_it_shows(
+    ground: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, tuple[int, int]]] = []
+
+    def spy(path: Path, reading: Any, grid: Grid, *args: Any) -> Any:
+        read.append((path.stem.split('_S2_')[1], grid.shape))
+        return read_image(path, reading, grid, *args)
+
+    monkeypatch.setattr(multisenge, 'read_image', spy)
+    dataset = numbered(ground)
+    patch = slice(LEFT + 160, LEFT + 320), slice(TOP - 160, TOP)  # five others touch it
+    assert pixels(dataset[patch]) == pixels(dataset[2])
+    assert {name for name, _ in read} == {'16_0'}
+    del read[:]
+    assert sorted(pixels(dataset[EVERYWHERE])) == sorted(ALL)
+    assert len(read) == 8
+    assert max(max(shape) for _, shape in read) <= SIZE + 2 * 3  # of 64, and 3 for a warp
 
 
 def test_a_row_without_a_pixel_is_left_out(ground: Path) -> None:
