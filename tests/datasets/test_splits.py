@@ -217,8 +217,13 @@ def test_a_row_without_a_pixel_is_left_out(ground: Path) -> None:
         dataset.index = dataset.index.set_geometry([None, dataset.index.geometry.iat[1]])
     assert by_number(dataset) == pixels(numbered(ground)[1])
     dataset = numbered(ground)
-    dataset.index.geometry = dataset.index.intersection(half)  # in place
-    assert pixels(dataset[0]) == pixels(numbered(ground)[0])
+    part = copy.copy(dataset)
+    part.index.geometry = part.index.intersection(half)  # in place
+    with pytest.warns(S1S2Warning, match='left out: 6 of 8'):
+        assert len(part) == 2
+    assert sorted(by_number(dataset)) == sorted(ALL)
+    dataset.index.geometry = dataset.index.intersection(half)
+    assert pixels(dataset[0]) == pixels(part[0])
     with pytest.raises(IndexError, match=r'31UEQ_48_16. holds no pixel'):
         dataset[7]
 
@@ -387,6 +392,20 @@ def test_a_union_gives_what_any_part_has(ground: Path, three: list[MultiSenGE]) 
     # Of two that have a pixel the first counts, whole or in part.
     part, _ = boxes(a)
     assert sorted(pixels((part | a)[EVERYWHERE])) == sorted(by_number(a))
+
+
+def test_a_union_and_its_copies_leave_their_data_sets_as_they_are(three: list[MultiSenGE]) -> None:
+    other: Any = copy.copy(three[1])
+    other.crs, other.res = 'EPSG:32632', 20
+    union = three[0] | other
+    again: Any = copy.copy(union)
+    again.crs = 'EPSG:4326'
+    assert [d.crs.to_epsg() for d in (*three[:2], other, union, again)] == [32631] * 2 + [
+        32632, 32631, 4326,
+    ]  # fmt: skip
+    assert other.res == (20, 20)
+    assert len(pixels(union[EVERYWHERE])) == len(ALL) * 3 / 4
+    assert again[again.bounds[:2]]['crs'] == 4326
 
 
 @pytest.mark.parametrize('split', SPLITTERS)

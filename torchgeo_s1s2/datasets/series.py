@@ -238,7 +238,7 @@ class SeriesDataset(GeoDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """Look at the index of a copy again, for random_bbox_splitting changes that in place."""
-        return {**self.__dict__, '_index': self._rows, '_checked': False}
+        return {**self.__dict__, '_index': self._rows.copy(), '_checked': False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Share the number of the epoch with worker processes after a copy, too."""
@@ -792,7 +792,8 @@ class SeriesUnion(UnionDataset):
                 'both the same bands, classes, number of slots and raw'
             )
         self._bands: Mapping[str, Sequence[str]] = described[0][0]
-        super().__init__(dataset1, dataset2, self._merge, transforms)
+        # Copies, for the CRS and resolution of the second become those of the first.
+        super().__init__(copy.copy(dataset1), copy.copy(dataset2), self._merge, transforms)
         self._member = '_'.join(['member', *(c for c in self.index if c.startswith('member'))])
         own = [d.index.assign(**{self._member: i}) for i, d in enumerate(self.datasets)]
         self._index, self._handed_on = pd.concat(own), True
@@ -810,7 +811,8 @@ class SeriesUnion(UnionDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """Look at the index of a copy again, for random_bbox_splitting changes that in place."""
-        return {**self.__dict__, '_handed_on': False}
+        own = {'datasets': [*map(copy.copy, self.datasets)], '_index': self._index.copy()}
+        return {**self.__dict__, **own, '_handed_on': False}
 
     def __getitem__(self, index: Any) -> Sample:
         """Read a window; each data set gives what it has of the union's rows.
@@ -833,7 +835,7 @@ class SeriesUnion(UnionDataset):
     def _samples(self, index: Any) -> Iterator[Sample]:
         """What each data set has, those of a union in a union included."""
         if not self._handed_on:
-            self._handed_on, self.datasets = True, [copy.copy(d) for d in self.datasets]
+            self._handed_on = True
             for i, dataset in enumerate(self.datasets):
                 dataset.index = self._index[self._index[self._member] == i]
         for dataset in self.datasets:
