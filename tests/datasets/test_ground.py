@@ -34,9 +34,9 @@ def write(root: Path, *places: tuple[str, int, int], size: int = SIZE) -> Path:
     return root
 
 
-def part(root: Path, splits: GroundSplits, split: str) -> MultiSenGE:
-    rule = EvenlySpaced(n=1)
-    return MultiSenGE(root, split, rule, sensors=['s2'], bands=['B02'], raw=True, splits=splits)
+def part(root: Path, splits: GroundSplits, split: str, crs: Any = None) -> MultiSenGE:
+    given: Any = {'sensors': ['s2'], 'bands': ['B02'], 'raw': True, 'splits': splits, 'crs': crs}
+    return MultiSenGE(root, split, EvenlySpaced(n=1), **given)
 
 
 def held(dataset: MultiSenGE) -> list[Pixel]:
@@ -72,6 +72,16 @@ def test_each_pixel_is_in_one_block_of_one_split(tmp_path: Path, size: float) ->
         for x, y in (ground(pixel) for pixel in own if pixel[0].startswith('31')):
             owners.setdefault((x // size, y // size), set()).add(split)
     assert all(len(names) == 1 for names in owners.values())
+
+
+@pytest.mark.parametrize('crs', ['EPSG:4326', 'EPSG:3035', 'EPSG:32632'])
+def test_blocks_that_meet_at_centres_of_pixels_share_none_in_another_crs(
+    tmp_path: Path, crs: str
+) -> None:
+    splits, root = BlockSplits(115, SHARES), write(tmp_path, *PATCHES)
+    count = Counter(pixel for split in splits for pixel in held(part(root, splits, split, crs)))
+    assert set(count.values()) == {1}
+    assert len(count) == len(PATCHES) * SIZE**2
 
 
 def test_the_draw_follows_shares_and_seed_and_no_date_rule(tmp_path: Path) -> None:

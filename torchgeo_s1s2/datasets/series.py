@@ -26,6 +26,7 @@ from pyproj import CRS, Transformer
 from rasterio.features import geometry_mask
 from rasterio.warp import calculate_default_transform
 from shapely import Polygon, box, transform
+from shapely.affinity import translate
 from shapely.geometry.base import BaseGeometry
 from torchgeo.datasets import GeoDataset, UnionDataset
 
@@ -515,6 +516,8 @@ class SeriesDataset(GeoDataset):
             inset = 0.5  # footprints are of other pixels, so centres count
             there = _transformer(self.crs.srs, grid.crs.to_wkt())
             geometry = transform(geometry, there.transform, interleaved=False)
+            # Of two pieces one shall have the centres on their border, however that is rounded.
+            geometry = translate(geometry, *np.multiply(1e-3, grid.res))
         return None if geometry.covers(_inset(grid, inset)) else geometry
 
     def _part(self, index: int) -> tuple[Grid, BaseGeometry | None]:
