@@ -3,11 +3,11 @@
 import copy
 import operator
 from abc import abstractmethod
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import chain, pairwise
+from itertools import chain
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -30,7 +30,8 @@ from shapely.affinity import translate
 from shapely.geometry.base import BaseGeometry
 from torchgeo.datasets import GeoDataset, UnionDataset
 
-from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme
+from torchgeo_s1s2.datasets.canvas import EVERYWHERE, Canvas, Place
+from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.plot import plot_series
 from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS, Grid, crs_of, mean, reach, same_crs
 from torchgeo_s1s2.datasets.sensors import Array, Reading
@@ -38,9 +39,6 @@ from torchgeo_s1s2.datasets.time_series import DateRule, Slots, series_report
 from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError, UnreadableError, warn
 
 Sample = dict[str, Any]
-
-
-_EVERYWHERE = slice(None), slice(None)
 
 
 class _Part(NamedTuple):
@@ -51,7 +49,7 @@ class _Part(NamedTuple):
     slots: Slots
     grid: Grid
     inside: NDArray[np.bool_] | None
-    place: tuple[slice, slice] = _EVERYWHERE
+    place: Place = EVERYWHERE
 
 
 class SeriesDataset(GeoDataset):
@@ -576,7 +574,7 @@ class SeriesDataset(GeoDataset):
         grid = Grid(crs_of(self.crs.srs), affine, width, height)
         parts = [self._part_of_window(row, grid, period) for row in self._rows_in(grid)]
         if not parts and self._slivers.intersects(box(*grid.bounds)).any():
-            canvas = _Canvas(self.series.length, self.bands, grid.shape, several=False)
+            canvas = Canvas(self.series.length, self.bands, grid.shape, several=False)
             return canvas.sample() | _georeference(grid, period)
         try:
             return self._sample(grid, period, parts)
@@ -624,9 +622,9 @@ class SeriesDataset(GeoDataset):
             canvas = self._filled(grid.shape, chosen)
         return canvas.sample() | _georeference(grid, period)
 
-    def _filled(self, shape: tuple[int, int], chosen: list[_Part]) -> '_Canvas':
+    def _filled(self, shape: tuple[int, int], chosen: list[_Part]) -> Canvas:
         """Pixels of patches, around images that cannot be read."""
-        canvas = _Canvas(self.series.length, self.bands, shape, several=len(chosen) > 1)
+        canvas = Canvas(self.series.length, self.bands, shape, several=len(chosen) > 1)
         for i, part in enumerate(chosen):
             try:
                 self._fill(canvas, part)
@@ -638,7 +636,7 @@ class SeriesDataset(GeoDataset):
                 canvas.add_mask(self.classes.remap(labels), part.inside, part.place)
         return canvas
 
-    def _fill(self, canvas: '_Canvas', part: _Part) -> None:
+    def _fill(self, canvas: Canvas, part: _Part) -> None:
         """Fill what a canvas lacks from one patch."""
         for sensor in self.sensors:
             times = self.times_of(part.patch, sensor)
@@ -673,95 +671,6 @@ class SeriesDataset(GeoDataset):
         before, after = (sum(map(bool, chain(*s.values()))) for s in (part.slots, slots))
         warn(f'{error} {"Another" if after >= before else "No other"} date takes its place')
         return part._replace(slots=slots)
-
-
-class _Canvas:
-    """What a sample is made of, filled from others; what is there is not filled again."""
-
-    def __init__(
-        self,
-        length: int,
-        bands: Mapping[str, Sequence[str]],
-        shape: tuple[int, int],
-        several: bool,
-    ) -> None:
-        self.several = several
-        borders = np.cumsum([0, *map(len, bands.values())]).tolist()
-        spans = zip(bands, pairwise(borders), strict=True)
-        self.channels = {sensor: slice(*span) for sensor, span in spans}
-        self.image = np.empty((length, borders[-1], *shape), np.float32)
-        self.mask = np.full(shape, NO_LABEL)
-        self.pixels: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
-
-    def lacks(self, sensor: str, t: int, place: tuple[slice, slice]) -> bool:
-        """Whether a slot has pixels without a value in some place."""
-        seen = self.pixels.get((sensor, t))
-        return not seen or bool(np.isnan(self.image[t, self.channels[sensor], *place]).any())
-
-    def add(
-        self,
-        sensor: str,
-        t: int,
-        time: int,
-        value: Array,
-        inside: NDArray[np.bool_] | None = None,
-        place: tuple[slice, slice] = _EVERYWHERE,
-    ) -> None:
-        """Fill a slot of a sensor where it has no value, within a mask if there is one."""
-        if inside is not None:
-            value = np.where(inside, value, np.float32(np.nan))
-        slot = self.image[t, self.channels[sensor]]
-        target = slot[:, *place]
-        if (sensor, t) in self.pixels:
-            known = ~np.isnan(value) & np.isnan(target)
-            np.copyto(target, value, where=known)
-            count = int(known.any(0).sum())
-        else:
-            if target.shape != slot.shape:
-                slot[...] = np.nan
-            target[...] = value
-            count = self._count(value)
-        if count:
-            self.pixels[sensor, t][time] += count
-
-    def _count(self, value: Array) -> int:
-        """Number of pixels with a value; of a single patch, whether there are any."""
-        if not self.several and not np.isnan(value.flat[0]):
-            return 1
-        return int((~np.isnan(value)).any(0).sum())
-
-    def add_mask(
-        self,
-        mask: NDArray[np.int64],
-        inside: NDArray[np.bool_] | None = None,
-        place: tuple[slice, slice] = _EVERYWHERE,
-    ) -> None:
-        """Fill classes where there are none, within a mask if there is one."""
-        target = self.mask[place]
-        free = target == NO_LABEL
-        np.copyto(target, mask, where=free if inside is None else free & inside)
-
-    def sample(self) -> Sample:
-        """Everything of a sample but its georeference."""
-        shape = len(self.image), len(self.channels)
-        times = np.full(shape, -1, np.int64)
-        for s, sensor in enumerate(self.channels):
-            for t in range(shape[0]):
-                if seen := self.pixels.get((sensor, t)):
-                    times[t, s] = _most(seen)
-                else:
-                    self.image[t, self.channels[sensor]] = np.nan
-        return {
-            'image': torch.from_numpy(self.image),
-            'mask': torch.from_numpy(self.mask),
-            'valid': torch.from_numpy(times >= 0),
-            'acquisition_times': torch.from_numpy(times),
-        }
-
-
-def _most(seen: Counter[int]) -> int:
-    """Time of most pixels, the earlier of two."""
-    return min(seen, key=lambda time: (-seen[time], time))
 
 
 class SeriesUnion(UnionDataset):
@@ -851,7 +760,7 @@ class SeriesUnion(UnionDataset):
     def _merge(self, samples: Sequence[Sample]) -> Sample:
         """Each pixel and label of samples of one window from the first that has it."""
         first = samples[0]
-        canvas = _Canvas(len(first['image']), self._bands, first['mask'].shape, several=True)
+        canvas = Canvas(len(first['image']), self._bands, first['mask'].shape, several=True)
         for sample in samples:
             for s, (sensor, channels) in enumerate(canvas.channels.items()):
                 for t, time in enumerate(sample['acquisition_times'][:, s].tolist()):
