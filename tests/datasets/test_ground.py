@@ -6,7 +6,7 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import torch
-from conftest import write_patch
+from conftest import write_patch, write_raster
 from shapely import box
 
 from torchgeo_s1s2.datamodules.batches import RandomCrops
@@ -16,10 +16,12 @@ from torchgeo_s1s2.datasets import (
     GroundSplits,
     MultiSenGE,
     PolygonSplits,
+    write_label_files,
 )
 from torchgeo_s1s2.errors import DataError, NoPatchesError, S1S2Warning
 
 LEFT, TOP, SIZE = 500000, 5500000, 24
+NAMED: dict[str, Any] = {'descriptions': ('B02',)}
 SHARES = {'train': 0.5, 'val': 0.25, 'test': 0.25}
 Pixel = tuple[str, int]
 
@@ -28,14 +30,13 @@ def write(root: Path, *places: tuple[str, int, int], size: int = SIZE) -> Path:
     """Patches whose band B02 numbers their pixels."""
     for tile, x, y in places:
         image = np.arange(size * size).reshape(1, size, size).astype(np.int32)
-        named = {'descriptions': ('B02',)}
-        write_patch(root, tile, x, y, size, {'20200701': image}, {}, s2_options=named)
+        write_patch(root, tile, x, y, size, {'20200701': image}, {}, s2_options=NAMED)
     return root
 
 
-def part(root: Path, splits: GroundSplits, split: str) -> MultiSenGE:
-    rule = EvenlySpaced(n=1)
-    return MultiSenGE(root, split, rule, sensors=['s2'], bands=['B02'], raw=True, splits=splits)
+def part(root: Path, splits: GroundSplits, split: str, crs: Any = None) -> MultiSenGE:
+    given: Any = {'sensors': ['s2'], 'bands': ['B02'], 'raw': True, 'splits': splits, 'crs': crs}
+    return MultiSenGE(root, split, EvenlySpaced(n=1), **given)
 
 
 def held(dataset: MultiSenGE) -> list[Pixel]:
@@ -71,6 +72,16 @@ def test_each_pixel_is_in_one_block_of_one_split(tmp_path: Path, size: float) ->
         for x, y in (ground(pixel) for pixel in own if pixel[0].startswith('31')):
             owners.setdefault((x // size, y // size), set()).add(split)
     assert all(len(names) == 1 for names in owners.values())
+
+
+@pytest.mark.parametrize('crs', ['EPSG:4326', 'EPSG:3035', 'EPSG:32632'])
+def test_blocks_that_meet_at_centres_of_pixels_share_none_in_another_crs(
+    tmp_path: Path, crs: str
+) -> None:
+    splits, root = BlockSplits(115, SHARES), write(tmp_path, *PATCHES)
+    count = Counter(pixel for split in splits for pixel in held(part(root, splits, split, crs)))
+    assert set(count.values()) == {1}
+    assert len(count) == len(PATCHES) * SIZE**2
 
 
 def test_the_draw_follows_shares_and_seed_and_no_date_rule(tmp_path: Path) -> None:
@@ -181,8 +192,16 @@ def test_pieces_have_names_of_their_own_and_bad_numbers_are_refused(tmp_path: Pa
         BlockSplits(80, SHARES, seed=-1)
     with pytest.raises(ValueError, match='buffer is 80; give 0 or more, and less than 80'):
         BlockSplits(80, SHARES, buffer=80)
-    with pytest.raises(DataError, match=r'size is 0\.08, less than a pixel, 10; give metres'):
+    with pytest.raises(DataError, match=r'size is 0\.08, less than a pixel, 10 metre; make'):
         part(root, BlockSplits(0.08, SHARES), 'train')
-    with pytest.raises(DataError, match='1 blocks of 10000 m are too few for the shares'):
+    with pytest.raises(DataError, match='1 blocks of 10000 metre are too few for the shares'):
         part(root, BlockSplits(10000, SHARES), 'train')
+    degrees, image = tmp_path / 'degrees', np.ones((1, SIZE, SIZE), np.int16)
+    write_raster(degrees / 's2' / 'a_20200701_S2_0_0.tif', image, 4326, 3, 49, 1e-4, **NAMED)
+    (degrees / 's1').mkdir()
+    write_label_files(degrees, progress=False)
+    with pytest.raises(DataError, match='1 blocks of 80 degree are too few for the shares'):
+        part(degrees, BlockSplits(80, SHARES), 'train')
+    own = BlockSplits(8e-4, SHARES)  # 3 x 3 blocks
+    assert [len(part(degrees, own, split)) for split in own] == [4, 3, 2]
     assert torch.equal(*(part(root, BlockSplits(80, SHARES), 'test')[0]['bounds'] for _ in '12'))

@@ -349,3 +349,15 @@ def test_plot_shows_series_classes_and_legend(two_zones: Path) -> None:
     assert shown == ['Sparse Built-Up', 'Arable Lands', 'Forests']
     mask = figure.axes[8].images[0]
     assert mask.cmap(mask.norm(np.array(5))) == dataset.classes.cmap(5)
+
+
+def test_plot_of_a_band_that_is_missing_and_of_half_precision(two_zones: Path) -> None:
+    """Sentinel-1 of one polarisation, as ``precision: bf16-true`` hands it to callbacks."""
+    dataset = MultiSenGE(two_zones, split='test', sensors=['s1'])
+    image = torch.stack([torch.arange(-9.0, -1).repeat(4, 8, 1), torch.full((4, 8, 8), np.nan)], 1)
+    with warnings.catch_warnings(action='error'):
+        figure = dataset.plot({'image': image.bfloat16()})
+    red, green, blue = np.moveaxis(np.asarray(figure.axes[0].images[0].get_array()), -1, 0)
+    assert red[0] == pytest.approx(np.arange(8) / 7)
+    assert not green.any()
+    assert not blue.any()

@@ -20,7 +20,8 @@ from torchgeo.datasets import RasterDataset, splits
 from torchgeo.samplers import GriddedPatchSampler, RandomPatchSampler
 
 from torchgeo_s1s2.datamodules.statistics import Statistics
-from torchgeo_s1s2.datasets import AllDates, EvenlySpaced, MultiSenGE
+from torchgeo_s1s2.datasets import AllDates, EvenlySpaced, MultiSenGE, multisenge
+from torchgeo_s1s2.datasets.rasters import Grid, read_image
 from torchgeo_s1s2.errors import S1S2Warning
 
 SIZE, COLUMNS, ROWS = 16, 4, 2
@@ -181,6 +182,26 @@ def test_samplers_stay_within_a_part(ground: Path, split: Callable[[MultiSenGE],
         assert seen > 64
 
 
+def test_a_window_reads_of_each_patch_what_it_shows(
+    ground: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, tuple[int, int]]] = []
+
+    def spy(path: Path, reading: Any, grid: Grid, *args: Any) -> Any:
+        read.append((path.stem.split('_S2_')[1], grid.shape))
+        return read_image(path, reading, grid, *args)
+
+    monkeypatch.setattr(multisenge, 'read_image', spy)
+    dataset = numbered(ground)
+    patch = slice(LEFT + 160, LEFT + 320), slice(TOP - 160, TOP)  # five others touch it
+    assert pixels(dataset[patch]) == pixels(dataset[2])
+    assert {name for name, _ in read} == {'16_0'}
+    del read[:]
+    assert sorted(pixels(dataset[EVERYWHERE])) == sorted(ALL)
+    assert len(read) == 8
+    assert max(max(shape) for _, shape in read) <= SIZE + 2 * 3  # of 64, and 3 for a warp
+
+
 def test_a_row_without_a_pixel_is_left_out(ground: Path) -> None:
     border = LEFT + 10 * SIZE + 4  # less than half a pixel into the second column of patches
     region = [box(LEFT, BOTTOM, border, TOP), box(border, BOTTOM, RIGHT, TOP)]
@@ -196,8 +217,13 @@ def test_a_row_without_a_pixel_is_left_out(ground: Path) -> None:
         dataset.index = dataset.index.set_geometry([None, dataset.index.geometry.iat[1]])
     assert by_number(dataset) == pixels(numbered(ground)[1])
     dataset = numbered(ground)
-    dataset.index.geometry = dataset.index.intersection(half)  # in place
-    assert pixels(dataset[0]) == pixels(numbered(ground)[0])
+    part = copy.copy(dataset)
+    part.index.geometry = part.index.intersection(half)  # in place
+    with pytest.warns(S1S2Warning, match='left out: 6 of 8'):
+        assert len(part) == 2
+    assert sorted(by_number(dataset)) == sorted(ALL)
+    dataset.index.geometry = dataset.index.intersection(half)
+    assert pixels(dataset[0]) == pixels(part[0])
     with pytest.raises(IndexError, match=r'31UEQ_48_16. holds no pixel'):
         dataset[7]
 
@@ -366,6 +392,20 @@ def test_a_union_gives_what_any_part_has(ground: Path, three: list[MultiSenGE]) 
     # Of two that have a pixel the first counts, whole or in part.
     part, _ = boxes(a)
     assert sorted(pixels((part | a)[EVERYWHERE])) == sorted(by_number(a))
+
+
+def test_a_union_and_its_copies_leave_their_data_sets_as_they_are(three: list[MultiSenGE]) -> None:
+    other: Any = copy.copy(three[1])
+    other.crs, other.res = 'EPSG:32632', 20
+    union = three[0] | other
+    again: Any = copy.copy(union)
+    again.crs = 'EPSG:4326'
+    assert [d.crs.to_epsg() for d in (*three[:2], other, union, again)] == [32631] * 2 + [
+        32632, 32631, 4326,
+    ]  # fmt: skip
+    assert other.res == (20, 20)
+    assert len(pixels(union[EVERYWHERE])) == len(ALL) * 3 / 4
+    assert again[again.bounds[:2]]['crs'] == 4326
 
 
 @pytest.mark.parametrize('split', SPLITTERS)

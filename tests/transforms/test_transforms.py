@@ -160,6 +160,23 @@ def test_the_seed_decides(kind: str) -> None:
     assert torch.equal(once(), once())
 
 
+@pytest.mark.parametrize(
+    'transform',
+    [
+        AugmentSeries(),
+        lambda sample: NormalizeSeries([0.0] * 4, [1.0] * 4)(sample, (3, 1)),
+        lambda sample: SeriesDropout()(sample, (3, 1)),
+        lambda sample: DayOfYear()(sample, (3, 1)),
+    ],
+)
+def test_a_sample_is_no_batch(transform: Any) -> None:
+    """As many dates as rows: these could be taken for samples."""
+    sample = {key: value[0] for key, value in observed(1).items()}
+    sample['image'], sample['mask'] = torch.ones(3, 4, 3, 3), torch.zeros(3, 3)
+    with pytest.raises(ValueError, match=r'shape \(3, 4, 3, 3\), .* give a batch with one of \(B'):
+        transform(sample)
+
+
 @pytest.mark.parametrize(('date', 'sensor', 'name'), [(1.1, 0, 'date'), (0, -0.1, 'sensor')])
 def test_dropout_refuses_what_is_no_probability(date: float, sensor: float, name: str) -> None:
     with pytest.raises(ValueError, match=f'{name} is .*; a probability lies in 0..1'):

@@ -10,6 +10,7 @@ from functools import cached_property
 import geopandas as gpd
 import numpy as np
 import shapely
+from pyproj import CRS
 
 from torchgeo_s1s2.datasets.catalog import native_footprints
 from torchgeo_s1s2.datasets.vectors import read_polygons, say
@@ -49,10 +50,11 @@ class BlockSplits(GroundSplits):
     model was trained may so come to test it; take ``PolygonSplits`` for splits that must not move.
 
     Attributes:
-        size: Side of a block in metres; a multiple of a pixel keeps blocks rectangular.
+        size: Side of a block in metres, or in degrees where most patches are; a multiple of a pixel
+            keeps blocks rectangular.
         shares: Share of the blocks of each split; their sum is 1.
         seed: Seed of the draw.
-        buffer: Metres that blocks lie apart; the ground between them is in no split.
+        buffer: How far blocks lie apart, as in *size*; the ground between them is in no split.
 
     Raises:
         ValueError: If a number is out of range.
@@ -86,8 +88,11 @@ class BlockSplits(GroundSplits):
         """The blocks."""
         crs = int(patches['epsg'].mode()[0])
         pixel = ((patches['xmax'] - patches['xmin']) / patches['width']).max()
+        unit = CRS.from_epsg(crs).axis_info[0].unit_name
         if self.size < pixel:
-            raise DataError(f'size is {self.size}, less than a pixel, {pixel:g}; give metres')
+            raise DataError(
+                f'size is {self.size}, less than a pixel, {pixel:g} {unit}; make it larger'
+            )
         places = np.unique(np.concatenate([*self._reached(patches, crs)]), axis=0)
         places = np.array(sorted(places.tolist(), key=self._draw))
         corners = places * self.size
@@ -99,8 +104,8 @@ class BlockSplits(GroundSplits):
         counts = np.diff(borders, prepend=0)
         if not counts.all():
             raise DataError(
-                f'{len(blocks)} blocks of {self.size} m are too few for the shares {self.shares}; '
-                'give a smaller size'
+                f'{len(blocks)} blocks of {self.size} {unit} are too few for the shares '
+                f'{self.shares}; give a smaller size'
             )
         return gpd.GeoDataFrame({'split': np.repeat([*self], counts)}, geometry=blocks, crs=crs)
 
@@ -112,6 +117,7 @@ class BlockSplits(GroundSplits):
         """Columns and rows of the blocks that patches reach."""
         for _, group in patches.groupby('epsg'):
             bounds = native_footprints(group).to_crs(crs).bounds.to_numpy() / self.size
+            bounds = bounds + np.multiply(1e-6, [1, 1, -1, -1])  # more than coordinates are rounded
             for left, bottom, right, top in np.unique(bounds, axis=0):
                 xs = np.arange(math.floor(left), math.ceil(right))
                 ys = np.arange(math.floor(bottom), math.ceil(top))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -35,7 +36,7 @@ def plot_series(
         A figure with a row for each sensor, one for the classes, and their legend. SAR is VV, VH
         and their ratio in red, green and blue; contrast is the same for all dates.
     """
-    image = np.asarray(sample['image'], np.float32)
+    image = torch.as_tensor(sample['image']).float().numpy()  # NumPy has no bfloat16
     maps = {key: np.asarray(sample[key]) for key in ('mask', 'prediction') if key in sample}
     rows, columns = len(bands) + 1, max(len(image), len(maps) + 1)
     figure = Figure(figsize=(_PANEL * columns + 0.6, _PANEL * rows + 0.5), layout='constrained')
@@ -61,9 +62,9 @@ def _draw_series(
     channel = 0
     for row, (sensor, names) in enumerate(bands.items()):
         series = image[:, channel : channel + len(names)]
-        optical = sensor == 's2'
-        composite = _true_color(series, names) if optical else _sar(series, names)
-        for t, picture in enumerate(_stretch(composite, together=optical)):
+        parts = [_true_color(series, names)] if sensor == 's2' else _sar(series)
+        pictures = np.concatenate([*map(_stretch, parts)], -1)
+        for t, picture in enumerate(pictures):
             axes[row, t].imshow(picture, interpolation='nearest')
             if show_titles:
                 title = '' if times is None else _date(int(times[t, row]))
@@ -96,26 +97,25 @@ def _true_color(series: NDArray[np.float32], names: Sequence[str]) -> NDArray[np
     return series[:, chosen]
 
 
-def _sar(series: NDArray[np.float32], names: Sequence[str]) -> NDArray[np.float32]:
-    """VV, VH and VV - VH in dB, or the one band in grey: (T, 3, H, W)."""
-    if len(names) == 1:
-        return series[:, [0, 0, 0]]
-    vv, vh = series[:, 0], series[:, 1]
-    return np.stack([vv, vh, vv - vh], 1)
+def _sar(series: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """VV, VH and VV - VH in dB, or the one band three times: each (T, 1, H, W)."""
+    if series.shape[1] == 1:
+        return [series] * 3
+    vv, vh = series[:, :1], series[:, 1:2]
+    return [vv, vh, vv - vh]
 
 
-def _stretch(series: NDArray[np.float32], together: bool) -> NDArray[np.float32]:
-    """From the darkest to the brightest values of a usual date to 0..1: (T, H, W, 3).
+def _stretch(series: NDArray[np.float32]) -> NDArray[np.float32]:
+    """From the darkest to the brightest values of a usual date to 0..1: (T, H, W, C).
 
-    Channels that are stretched together keep their colour.
+    The channels are stretched together, so that they keep their colour.
     """
     values = np.where(np.isfinite(series), series, np.nan)
     seen = values[~np.isnan(values).all((1, 2, 3))]
     if not len(seen):
         return np.zeros_like(np.moveaxis(values, 1, -1))
-    axes = (1, 2, 3) if together else (2, 3)
     # The median over the dates keeps one cloudy date from darkening all others.
-    limits = np.nanpercentile(seen, (2, 98), axis=axes, keepdims=True)
+    limits = np.nanpercentile(seen, (2, 98), axis=(1, 2, 3), keepdims=True)
     low, high = np.nanmedian(limits, axis=1, keepdims=True)
     stretched = (values - low) / np.maximum(high - low, 1e-6)
     return np.moveaxis(np.nan_to_num(stretched).clip(0, 1), 1, -1)

@@ -508,7 +508,7 @@ def onto(own: Grid, grid: Grid, read: Read, how: Resampling, count: int) -> NDAr
     """
     offset = grid.offset_in(own)
     if offset is None:
-        col, row, stop, end = _reach(own, grid)
+        col, row, stop, end = reach(own, grid)
     else:
         col, row = offset
         stop, end = col + grid.width, row + grid.height
@@ -552,7 +552,7 @@ def _scales(own: Grid, grid: Grid) -> dict[str, float]:
     return {name: float(f'{scale:.2g}') for name, scale in named if np.isfinite(scale)}
 
 
-def _reach(own: Grid, grid: Grid) -> list[int]:
+def reach(own: Grid, grid: Grid) -> list[int]:
     """First column and row of the pixels that a warp to a grid needs, and those after the last."""
     points = own.pixels_of(grid)
     if not np.isfinite(points).all():

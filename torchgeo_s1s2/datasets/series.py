@@ -3,11 +3,11 @@
 import copy
 import operator
 from abc import abstractmethod
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
-from itertools import chain, pairwise
+from functools import lru_cache, partial
+from itertools import chain
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -25,13 +25,15 @@ from numpy.typing import NDArray
 from pyproj import CRS, Transformer
 from rasterio.features import geometry_mask
 from rasterio.warp import calculate_default_transform
-from shapely import box, transform
+from shapely import Polygon, box, transform
+from shapely.affinity import translate
 from shapely.geometry.base import BaseGeometry
 from torchgeo.datasets import GeoDataset, UnionDataset
 
-from torchgeo_s1s2.datasets.classes import NO_LABEL, ClassScheme
+from torchgeo_s1s2.datasets.canvas import EVERYWHERE, Canvas, Place
+from torchgeo_s1s2.datasets.classes import ClassScheme
 from torchgeo_s1s2.datasets.plot import plot_series
-from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS, Grid, crs_of, mean, same_crs
+from torchgeo_s1s2.datasets.rasters import GDAL_OPTIONS, Grid, crs_of, mean, reach, same_crs
 from torchgeo_s1s2.datasets.sensors import Array, Reading
 from torchgeo_s1s2.datasets.time_series import DateRule, Slots, series_report
 from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError, UnreadableError, warn
@@ -39,13 +41,15 @@ from torchgeo_s1s2.errors import NoPatchesError, NoSeriesError, UnreadableError,
 Sample = dict[str, Any]
 
 
-class _Series(NamedTuple):
-    """Acquisitions of a patch to fill slots with, and the pixels of the grid that it may fill."""
+class _Part(NamedTuple):
+    """What a patch gives a sample: pixels to read, which of them it may fill, and their place."""
 
     patch: int
     period: slice
     slots: Slots
+    grid: Grid
     inside: NDArray[np.bool_] | None
+    place: Place = EVERYWHERE
 
 
 class SeriesDataset(GeoDataset):
@@ -233,7 +237,7 @@ class SeriesDataset(GeoDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """Look at the index of a copy again, for random_bbox_splitting changes that in place."""
-        return {**self.__dict__, '_index': self._rows, '_checked': False}
+        return {**self.__dict__, '_index': self._rows.copy(), '_checked': False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Share the number of the epoch with worker processes after a copy, too."""
@@ -510,8 +514,9 @@ class SeriesDataset(GeoDataset):
             inset = 0.5  # footprints are of other pixels, so centres count
             there = _transformer(self.crs.srs, grid.crs.to_wkt())
             geometry = transform(geometry, there.transform, interleaved=False)
-        inner = np.add(grid.bounds, np.multiply(inset, [*grid.res, *np.negative(grid.res)]))
-        return None if geometry.covers(box(*inner)) else geometry
+            # Of two pieces one shall have the centres on their border, however that is rounded.
+            geometry = translate(geometry, *np.multiply(1e-3, grid.res))
+        return None if geometry.covers(_inset(grid, inset)) else geometry
 
     def _part(self, index: int) -> tuple[Grid, BaseGeometry | None]:
         """Pixels of a row, and what of them to leave out if that is no rectangle."""
@@ -538,7 +543,7 @@ class SeriesDataset(GeoDataset):
         index %= len(self)
         grid, inside = self._target(index, crop)
         period = self._period(index)
-        sample = self._sample(grid, period, [(self._patch(index), period, inside)])
+        sample = self._sample(grid, period, [_Part(self._patch(index), period, {}, grid, inside)])
         return sample | {'index': torch.tensor(index)}
 
     def _target(
@@ -567,14 +572,9 @@ class SeriesDataset(GeoDataset):
             raise IndexError(f'index: {index} holds no pixel of {x.step} x {y.step}')
         affine = Affine(x.step, 0, x.start, 0, -y.step, y.stop)
         grid = Grid(crs_of(self.crs.srs), affine, width, height)
-        parts = []
-        for row in self._rows.sindex.query(box(*grid.bounds), 'intersects', sort=True):
-            own, cut = self._period(row), self._cut(row)
-            inside = None if cut is None else _inside(self._ground(row), grid)
-            common = slice(max(period.start, own.start), min(period.stop, own.stop))
-            parts.append((self._patch(row), common, inside))
+        parts = [self._part_of_window(row, grid, period) for row in self._rows_in(grid)]
         if not parts and self._slivers.intersects(box(*grid.bounds)).any():
-            canvas = _Canvas(self.series.length, self.bands, grid.shape, several=False)
+            canvas = Canvas(self.series.length, self.bands, grid.shape, several=False)
             return canvas.sample() | _georeference(grid, period)
         try:
             return self._sample(grid, period, parts)
@@ -583,51 +583,68 @@ class SeriesDataset(GeoDataset):
                 f'index: {index} not found in dataset with bounds: {self.bounds} ({error})'
             ) from error
 
-    def _sample(
-        self,
-        grid: Grid,
-        period: slice,
-        parts: Iterable[tuple[int, slice, NDArray[np.bool_] | None]],
-    ) -> Sample:
+    def _rows_in(self, grid: Grid) -> NDArray[np.intp]:
+        """Rows that a window shows, or if there are none, those that it touches."""
+        find = partial(self._rows.sindex.query, predicate='intersects', sort=True)
+        rows: NDArray[np.intp] = find(_inset(grid, 0.49))  # where centres of pixels are
+        return rows if len(rows) else find(box(*grid.bounds))
+
+    def _part_of_window(self, row: int, grid: Grid, period: slice) -> _Part:
+        own, cut = self._period(row), self._cut(row)
+        first, end = np.reshape(reach(grid, self._grid(row)), (2, 2))
+        size = grid.width, grid.height
+        left, top = np.clip(first, 0, np.subtract(size, 1)).tolist()
+        right, bottom = np.clip(end, (left + 1, top + 1), size).tolist()
+        part = grid.window(left, top, right - left, bottom - top)
+        return _Part(
+            self._patch(row),
+            slice(max(period.start, own.start), min(period.stop, own.stop)),
+            {},
+            part,
+            None if cut is None else _inside(self._ground(row), part),
+            (slice(top, bottom), slice(left, right)),
+        )
+
+    def _sample(self, grid: Grid, period: slice, parts: Iterable[_Part]) -> Sample:
         """Read the slots of one or more patches onto a grid; the first patch with a value wins."""
-        chosen, failed = list[_Series](), Counter[str]()
-        for patch, own, inside in parts:
+        chosen, failed = list[_Part](), Counter[str]()
+        for part in parts:
             try:
-                chosen.append(_Series(patch, own, self._select(patch, own), inside))
+                chosen.append(part._replace(slots=self._select(part.patch, part.period)))
             except NoSeriesError as error:
-                failed[f'{self.name_of(patch)}: {error}'] += 1
+                failed[f'{self.name_of(part.patch)}: {error}'] += 1
         if not chosen:
             raise NoSeriesError(
                 f'none of the patches there ({len(failed)}) has the series {self.series} from '
                 f'{period.start} to {period.stop}: {"; ".join(list(failed)[:3])}'
             )
         with rasterio.Env(**GDAL_OPTIONS):
-            canvas = self._filled(grid, chosen)
+            canvas = self._filled(grid.shape, chosen)
         return canvas.sample() | _georeference(grid, period)
 
-    def _filled(self, grid: Grid, chosen: list[_Series]) -> '_Canvas':
+    def _filled(self, shape: tuple[int, int], chosen: list[_Part]) -> Canvas:
         """Pixels of patches, around images that cannot be read."""
-        canvas = _Canvas(self.series.length, self.bands, grid.shape, several=len(chosen) > 1)
-        for i, series in enumerate(chosen):
+        canvas = Canvas(self.series.length, self.bands, shape, several=len(chosen) > 1)
+        for i, part in enumerate(chosen):
             try:
-                self._fill(canvas, grid, series)
+                self._fill(canvas, part)
             except UnreadableError as error:
-                chosen[i] = self._without(series, error)
-                return self._filled(grid, chosen)  # anew, for some dates may have changed
-            labels = self.read_labels(series.patch, grid)
+                chosen[i] = self._without(part, error)
+                return self._filled(shape, chosen)  # anew, for some dates may have changed
+            labels = self.read_labels(part.patch, part.grid)
             if labels is not None:
-                canvas.add_mask(self.classes.remap(labels), series.inside)
+                canvas.add_mask(self.classes.remap(labels), part.inside, part.place)
         return canvas
 
-    def _fill(self, canvas: '_Canvas', grid: Grid, series: _Series) -> None:
+    def _fill(self, canvas: Canvas, part: _Part) -> None:
         """Fill what a canvas lacks from one patch."""
         for sensor in self.sensors:
-            times = self.times_of(series.patch, sensor)
-            for t, positions in enumerate(series.slots[sensor]):
-                if positions and canvas.lacks(sensor, t):
-                    value = self._slot(series.patch, sensor, positions, grid)
+            times = self.times_of(part.patch, sensor)
+            for t, positions in enumerate(part.slots[sensor]):
+                if positions and canvas.lacks(sensor, t, part.place):
+                    value = self._slot(part.patch, sensor, positions, part.grid)
                     time = int(times[positions[0]].astype(np.int64))
-                    canvas.add(sensor, t, time, value, series.inside)
+                    canvas.add(sensor, t, time, value, part.inside, part.place)
 
     def _slot(self, patch: int, sensor: str, positions: Sequence[int], grid: Grid) -> Array:
         """Mean of the acquisitions of a slot in the unit of a sample."""
@@ -640,94 +657,20 @@ class SeriesDataset(GeoDataset):
                 raise
         return self.readings[sensor].finish(mean(images))
 
-    def _without(self, series: _Series, error: UnreadableError) -> _Series:
+    def _without(self, part: _Part, error: UnreadableError) -> _Part:
         """Another choice of dates, without the image that could not be read.
 
         Raises:
             UnreadableError: If the date rule has no other.
         """
         try:
-            slots = self._select(series.patch, series.period)
+            slots = self._select(part.patch, part.period)
         except NoSeriesError:
-            self._unreadable -= {bad for bad in self._unreadable if bad[0] == series.patch}
+            self._unreadable -= {bad for bad in self._unreadable if bad[0] == part.patch}
             raise error from None
-        before, after = (sum(map(bool, chain(*s.values()))) for s in (series.slots, slots))
+        before, after = (sum(map(bool, chain(*s.values()))) for s in (part.slots, slots))
         warn(f'{error} {"Another" if after >= before else "No other"} date takes its place')
-        return series._replace(slots=slots)
-
-
-class _Canvas:
-    """What a sample is made of, filled from others; what is there is not filled again."""
-
-    def __init__(
-        self,
-        length: int,
-        bands: Mapping[str, Sequence[str]],
-        shape: tuple[int, int],
-        several: bool,
-    ) -> None:
-        self.several = several
-        borders = np.cumsum([0, *map(len, bands.values())]).tolist()
-        spans = zip(bands, pairwise(borders), strict=True)
-        self.channels = {sensor: slice(*span) for sensor, span in spans}
-        self.image = np.empty((length, borders[-1], *shape), np.float32)
-        self.mask = np.full(shape, NO_LABEL)
-        self.pixels: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
-
-    def lacks(self, sensor: str, t: int) -> bool:
-        """Whether a slot has pixels without a value."""
-        seen = self.pixels.get((sensor, t))
-        return not seen or bool(np.isnan(self.image[t, self.channels[sensor]]).any())
-
-    def add(
-        self, sensor: str, t: int, time: int, value: Array, inside: NDArray[np.bool_] | None = None
-    ) -> None:
-        """Fill a slot of a sensor where it has no value, within a mask if there is one."""
-        if inside is not None:
-            value = np.where(inside, value, np.float32(np.nan))
-        target = self.image[t, self.channels[sensor]]
-        if (sensor, t) in self.pixels:
-            known = ~np.isnan(value) & np.isnan(target)
-            np.copyto(target, value, where=known)
-            count = int(known.any(0).sum())
-        else:
-            target[...] = value
-            count = self._count(value)
-        if count:
-            self.pixels[sensor, t][time] += count
-
-    def _count(self, value: Array) -> int:
-        """Number of pixels with a value; of a single patch, whether there are any."""
-        if not self.several and not np.isnan(value.flat[0]):
-            return 1
-        return int((~np.isnan(value)).any(0).sum())
-
-    def add_mask(self, mask: NDArray[np.int64], inside: NDArray[np.bool_] | None = None) -> None:
-        """Fill classes where there are none, within a mask if there is one."""
-        free = self.mask == NO_LABEL
-        np.copyto(self.mask, mask, where=free if inside is None else free & inside)
-
-    def sample(self) -> Sample:
-        """Everything of a sample but its georeference."""
-        shape = len(self.image), len(self.channels)
-        times = np.full(shape, -1, np.int64)
-        for s, sensor in enumerate(self.channels):
-            for t in range(shape[0]):
-                if seen := self.pixels.get((sensor, t)):
-                    times[t, s] = _most(seen)
-                else:
-                    self.image[t, self.channels[sensor]] = np.nan
-        return {
-            'image': torch.from_numpy(self.image),
-            'mask': torch.from_numpy(self.mask),
-            'valid': torch.from_numpy(times >= 0),
-            'acquisition_times': torch.from_numpy(times),
-        }
-
-
-def _most(seen: Counter[int]) -> int:
-    """Time of most pixels, the earlier of two."""
-    return min(seen, key=lambda time: (-seen[time], time))
+        return part._replace(slots=slots)
 
 
 class SeriesUnion(UnionDataset):
@@ -761,7 +704,8 @@ class SeriesUnion(UnionDataset):
                 'both the same bands, classes, number of slots and raw'
             )
         self._bands: Mapping[str, Sequence[str]] = described[0][0]
-        super().__init__(dataset1, dataset2, self._merge, transforms)
+        # Copies, for the CRS and resolution of the second become those of the first.
+        super().__init__(copy.copy(dataset1), copy.copy(dataset2), self._merge, transforms)
         self._member = '_'.join(['member', *(c for c in self.index if c.startswith('member'))])
         own = [d.index.assign(**{self._member: i}) for i, d in enumerate(self.datasets)]
         self._index, self._handed_on = pd.concat(own), True
@@ -779,7 +723,8 @@ class SeriesUnion(UnionDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """Look at the index of a copy again, for random_bbox_splitting changes that in place."""
-        return {**self.__dict__, '_handed_on': False}
+        own = {'datasets': [*map(copy.copy, self.datasets)], '_index': self._index.copy()}
+        return {**self.__dict__, **own, '_handed_on': False}
 
     def __getitem__(self, index: Any) -> Sample:
         """Read a window; each data set gives what it has of the union's rows.
@@ -802,7 +747,7 @@ class SeriesUnion(UnionDataset):
     def _samples(self, index: Any) -> Iterator[Sample]:
         """What each data set has, those of a union in a union included."""
         if not self._handed_on:
-            self._handed_on, self.datasets = True, [copy.copy(d) for d in self.datasets]
+            self._handed_on = True
             for i, dataset in enumerate(self.datasets):
                 dataset.index = self._index[self._index[self._member] == i]
         for dataset in self.datasets:
@@ -815,7 +760,7 @@ class SeriesUnion(UnionDataset):
     def _merge(self, samples: Sequence[Sample]) -> Sample:
         """Each pixel and label of samples of one window from the first that has it."""
         first = samples[0]
-        canvas = _Canvas(len(first['image']), self._bands, first['mask'].shape, several=True)
+        canvas = Canvas(len(first['image']), self._bands, first['mask'].shape, several=True)
         for sample in samples:
             for s, (sensor, channels) in enumerate(canvas.channels.items()):
                 for t, time in enumerate(sample['acquisition_times'][:, s].tolist()):
@@ -870,6 +815,11 @@ def _utc(time: Any) -> pd.Timestamp:
         raise TypeError(f'{time!r} is no time; give a date, such as pd.Timestamp("2020-07-01")')
     stamp = pd.Timestamp(time)
     return stamp.tz_convert('UTC').tz_localize(None) if stamp.tz else stamp
+
+
+def _inset(grid: Grid, share: float) -> Polygon:
+    """Bounds of a grid without a share of its outermost pixels."""
+    return box(*np.add(grid.bounds, np.multiply(share, [*grid.res, *np.negative(grid.res)])))
 
 
 def _inside(geometry: BaseGeometry, grid: Grid) -> NDArray[np.bool_]:

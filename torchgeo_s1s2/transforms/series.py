@@ -53,7 +53,7 @@ class NormalizeSeries(nn.Module):
             The batch with a finite ``image``, and with ``valid`` (B, T, S) False and
             ``acquisition_times`` -1 where a sensor saw no pixel, where the batch has them.
         """
-        image = batch['image']
+        image = _image_of(batch)
         if 'length' in batch:
             image = image.where(unpadded(batch)[..., None, None, None], torch.nan)
         if 'valid' in batch:
@@ -105,6 +105,7 @@ class SeriesDropout(nn.Module):
         Returns:
             The batch with fewer observations.
         """
+        _image_of(batch)
         valid = batch['valid']
         keep = _thin(valid.any(1), self.sensor)[:, None] & valid
         keep = _thin(keep.flatten(1), self.date).view_as(valid)
@@ -125,7 +126,7 @@ def keep_observations(
         The batch: NaN in ``image``, False in ``valid`` and -1 in ``acquisition_times`` elsewhere.
     """
     kept = _only(batch, keep)
-    parts = batch['image'].split(list(channels), 2)
+    parts = _image_of(batch).split(list(channels), 2)
     seen = [
         part.where(kept['valid'][:, :, s, None, None, None], torch.nan)
         for s, part in enumerate(parts)
@@ -157,7 +158,7 @@ class DayOfYear(nn.Module):
         Returns:
             The batch with an ``image`` (B, T, C + 2 * S, H, W).
         """
-        image, times = batch['image'], batch['acquisition_times']
+        image, times = _image_of(batch), batch['acquisition_times']
         angle = 2 * math.pi / 365.25 * day_of_year(times)
         planes = torch.stack([angle.sin(), angle.cos()], -1).where(times[..., None] >= 0, 0)
         planes = planes.to(image)[..., None, None].expand(*planes.shape, *image.shape[-2:])
@@ -187,7 +188,8 @@ class AugmentSeries(nn.Module):
             The batch with both changed alike; everything else, ``transform`` and ``bounds``
             included, still tells of the patch as it was.
         """
-        square = batch['image'].shape[-2] == batch['image'].shape[-1]
+        height, width = _image_of(batch).shape[-2:]
+        square = height == width
         moves = [(_randint(2), _randint(4) if square else 2 * _randint(2)) for _ in batch['mask']]
         moved = {
             key: torch.stack([_move(x, *m) for x, m in zip(batch[key], moves, strict=True)])
@@ -227,19 +229,24 @@ def _randint(high: int) -> int:
     return int(torch.randint(high, ()))
 
 
+def _image_of(batch: Mapping[str, Any]) -> Tensor:
+    """Image of a batch; that of a sample, or with time folded into its channels, is refused."""
+    image: Tensor = batch['image']
+    if image.ndim != 5:
+        raise ValueError(
+            f'the image is of shape {tuple(image.shape)}, which does not tell slots from '
+            'channels; give a batch with one of (B, T, C, H, W)'
+        )
+    return image
+
+
 def unpadded(batch: Mapping[str, Any]) -> Tensor:
     """Slots before the ``length`` (B,) from which on TorchGeo pads series, booleans (B, T).
 
     Raises:
         ValueError: If the image does not tell its slots.
     """
-    image = batch['image']
-    if image.ndim != 5:
-        raise ValueError(
-            'the batch has the length of its series and an image of shape '
-            f'{tuple(image.shape)}, which does not tell slots from channels; give it as '
-            '(B, T, C, H, W)'
-        )
+    image = _image_of(batch)
     return torch.arange(image.shape[1], device=image.device) < batch['length'][:, None]
 
 
