@@ -35,7 +35,7 @@ from torchgeo_s1s2.datasets.catalog import (
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_power, check_written, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings, tags_of
-from torchgeo_s1s2.errors import DataError, warn
+from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, warn
 from torchgeo_s1s2.files import whole
 
 Merge = Literal['pass', 'day'] | None
@@ -438,15 +438,26 @@ def clean(
     if positive:
         check_power('s1', value[~empty])
         empty |= ~(value > 0)
+    elif kind != 'float32' and value.dtype.kind == 'f':
+        _check_dn(value[~empty])
     if offset:
         value = value.astype(np.float32 if value.dtype.kind == 'f' else np.int32) + offset
     if convert:
         value = convert(value)
     if kind != 'float32' and value.dtype != kind:
-        value = value.clip(np.iinfo(kind).min, np.iinfo(kind).max)
+        value = value.round().clip(np.iinfo(kind).min, np.iinfo(kind).max)
     value = value.astype(kind)
     value[empty] = tag
     return value
+
+
+def _check_dn(value: NDArray[Any]) -> None:
+    """Raise an error where values that shall be whole numbers are mostly reflectance."""
+    if ((value > 0) & (value < 1)).sum() > value.size / 2:
+        raise ImplausibleValuesError(
+            f's2 holds reflectance itself (median {np.median(value):.3g}), expected 10,000 times '
+            "that; take another source, or give write_series(unit='reflectance') the arrays"
+        )
 
 
 def _labels(value: NDArray[Any], missing: float) -> NDArray[np.uint8]:

@@ -56,13 +56,16 @@ from torchgeo_s1s2.files import check_room, write_json
 WAITS = (1.0, 2.0, 4.0)
 """Seconds before an image is read again; GDAL forgets what it had of a file after the first."""
 _BUSY = (429, 500, 502, 503, 504)  # answers after which a request is repeated
+_SILENCE = 60  # seconds without a byte after which a request fails; nothing else would end it
 HTTP = {
     'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR',
+    'GDAL_HTTP_CONNECTTIMEOUT': _SILENCE,
+    'GDAL_HTTP_LOW_SPEED_LIMIT': 1,
+    'GDAL_HTTP_LOW_SPEED_TIME': _SILENCE,
     'GDAL_HTTP_MAX_RETRY': 5,
     'GDAL_HTTP_RETRY_DELAY': 1,
     'GDAL_HTTP_RETRY_CODES': ','.join(map(str, _BUSY)),
 }
-_SIGNING = 60.0  # seconds; planetary_computer would ask for minutes, or wait for ever
 FRESH = {'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'}  # forgets what GDAL had of a file
 Offset = float | Literal['item', 'harmonised']
 Orbits = Literal['apart', 'merged', 'ascending', 'descending']
@@ -408,7 +411,9 @@ class SentinelRegion(Source):
         where = f'{collection.collection} at {collection.url}'
         try:
             api = client.Client.open(
-                collection.url, stac_io=client.stac_api_io.StacApiIO(max_retries=retry)
+                collection.url,
+                stac_io=client.stac_api_io.StacApiIO(max_retries=retry),
+                timeout=_SILENCE,
             )
             search = api.search(
                 collections=[collection.collection],
@@ -590,11 +595,9 @@ class StacImage:
         place = optional('odc.geo.geobox').GeoBox(grid.shape, grid.transform, grid.crs)
         # A footprint that crosses 180 degrees as one polygon, or is coarse, would leave chunks out.
         item.geometry = place.footprint('epsg:4326', buffer=1, wrapdateline=True).json
-        dtype, nodata = 'uint16' if self.sensor == 's2' else 'float32', self.collection.nodata
-        if self.sensor == 's2' and not 0 <= nodata < 2**16:
-            nodata = 0  # what GDAL makes of what is below
+        nodata = self.collection.nodata
         kinds = {
-            '*': {'data_type': dtype, 'nodata': nodata},
+            '*': {'data_type': 'float32', 'nodata': nodata},  # holds what files of any type do
             self.collection.mask: {'data_type': 'uint8', 'nodata': 0},
         }
         with rasterio.Env(**HTTP):
@@ -655,7 +658,7 @@ def _signed(href: str) -> str:
     sign = optional('planetary_computer').sign
     try:
         with ThreadPool(1) as pool:  # of threads that nobody waits for
-            return str(pool.apply_async(sign, (href,)).get(_SIGNING))
+            return str(pool.apply_async(sign, (href,)).get(_SILENCE))
     except (OSError, ValueError, TimeoutError) as error:
         raise DownloadError(
             f'{href} cannot be signed by Planetary Computer ({str(error) or "no answer"}); start '
