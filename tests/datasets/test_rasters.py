@@ -334,6 +334,9 @@ def test_a_scale_of_some_bands_is_refused(tmp_path: Path) -> None:
 
 ESA = ('B01', *SENSOR_BANDS['s2'][:8], 'B09', *SENSOR_BANDS['s2'][8:])
 STAC = ('coastal', *COMMON[:8], 'nir09', *COMMON[8:])
+EDGES = 'REDEDGE1', 'REDEDGE2', 'REDEDGE3'
+FORCE = 'BLUE', 'GREEN', 'RED', *EDGES, 'BROADNIR', 'NIR', 'SWIR1', 'SWIR2'
+SHORT = 'BLU', 'GRN', 'RED', 'RE1', 'RE2', 'RE3', 'BNR', 'NIR', 'SW1', 'SW2'
 FOUR = 'B08', 'B04', 'B03', 'B02'
 NUMBERS = {band: number for number, band in enumerate((*ESA, 'VV', 'VH', 'angle'), 1)}
 ORDERS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
@@ -346,6 +349,8 @@ ORDERS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     'counted': (ESA, tuple(f'Band {i}' for i in range(1, 13))),
     'with a zero too many': (ESA, tuple(name.replace('B8A', 'B08A') for name in ESA)),
     'common names': (ESA, STAC),
+    'FORCE': (SENSOR_BANDS['s2'], FORCE),
+    'FORCE, another order': (SENSOR_BANDS['s2'][::-1], SHORT[::-1]),
     'named in part': (ESA, tuple('vegetation' if n in ('B05', 'B06') else n for n in ESA)),
     '12 unnamed': (ESA, None),
     'four': (FOUR, FOUR),

@@ -84,6 +84,7 @@ def sentle() -> Any:
 SHAPES: dict[str, Callable[[], Any]] = {
     'odc-stac': odc,
     'common names': lambda: odc(names=COMMON),
+    'FORCE': lambda: odc(names=('blue', *COMMON[1:6], 'broadnir', 'nir', 'swir1', 'swir2')),
     'numbered common names': lambda: odc().rename(
         B05='rededge071', B06='rededge075', B07='rededge078'
     ),

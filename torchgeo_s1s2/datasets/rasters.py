@@ -367,7 +367,7 @@ def _indexes(
     A band with a name of the sensor is none of transparency, whatever its colour is.
     """
     sensor, texts, alpha = reading.sensor, _names(src.descriptions), _alpha(src)
-    names = {i: sensor.band(text) for i, text in enumerate(texts, 1)}
+    names = dict(enumerate(sensor.named(texts), 1))
     if alpha and (names[alpha] or len(reading.file_bands) == src.count):
         alpha = None
     data = [i for i in names if i != alpha]

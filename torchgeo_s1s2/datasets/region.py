@@ -572,14 +572,15 @@ def _dataset(data: Any, dimensions: set[str]) -> Any:
 def _bands(dataset: Any, sensor: Sensor) -> dict[str, dict[str, Any]]:
     """Variables by kind (``S1``, ``S1_ASC``) and band."""
     bands: dict[str, dict[str, Any]] = {}
-    for name, variable in dataset.data_vars.items():
-        words = re.split(r'[^a-z0-9]+', str(name).lower())
-        orbit = next((word for word in words if word in ORBITS), '')
-        band = sensor.band('_'.join(word for word in words if word not in ORBITS))
+    words = [re.split(r'[^a-z0-9]+', str(name).lower()) for name in dataset.data_vars]
+    orbits = [next((word for word in own if word in ORBITS), '') for own in words]
+    names = sensor.named(['_'.join(word for word in own if word not in ORBITS) for own in words])
+    for variable, orbit, band in zip(dataset.data_vars.values(), orbits, names, strict=True):
         if band and {'time', 'y', 'x'} <= {*variable.dims}:
             own = bands.setdefault(kind_of(sensor.name, orbit), {})
             if band in own:
-                raise DataError(f'{band} is there twice, as {own[band].name} and {name}; drop one')
+                twice = f'{own[band].name} and {variable.name}'
+                raise DataError(f'{band} is there twice, as {twice}; drop one')
             own[band] = _only(variable, 'time', 'y', 'x')
     if not bands:
         raise DataError(

@@ -689,9 +689,10 @@ def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str
 
 def _named(item: Any, band: str, sensor: Sensor) -> str:
     """Asset of a band by name, else by common name, of several the finest; empty for none."""
-    names = [key for key in item.assets if sensor.band(key) == band] or [
-        key for key in item.assets if sensor.band(_told(item, key).get('common_name')) == band
-    ]
+    keys = [*item.assets]
+    for texts in (keys, [_told(item, key).get('common_name') for key in keys]):
+        if names := [key for key, n in zip(keys, sensor.named(texts), strict=True) if n == band]:
+            break
     told = [_told(item, name) for name in names]
     sizes: list[Any] = [own.get('gsd') or own.get('spatial_resolution') for own in told]
     finest = [
