@@ -105,6 +105,10 @@ class Grid:
         whole = abs(step.c - col) < _CLOSE and abs(step.f - row) < _CLOSE
         return (col, row) if straight and whole else None
 
+    def coincides(self, other: 'Grid') -> bool:
+        """Whether the pixels are those of another grid, within a hundredth of one."""
+        return self.shape == other.shape and self.offset_in(other) == (0, 0)
+
     def pixels_of(self, other: 'Grid') -> NDArray[np.float64]:
         """Columns and rows, in this grid, of points along the border of another one: (2, N)."""
         steps = np.linspace(0, 1, 21)

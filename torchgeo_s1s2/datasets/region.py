@@ -160,7 +160,7 @@ def write_series(
         labels = _only(dataset['labels'], 'y', 'x')
         missing = _tag_of(labels, np.nan)
         reference = lazily(_labels, dask_of(labels), dtype='uint8', missing=missing)
-    if any(other != grid for other in others):
+    if not all(other.coincides(grid) for other in others):
         found = '; '.join(map(str, [grid, *others]))
         raise DataError(f's2, s1 and labels lie on different pixels, {found}; warp them')
     images = {name: cube.jobs(tile, merge) for name, cube in cubes.items()}
@@ -192,7 +192,7 @@ def write_patch(
     for folder in (LABELS, *FOLDERS):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for path in images_of(root, tile)[:1]:
-        if (there := read_grid(path)) != grid:
+        if not (there := read_grid(path)).coincides(grid):
             raise DataError(f'{path} lies at {there}, not at {grid}; choose another tile or root')
     outcomes = dict(_run({p: job for p, job in paths.items() if not p.exists()}, progress))
     _warn(outcomes, len(paths))
