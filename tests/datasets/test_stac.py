@@ -357,6 +357,21 @@ def test_what_is_missing_or_broken_is_named(world: World, tmp_path: Path) -> Non
     assert len([*(tmp_path / 'b' / 's2').iterdir()]) == 1
 
 
+def test_what_is_no_item_is_left_out(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = SentinelRegion._search
+
+    def more(self: SentinelRegion, collection: StacCollection) -> list[dict[str, Any]]:
+        first, *others = search(self, collection)
+        return [first | {'id': 'timeless', 'properties': {'datetime': None}}, first, *others]
+
+    monkeypatch.setattr(SentinelRegion, '_search', more)
+    with pytest.warns(S1S2Warning, match=r'left out \(1\): timeless is no STAC item: .*datetime'):
+        region(world, 'c1-l2a').write(tmp_path, ['s2'], progress=False)
+    assert len([*(tmp_path / 's2').iterdir()]) == 1
+
+
 @pytest.mark.parametrize('status', [401, 403, 408, 429])
 def test_a_server_that_wants_no_more_is_an_error(status: int, world: World, tmp_path: Path) -> None:
     world.files.faults['fragile_8/B02.tif'] = [status] * 1000
@@ -483,7 +498,6 @@ def test_what_makes_no_region_is_named(options: dict[str, Any], message: str) ->
         ({'scale': 0, 'offset': -0.1}, {}, 'B02 of a has the scale 0; expected 0.0001'),
         ({'data_type': 'float32'}, {}, 'B02 of a holds floats; expected reflectance x 10,000'),
         ({'nodata': 'nan'}, {}, 'B02 of a holds floats; expected reflectance x 10,000'),
-        ({}, {'datetime': None}, 'a says no time'),
         ({'offset': -0.1}, {}, ''),
         ({'offset': 0}, {}, ''),
         ({'scale': None, 'offset': None}, {'s2:processing_baseline': 'N0500'}, ''),
@@ -499,13 +513,9 @@ def test_items_that_say_something_else(
         told = {f'raster:{k}' if k in ('scale', 'offset') else k: v for k, v in told.items()}
     said = told if place == 'asset' else {place: [told]}
     assets = {band: {'href': f'{band}.tif', **said} for band in BANDS}
-    day = says.get('datetime', '2022-07-01T10:30:21Z')
+    day = '2022-07-01T10:30:21Z'
     properties: dict[str, Any] = {'s2:processing_baseline': '05.00'} | says
-    properties.pop('datetime', None)
-    own = pystac.Item.from_dict(
-        item('a', 'c', '2022-07-01', assets, tmp_path / 'a.tif', **properties)
-    )
-    own.datetime = own.datetime if day else None
+    own = pystac.Item.from_dict(item('a', 'c', day, assets, tmp_path / 'a.tif', **properties))
     if message:
         with pytest.raises(DataError, match=message):
             stac._assets(own, 's2', StacCollection('c'))

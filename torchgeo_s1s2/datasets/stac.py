@@ -377,12 +377,12 @@ class SentinelRegion(Source):
     ) -> dict[str, 'StacImage']:
         """Images of the region in the order of time, each of the items of a pass."""
         items, notes = {}, []
-        for item in self._search(collection):
-            orbit = str(item.properties.get('sat:orbit_state')).lower()
-            if sensor == 's1' and self.orbits not in ('apart', 'merged', orbit):
-                continue
+        for content in self._search(collection):
             try:
-                items[item.id] = item, _assets(item, sensor, collection)
+                item = _item(content)
+                orbit = str(item.properties.get('sat:orbit_state')).lower()
+                if sensor == 's2' or self.orbits in ('apart', 'merged', orbit):
+                    items[item.id] = item, _assets(item, sensor, collection)
             except DataError as error:
                 notes.append(str(error))
         if not items and not notes:
@@ -404,8 +404,8 @@ class SentinelRegion(Source):
             for key, numbers in sorted(group(times, kinds, merge).items())
         }
 
-    def _search(self, collection: StacCollection) -> list[Any]:
-        """Items of the region and the season."""
+    def _search(self, collection: StacCollection) -> list[dict[str, Any]]:
+        """Items of the region and the season, as the API gives them."""
         client = optional('pystac_client')
         retry = Retry(5, backoff_factor=WAITS[0] / 2, status_forcelist=_BUSY, allowed_methods=None)
         where = f'{collection.collection} at {collection.url}'
@@ -420,7 +420,7 @@ class SentinelRegion(Source):
                 bbox=self.geometry.total_bounds.tolist(),
                 datetime='/'.join(self.season),
             )
-            items = [*search.items()]
+            items = [*search.items_as_dicts()]
         except Exception as error:  # an address that is no STAC API brings any, a silent one too
             why = (str(error) or repr(error)).splitlines()[0][:200]
             raise DownloadError(
@@ -666,6 +666,14 @@ def _signed(href: str) -> str:
         ) from None
 
 
+def _item(content: Mapping[str, Any]) -> Any:
+    """STAC item of what an API gives; an error if it is none."""
+    try:
+        return optional('pystac').Item.from_dict(content)
+    except Exception as error:  # what lacks a time or a field brings any
+        raise DataError(f'{content.get("id")} is no STAC item: {error!r}') from error
+
+
 def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str]:
     """Asset of each band; an error if the item lacks one, or its values are others."""
     bands = SENSORS[sensor].bands
@@ -674,8 +682,6 @@ def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str
     lacking = [f'{b} ({a or "no such name"})' for b, a in wanted.items() if a not in item.assets]
     if lacking:
         raise DataError(f'{item.id} lacks {", ".join(lacking)}')
-    if _time(item) is None:
-        raise DataError(f'{item.id} says no time')
     for asset in assets.values() if sensor == 's2' else ():
         _offset(item, asset, collection)
         told = _told(item, asset)
