@@ -198,8 +198,12 @@ class _Raster(NamedTuple):
     @property
     def is_outdated(self) -> bool:
         """Whether there is no copy, or one of what the raster was before."""
-        there = self.target.exists()
-        return not there or self.target.stat().st_mtime_ns != self.source.stat().st_mtime_ns
+        if not self.target.exists():
+            return True
+        time = self.target.stat().st_mtime_ns
+        # Some file systems, and archives on the way to them, keep whole seconds, or even ones.
+        least = 1 if time % 1_000_000_000 else 2_000_000_000
+        return abs(self.source.stat().st_mtime_ns - time) >= least
 
 
 def _rasters(dataset: MultiSenGE, patch: int, folder: Path) -> Iterator[_Raster]:
