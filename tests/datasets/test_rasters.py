@@ -22,6 +22,7 @@ from torchgeo_s1s2.datasets import (
     LandCoverClass,
     MultiSenGE,
 )
+from torchgeo_s1s2.errors import S1S2Warning
 
 NAN, INF = np.nan, np.inf
 DAY = '20220706'
@@ -478,6 +479,20 @@ def test_other_pixels_than_the_patch_are_warped(
     xs, ys = 500005 + 10.0 * (left + np.arange(width)), 5499995 - 10.0 * (top + np.arange(height))
     # GDAL keeps to an eighth of a pixel, of 10 m here.
     np.testing.assert_allclose(got, plane(*np.meshgrid(xs, ys)), rtol=0, atol=2)
+
+
+def test_images_that_are_finer_than_their_labels_are_averaged_which_is_said(tmp_path: Path) -> None:
+    image = np.broadcast_to(1000 + 100 * np.arange(8), (10, 8, 8)).astype(np.int16)
+    write_patch(tmp_path, '31UEQ', size=8, s2={DAY: image}, s1={})
+    path = tmp_path / 'ground_reference' / '31UEQ_GR_0_0.tif'
+    write_raster(path, np.full((1, 4, 4), 6, np.uint8), *ORIGINS['31UEQ'], res=20)
+    dataset = MultiSenGE(tmp_path, 'all', EvenlySpaced(n=1), sensors=['s2'])
+    with pytest.warns(S1S2Warning, match=r's2 has images of finer pixels \(10\) than .* \(20\)'):
+        seen = dataset[0]['image'][0].numpy()
+    assert seen.shape == (10, 4, 4)
+    np.testing.assert_allclose(
+        seen[..., 1:3], np.broadcast_to([0.125, 0.145], (10, 4, 2)), atol=2e-3
+    )
 
 
 LAST_DIGIT = Affine(10.000000000000002, 0, 500000.00000000006, 0, -9.999999999999998, 5500000)

@@ -298,7 +298,20 @@ def read_image(
             return reading.physical(value, scaled)
 
         own = _own_grid(path, src, patch)
+        if own is not patch:
+            _tell_of_finer(path.parent, own, patch)
         return onto(own, grid, read, Resampling.bilinear, len(indexes))
+
+
+def _tell_of_finer(folder: Path, own: Grid, patch: Grid) -> None:
+    """Warn of images whose detail is lost."""
+    size, least = (abs(grid.transform.determinant) ** 0.5 for grid in (own, patch))
+    if size * 1.5 < least and same_crs(own.crs, patch.crs):
+        warn_once(
+            f'{folder} has images of finer pixels ({size:.3g}) than their patches ({least:.3g}), '
+            'which have those of their label rasters, or first images where there is none; they '
+            'are averaged. Write these with the pixels that you want'
+        )
 
 
 def _as_tagged(
