@@ -225,7 +225,7 @@ def test_a_polygon_of_the_whole_world_and_names_in_yaml(
     source = VectorLabels(file='~/world.parquet', attribute='cover', classes='~/classes.yaml')
     source.fill(root, None)  # type: ignore[arg-type]
     names.write_text('field: [')
-    with pytest.raises(DataError, match='~/classes.yaml is no YAML'):
+    with pytest.raises(DataError, match=r'~/classes\.yaml is no YAML'):
         source.fill(root, None)  # type: ignore[arg-type]
     assert (labels(root) == 11).all()
     assert (labels(root, '32ULU_GR_0_0.tif') == 11).all()

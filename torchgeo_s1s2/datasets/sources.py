@@ -1,6 +1,5 @@
 """What fills the root of a data set before a run; a configuration names it as ``source``."""
 
-import json
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -27,7 +26,7 @@ from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import rasterize_labels
 from torchgeo_s1s2.errors import UnreadableError, warn
-from torchgeo_s1s2.files import check_room, whole, write_json
+from torchgeo_s1s2.files import check_room, read_json, whole, write_json
 
 
 class Wanted(NamedTuple):
@@ -273,5 +272,5 @@ def _write_label_file(
     images = {s: sorted(Path(p).name for p in held.get((s, name), ())) for s in SENSORS}
     content = label_content(images, crs_of(row['epsg']), row['classes'])
     path = folder / LABELS / f'{name}.json'
-    if not path.exists() or json.loads(path.read_text()) != content:
+    if not path.exists() or read_json(path) != content:
         write_json(path, content)

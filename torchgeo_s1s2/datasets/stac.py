@@ -51,7 +51,7 @@ from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import read_vectors
 from torchgeo_s1s2.errors import DataError, DownloadError, warn
-from torchgeo_s1s2.files import check_room, write_json
+from torchgeo_s1s2.files import check_room, read_json, write_json
 
 WAITS = (1.0, 2.0, 4.0)
 """Seconds before an image is read again; GDAL forgets what it had of a file after the first."""
@@ -489,7 +489,7 @@ class _State:
         self, path: Path, settings: dict[str, Any], pixels: dict[str, dict[str, Any]]
     ) -> None:
         self.path, self.settings = path, settings
-        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept = read_json(path) if path.exists() else {}
         before = kept.get('pixels', {})
         self.untold = pixels.keys() - before.keys()
         # Images that are there stay, so what their pixels depend on must.
