@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from torchgeo_s1s2 import files
+from torchgeo_s1s2.errors import DataError
 
 
 @pytest.mark.skipif(files.fcntl is None, reason='this system has no locks')
@@ -26,3 +27,12 @@ def test_only_a_lock_of_another_run_keeps_from_a_folder(
     monkeypatch.setattr(files.fcntl, 'flock', fail)
     found, living = files.Workplace.found(tmp_path)
     assert ([other.path for other in found], living) == (([left.path], 0) if held else ([], 1))
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / 'region.region.json'
+    files.write_json(path, {'finished': True})
+    assert files.read_json(path) == {'finished': True}
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r'region\.region\.json is damaged \(.*\); delete it'):
+        files.read_json(path)

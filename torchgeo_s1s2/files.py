@@ -11,7 +11,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-from torchgeo_s1s2.errors import NoRoomError
+from torchgeo_s1s2.errors import DataError, NoRoomError
 
 fcntl: Any = None
 with suppress(ImportError):  # not on Windows
@@ -67,6 +67,18 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
     """Write JSON, whole or not at all."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=indent))
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON that the package wrote holds.
+
+    Raises:
+        DataError: If it is damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f'{path} is damaged ({error}); delete it') from error
 
 
 def check_room(folder: Path, size: float, choice: str) -> None:

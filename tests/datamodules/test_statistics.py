@@ -356,6 +356,11 @@ KINDS: dict[str, tuple[str, str, Callable[[np.ndarray, str], Any], dict, str, di
         's1', 'uint16', lambda v, d: 1000 * np.sqrt(v), {}, 'unit="amplitude"',
         {'unit': 'amplitude'},
     ),
+    'VH before VV': (
+        's1', 'float32', lambda v, d: v * np.array([0.1, 1])[:, None, None], {},
+        r"VH is above VV, .* file_bands={'s1': \['VH', 'VV'\]}",
+        {'file_bands': {'s1': ['VH', 'VV']}},
+    ),
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from torchgeo_s1s2.datasets import (
     LandCoverClass,
     MultiSenGE,
 )
+from torchgeo_s1s2.errors import S1S2Warning
 
 NAN, INF = np.nan, np.inf
 DAY = '20220706'
@@ -334,6 +335,9 @@ def test_a_scale_of_some_bands_is_refused(tmp_path: Path) -> None:
 
 ESA = ('B01', *SENSOR_BANDS['s2'][:8], 'B09', *SENSOR_BANDS['s2'][8:])
 STAC = ('coastal', *COMMON[:8], 'nir09', *COMMON[8:])
+EDGES = 'REDEDGE1', 'REDEDGE2', 'REDEDGE3'
+FORCE = 'BLUE', 'GREEN', 'RED', *EDGES, 'BROADNIR', 'NIR', 'SWIR1', 'SWIR2'
+SHORT = 'BLU', 'GRN', 'RED', 'RE1', 'RE2', 'RE3', 'BNR', 'NIR', 'SW1', 'SW2'
 FOUR = 'B08', 'B04', 'B03', 'B02'
 NUMBERS = {band: number for number, band in enumerate((*ESA, 'VV', 'VH', 'angle'), 1)}
 ORDERS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
@@ -346,6 +350,8 @@ ORDERS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     'counted': (ESA, tuple(f'Band {i}' for i in range(1, 13))),
     'with a zero too many': (ESA, tuple(name.replace('B8A', 'B08A') for name in ESA)),
     'common names': (ESA, STAC),
+    'FORCE': (SENSOR_BANDS['s2'], FORCE),
+    'FORCE, another order': (SENSOR_BANDS['s2'][::-1], SHORT[::-1]),
     'named in part': (ESA, tuple('vegetation' if n in ('B05', 'B06') else n for n in ESA)),
     '12 unnamed': (ESA, None),
     'four': (FOUR, FOUR),
@@ -473,6 +479,20 @@ def test_other_pixels_than_the_patch_are_warped(
     xs, ys = 500005 + 10.0 * (left + np.arange(width)), 5499995 - 10.0 * (top + np.arange(height))
     # GDAL keeps to an eighth of a pixel, of 10 m here.
     np.testing.assert_allclose(got, plane(*np.meshgrid(xs, ys)), rtol=0, atol=2)
+
+
+def test_images_that_are_finer_than_their_labels_are_averaged_which_is_said(tmp_path: Path) -> None:
+    image = np.broadcast_to(1000 + 100 * np.arange(8), (10, 8, 8)).astype(np.int16)
+    write_patch(tmp_path, '31UEQ', size=8, s2={DAY: image}, s1={})
+    path = tmp_path / 'ground_reference' / '31UEQ_GR_0_0.tif'
+    write_raster(path, np.full((1, 4, 4), 6, np.uint8), *ORIGINS['31UEQ'], res=20)
+    dataset = MultiSenGE(tmp_path, 'all', EvenlySpaced(n=1), sensors=['s2'])
+    with pytest.warns(S1S2Warning, match=r's2 has images of finer pixels \(10\) than .* \(20\)'):
+        seen = dataset[0]['image'][0].numpy()
+    assert seen.shape == (10, 4, 4)
+    np.testing.assert_allclose(
+        seen[..., 1:3], np.broadcast_to([0.125, 0.145], (10, 4, 2)), atol=2e-3
+    )
 
 
 LAST_DIGIT = Affine(10.000000000000002, 0, 500000.00000000006, 0, -9.999999999999998, 5500000)

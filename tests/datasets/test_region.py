@@ -84,6 +84,7 @@ def sentle() -> Any:
 SHAPES: dict[str, Callable[[], Any]] = {
     'odc-stac': odc,
     'common names': lambda: odc(names=COMMON),
+    'FORCE': lambda: odc(names=('blue', *COMMON[1:6], 'broadnir', 'nir', 'swir1', 'swir2')),
     'numbered common names': lambda: odc().rename(
         B05='rededge071', B06='rededge075', B07='rededge078'
     ),
@@ -153,6 +154,15 @@ def test_reads_as_a_data_set(tmp_path: Path) -> None:
     np.testing.assert_allclose(image[:, :10], expected, rtol=1e-6)
     np.testing.assert_allclose(image[:, 10:], 10 * np.log10(POWER), rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(sample['mask'], labels.values - 1)
+
+
+def test_coordinates_that_differ_by_rounding_are_the_same_pixels(tmp_path: Path) -> None:
+    s1 = odc(POWER, ('vv', 'vh'), 'float32', nodata=np.nan)
+    write_series(tmp_path, odc(), s1.assign_coords(x=X + 1e-4), progress=False)
+    image = MultiSenGE(tmp_path, 'all', AllDates(2))[0]['image'].numpy()
+    np.testing.assert_allclose(image[:, 10:], 10 * np.log10(POWER), rtol=1e-4, atol=1e-4)
+    with pytest.raises(DataError, match=r'lie on different pixels, 50 x 40 pixels .*600001'):
+        write_series(tmp_path, odc(), s1.assign_coords(x=X + 1), progress=False)
 
 
 BOTH = ['descending', 'descending', 'ascending']

@@ -1,3 +1,4 @@
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -192,6 +193,20 @@ def test_a_raster_that_has_changed_is_copied_again(root: Path) -> None:
     changed = [p.name for p in before if p.stat().st_mtime_ns != before[p]]
     assert changed == [path.name]
     check_same(MultiSenGE(root, 'all'), again)
+
+
+def test_a_file_system_that_keeps_whole_seconds_is_copied_to_once(root: Path) -> None:
+    paths = [*copied(root).root.rglob('*.tif')]
+    for path in paths:
+        seconds = path.stat().st_mtime_ns // 10**9
+        os.utime(path, ns=(0, seconds * 10**9))
+    first = {path: path.stat().st_ino for path in paths}
+    copied(root)
+    assert {path: path.stat().st_ino for path in paths} == first
+    (changed,) = (root / 's2').glob(f'31UEQ_{S2_DATES[0]}_S2_12_0.tif')
+    os.utime(changed, ns=(0, changed.stat().st_mtime_ns + 3 * 10**9))
+    copied(root)
+    assert [p.name for p in paths if p.stat().st_ino != first[p]] == [changed.name]
 
 
 @pytest.mark.parametrize('date', [0, 2], ids=['first', 'later'])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from socket import create_server
 from threading import Event
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from torchgeo_s1s2.datasets.time_series import EvenlySpaced, MonthlySeries
 from torchgeo_s1s2.errors import (
     DataError,
     DownloadError,
+    ImplausibleValuesError,
     NoSeriesError,
     S1S2Warning,
     UnreadableError,
@@ -355,6 +357,21 @@ def test_what_is_missing_or_broken_is_named(world: World, tmp_path: Path) -> Non
     assert len([*(tmp_path / 'b' / 's2').iterdir()]) == 1
 
 
+def test_what_is_no_item_is_left_out(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = SentinelRegion._search
+
+    def more(self: SentinelRegion, collection: StacCollection) -> list[dict[str, Any]]:
+        first, *others = search(self, collection)
+        return [first | {'id': 'timeless', 'properties': {'datetime': None}}, first, *others]
+
+    monkeypatch.setattr(SentinelRegion, '_search', more)
+    with pytest.warns(S1S2Warning, match=r'left out \(1\): timeless is no STAC item: .*datetime'):
+        region(world, 'c1-l2a').write(tmp_path, ['s2'], progress=False)
+    assert len([*(tmp_path / 's2').iterdir()]) == 1
+
+
 @pytest.mark.parametrize('status', [401, 403, 408, 429])
 def test_a_server_that_wants_no_more_is_an_error(status: int, world: World, tmp_path: Path) -> None:
     world.files.faults['fragile_8/B02.tif'] = [status] * 1000
@@ -374,11 +391,36 @@ def test_a_service_that_does_not_sign_is_an_error(
     sign: Any, why: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pytest.importorskip('planetary_computer'), 'sign', sign)
-    monkeypatch.setattr(stac, '_SIGNING', 0.1)
+    monkeypatch.setattr(stac, '_SILENCE', 0.1)
     own = replace(region(world, 'pc-l2a').collection('s2'), sign=True)
     source = region(world, 'pc-l2a', collections={'s2': own})
     with pytest.raises(DownloadError, match=rf'cannot be signed .*\({why}\); start again later'):
         source.write(tmp_path, ['s2'], progress=False)
+
+
+def test_a_server_that_falls_silent_is_an_error(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pystac = pytest.importorskip('pystac')
+    monkeypatch.setattr(stac, '_SILENCE', 0.1)
+    monkeypatch.setattr(stac, 'WAITS', (0.01,))
+    monkeypatch.setitem(stac.HTTP, 'GDAL_HTTP_LOW_SPEED_TIME', 1)
+    monkeypatch.setitem(stac.HTTP, 'GDAL_HTTP_MAX_RETRY', 0)
+    with create_server(('127.0.0.1', 0)) as silent:
+        url = f'http://127.0.0.1:{silent.getsockname()[1]}'
+        own = {'s2': StacCollection('c', url)}
+        with pytest.raises(DownloadError, match=r'cannot be searched \(.*timed out'):
+            region(world, 'pc-l2a', collections=own).write(tmp_path, ['s2'])
+        assets = {band: {'href': f'{url}/{band}.tif'} for band in ('vv', 'vh')}
+        near = world.root / 's1_a' / 'vv.tif'
+        item_of = pystac.Item.from_dict(item('a', 'c', '2021-07-03T06:00:00Z', assets, near))
+        pair = item_of, {'VV': 'vv', 'VH': 'vh'}
+        grid = Grid(crs_of(32632), from_origin(LEFT, TOP, 10, 10), 8, 8)
+        image = stac.StacImage(
+            pd.Timestamp(0), [pair], 's1', StacCollection('c'), grid, 'nearest', 16
+        )
+        with pytest.raises(DownloadError, match=f'{url}/vv.tif cannot be reached'):
+            image(tmp_path / 'out.tif')
 
 
 def test_refuses(world: World, tmp_path: Path) -> None:
@@ -456,7 +498,6 @@ def test_what_makes_no_region_is_named(options: dict[str, Any], message: str) ->
         ({'scale': 0, 'offset': -0.1}, {}, 'B02 of a has the scale 0; expected 0.0001'),
         ({'data_type': 'float32'}, {}, 'B02 of a holds floats; expected reflectance x 10,000'),
         ({'nodata': 'nan'}, {}, 'B02 of a holds floats; expected reflectance x 10,000'),
-        ({}, {'datetime': None}, 'a says no time'),
         ({'offset': -0.1}, {}, ''),
         ({'offset': 0}, {}, ''),
         ({'scale': None, 'offset': None}, {'s2:processing_baseline': 'N0500'}, ''),
@@ -472,13 +513,9 @@ def test_items_that_say_something_else(
         told = {f'raster:{k}' if k in ('scale', 'offset') else k: v for k, v in told.items()}
     said = told if place == 'asset' else {place: [told]}
     assets = {band: {'href': f'{band}.tif', **said} for band in BANDS}
-    day = says.get('datetime', '2022-07-01T10:30:21Z')
+    day = '2022-07-01T10:30:21Z'
     properties: dict[str, Any] = {'s2:processing_baseline': '05.00'} | says
-    properties.pop('datetime', None)
-    own = pystac.Item.from_dict(
-        item('a', 'c', '2022-07-01', assets, tmp_path / 'a.tif', **properties)
-    )
-    own.datetime = own.datetime if day else None
+    own = pystac.Item.from_dict(item('a', 'c', day, assets, tmp_path / 'a.tif', **properties))
     if message:
         with pytest.raises(DataError, match=message):
             stac._assets(own, 's2', StacCollection('c'))
@@ -520,6 +557,40 @@ def test_a_file_of_geometries_beyond_180_degrees_is_refused(tmp_path: Path) -> N
         DataError, match=r'has the bounds \[177.0, .* two regions where one crosses'
     ):
         SentinelRegion(path, ['2021-01-01']).grid()
+
+
+@pytest.mark.parametrize(
+    ('value', 'dtype', 'nodata', 'written'),
+    [
+        (1500, 'uint16', 0, 500),
+        (1500, 'int16', -9999, 500),
+        (1500.4, 'float32', np.nan, 500),
+        (1500.6, 'float64', -9999, 501),
+        (0.15, 'float32', np.nan, None),
+    ],
+)
+def test_files_of_any_type(
+    value: float, dtype: str, nodata: float, written: int | None, tmp_path: Path
+) -> None:
+    """Of which the item says nothing; the first row has no observation."""
+    pystac = pytest.importorskip('pystac')
+    path = tmp_path / 'a.tif'
+    image = np.full((8, 8), value, dtype)
+    image[0] = nodata
+    write_cog(path, image, LEFT, TOP, nodata=nodata)
+    told: dict[str, Any] = {'s2:processing_baseline': '05.00'}
+    assets = {band: {'href': str(path)} for band in BANDS}
+    own = pystac.Item.from_dict(item('a', 'c', '2022-07-01T10:30:21Z', assets, path, **told))
+    known, grid = StacCollection('c'), Grid(crs_of(32632), from_origin(LEFT, TOP, 10, 10), 8, 8)
+    pair = own, stac._assets(own, 's2', known)
+    write = stac.StacImage(pd.Timestamp(0), [pair], 's2', known, grid, 'nearest', 16)
+    if written is None:
+        with pytest.raises(ImplausibleValuesError, match=r's2 holds reflectance itself .*0\.15'):
+            write(tmp_path / 'out.tif')
+        return
+    write(tmp_path / 'out.tif')
+    expected = np.repeat([-10000] + 7 * [written], 8).reshape(8, 8)
+    np.testing.assert_array_equal(read_raster(tmp_path / 'out.tif'), [expected] * 10)
 
 
 @pytest.mark.parametrize('place', ['gsd', 'bands', 'raster:bands'])

@@ -213,16 +213,19 @@ def test_rasters_without_a_label_are_told_each_time(root: Path) -> None:
     assert [*zip(*labels(root).nonzero(), strict=True)] == [(2, 2), (2, 3)]
 
 
-def test_a_polygon_of_the_whole_world_and_names_in_yaml(root: Path) -> None:
+def test_a_polygon_of_the_whole_world_and_names_in_yaml(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('HOME', str(root))
     names = root / 'classes.yaml'
     names.write_text('field: 6\n311: 11\n')
     path = root / 'world.parquet'
     world = [box(-180, -90, 180, 90)]
     gpd.GeoDataFrame({'cover': [311.0]}, geometry=world, crs='EPSG:4326').to_parquet(path)
-    source = VectorLabels(file=str(path), attribute='cover', classes=str(names))
+    source = VectorLabels(file='~/world.parquet', attribute='cover', classes='~/classes.yaml')
     source.fill(root, None)  # type: ignore[arg-type]
     names.write_text('field: [')
-    with pytest.raises(DataError, match=f'{names} is no YAML'):
+    with pytest.raises(DataError, match=r'~/classes\.yaml is no YAML'):
         source.fill(root, None)  # type: ignore[arg-type]
     assert (labels(root) == 11).all()
     assert (labels(root, '32ULU_GR_0_0.tif') == 11).all()

@@ -19,6 +19,7 @@ _ALIKE = 0.01  # share of the pixels in which all bands hold one value that is n
 # 0 to 0.05 in some band, which the offset of processing baseline 04.00 makes 0.1 to 0.2.
 _OFFSET_FLOOR = 0.095, 0.2
 _LOUD, _SILENT = 5.0, -50.0  # dB
+_SWAPPED = 1.0  # dB; all ground gives less back across polarisations than along them
 _LOUDEST = 100.0  # dB of a single pixel; 16 bits of amplitude make 96
 _MOST_POWER = float(np.finfo(np.float32).max)
 
@@ -96,7 +97,8 @@ def _stands_for_none(reading: Reading, stored: float) -> str:
 
 def _backscatter(reading: Reading, mean: Sequence[float], lowest: float, highest: float) -> str:
     pairs = zip(reading.bands, mean, strict=True)
-    mean = [value for band, value in pairs if band not in reading.sensor.ratios]
+    known = {band: value for band, value in pairs if band not in reading.sensor.ratios}
+    bands, mean = [*known], [*known.values()]
     if not mean:
         return ''
     seen = f'Sentinel-1 has mean backscatters of {min(mean):.3g} to {max(mean):.3g} dB'
@@ -113,6 +115,12 @@ def _backscatter(reading: Reading, mean: Sequence[float], lowest: float, highest
         )
     if min(mean) < _SILENT:
         return f'{seen}: no such signal can be measured; look for the unit and scale of the files'
+    if len(mean) == 2 and mean[1] - mean[0] > _SWAPPED:
+        return (
+            f'{seen}, and {bands[1]} is above {bands[0]}, as on no ground: the files seem to hold '
+            f'them in the other order; give file_bands={{{reading.sensor.name!r}: {bands[::-1]}}}, '
+            'or mend the names that they have'
+        )
     return ''
 
 

@@ -58,7 +58,7 @@ def write_label_files(
     if not there:
         raise FileNotFoundError(
             f'{root} has no image; expected s2/TILE_YYYYMMDD_S2_X_Y.tif or s1/TILE_YYYYMMDD_S1_X_Y'
-            '.tif'
+            '.tif, TILE being letters, digits and _'
         )
     for folder in (LABELS, GROUND_REFERENCE):
         (root / folder).mkdir(exist_ok=True)

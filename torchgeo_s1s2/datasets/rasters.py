@@ -105,6 +105,10 @@ class Grid:
         whole = abs(step.c - col) < _CLOSE and abs(step.f - row) < _CLOSE
         return (col, row) if straight and whole else None
 
+    def coincides(self, other: 'Grid') -> bool:
+        """Whether the pixels are those of another grid, within a hundredth of one."""
+        return self.shape == other.shape and self.offset_in(other) == (0, 0)
+
     def pixels_of(self, other: 'Grid') -> NDArray[np.float64]:
         """Columns and rows, in this grid, of points along the border of another one: (2, N)."""
         steps = np.linspace(0, 1, 21)
@@ -294,7 +298,20 @@ def read_image(
             return reading.physical(value, scaled)
 
         own = _own_grid(path, src, patch)
+        if own is not patch:
+            _tell_of_finer(path.parent, own, patch)
         return onto(own, grid, read, Resampling.bilinear, len(indexes))
+
+
+def _tell_of_finer(folder: Path, own: Grid, patch: Grid) -> None:
+    """Warn of images whose detail is lost."""
+    size, least = (abs(grid.transform.determinant) ** 0.5 for grid in (own, patch))
+    if size * 1.5 < least and same_crs(own.crs, patch.crs):
+        warn_once(
+            f'{folder} has images of finer pixels ({size:.3g}) than their patches ({least:.3g}), '
+            'which have those of their label rasters, or first images where there is none; they '
+            'are averaged. Write these with the pixels that you want'
+        )
 
 
 def _as_tagged(
@@ -367,7 +384,7 @@ def _indexes(
     A band with a name of the sensor is none of transparency, whatever its colour is.
     """
     sensor, texts, alpha = reading.sensor, _names(src.descriptions), _alpha(src)
-    names = {i: sensor.band(text) for i, text in enumerate(texts, 1)}
+    names = dict(enumerate(sensor.named(texts), 1))
     if alpha and (names[alpha] or len(reading.file_bands) == src.count):
         alpha = None
     data = [i for i in names if i != alpha]

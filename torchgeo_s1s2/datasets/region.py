@@ -35,7 +35,7 @@ from torchgeo_s1s2.datasets.catalog import (
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_power, check_written, read_grid
 from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings, tags_of
-from torchgeo_s1s2.errors import DataError, warn
+from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, warn
 from torchgeo_s1s2.files import whole
 
 Merge = Literal['pass', 'day'] | None
@@ -160,7 +160,7 @@ def write_series(
         labels = _only(dataset['labels'], 'y', 'x')
         missing = _tag_of(labels, np.nan)
         reference = lazily(_labels, dask_of(labels), dtype='uint8', missing=missing)
-    if any(other != grid for other in others):
+    if not all(other.coincides(grid) for other in others):
         found = '; '.join(map(str, [grid, *others]))
         raise DataError(f's2, s1 and labels lie on different pixels, {found}; warp them')
     images = {name: cube.jobs(tile, merge) for name, cube in cubes.items()}
@@ -192,7 +192,7 @@ def write_patch(
     for folder in (LABELS, *FOLDERS):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for path in images_of(root, tile)[:1]:
-        if (there := read_grid(path)) != grid:
+        if not (there := read_grid(path)).coincides(grid):
             raise DataError(f'{path} lies at {there}, not at {grid}; choose another tile or root')
     outcomes = dict(_run({p: job for p, job in paths.items() if not p.exists()}, progress))
     _warn(outcomes, len(paths))
@@ -438,15 +438,26 @@ def clean(
     if positive:
         check_power('s1', value[~empty])
         empty |= ~(value > 0)
+    elif kind != 'float32' and value.dtype.kind == 'f':
+        _check_dn(value[~empty])
     if offset:
         value = value.astype(np.float32 if value.dtype.kind == 'f' else np.int32) + offset
     if convert:
         value = convert(value)
     if kind != 'float32' and value.dtype != kind:
-        value = value.clip(np.iinfo(kind).min, np.iinfo(kind).max)
+        value = value.round().clip(np.iinfo(kind).min, np.iinfo(kind).max)
     value = value.astype(kind)
     value[empty] = tag
     return value
+
+
+def _check_dn(value: NDArray[Any]) -> None:
+    """Raise an error where values that shall be whole numbers are mostly reflectance."""
+    if ((value > 0) & (value < 1)).sum() > value.size / 2:
+        raise ImplausibleValuesError(
+            f's2 holds reflectance itself (median {np.median(value):.3g}), expected 10,000 times '
+            "that; take another source, or give write_series(unit='reflectance') the arrays"
+        )
 
 
 def _labels(value: NDArray[Any], missing: float) -> NDArray[np.uint8]:
@@ -561,14 +572,15 @@ def _dataset(data: Any, dimensions: set[str]) -> Any:
 def _bands(dataset: Any, sensor: Sensor) -> dict[str, dict[str, Any]]:
     """Variables by kind (``S1``, ``S1_ASC``) and band."""
     bands: dict[str, dict[str, Any]] = {}
-    for name, variable in dataset.data_vars.items():
-        words = re.split(r'[^a-z0-9]+', str(name).lower())
-        orbit = next((word for word in words if word in ORBITS), '')
-        band = sensor.band('_'.join(word for word in words if word not in ORBITS))
+    words = [re.split(r'[^a-z0-9]+', str(name).lower()) for name in dataset.data_vars]
+    orbits = [next((word for word in own if word in ORBITS), '') for own in words]
+    names = sensor.named(['_'.join(word for word in own if word not in ORBITS) for own in words])
+    for variable, orbit, band in zip(dataset.data_vars.values(), orbits, names, strict=True):
         if band and {'time', 'y', 'x'} <= {*variable.dims}:
             own = bands.setdefault(kind_of(sensor.name, orbit), {})
             if band in own:
-                raise DataError(f'{band} is there twice, as {own[band].name} and {name}; drop one')
+                twice = f'{own[band].name} and {variable.name}'
+                raise DataError(f'{band} is there twice, as {twice}; drop one')
             own[band] = _only(variable, 'time', 'y', 'x')
     if not bands:
         raise DataError(

@@ -89,6 +89,16 @@ class Sensor:
         named = {spellings[word] for word in words if word in spellings}
         return named.pop() if len(named) == 1 else self.aliases.get(''.join(words))
 
+    def named(self, texts: Sequence[str | None]) -> list[str | None]:
+        """Names of the bands that a file calls so, None for those that are none of the sensor's.
+
+        ``nir`` beside a broad one is narrow, as in FORCE's products.
+        """
+        names, plain = [*map(self.band, texts)], [''.join(_words(text or '')) for text in texts]
+        narrow = bool({'broadnir', 'bnr'} & {*plain})
+        pairs = zip(names, plain, strict=True)
+        return ['B8A' if narrow and text == 'nir' else name for name, text in pairs]
+
 
 SENSORS = {
     's2': Sensor(
@@ -102,7 +112,8 @@ SENSORS = {
         | {'blue': 'B02', 'green': 'B03', 'red': 'B04', 'rededge': 'B05', 'rededge1': 'B05'}
         | {'re1': 'B05', 'rededge2': 'B06', 're2': 'B06', 'rededge3': 'B07', 're3': 'B07'}
         | {'nir': 'B08', 'nir08': 'B8A', 'nir2': 'B8A', 'nirnarrow': 'B8A', 'narrownir': 'B8A'}
-        | {'b08a': 'B8A', 'swir16': 'B11', 'swir1': 'B11', 'swir22': 'B12', 'swir2': 'B12'},
+        | {'b08a': 'B8A', 'swir16': 'B11', 'swir1': 'B11', 'swir22': 'B12', 'swir2': 'B12'}
+        | {'blu': 'B02', 'grn': 'B03', 'broadnir': 'B08', 'bnr': 'B08', 'sw1': 'B11', 'sw2': 'B12'},
     ),
     's1': Sensor(
         's1',
@@ -241,7 +252,8 @@ def readings(
         listed = isinstance(names, Sequence) and not isinstance(names, str)
         if not listed or not all(isinstance(band, str) for band in names):
             raise ValueError(f'file_bands of {name} is {names!r}; list the names of its bands')
-        named[name] = tuple(table[name].band(band) or band for band in names)
+        known = zip(table[name].named(names), names, strict=True)
+        named[name] = tuple(band or text for band, text in known)
         if len({*named[name]}) < len(names):
             raise ValueError(f'file_bands of {name} is {names!r}; list each band once, in order')
     return {

@@ -1,6 +1,5 @@
 """What fills the root of a data set before a run; a configuration names it as ``source``."""
 
-import json
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -27,7 +26,7 @@ from torchgeo_s1s2.datasets.synthetic import write_synthetic
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import rasterize_labels
 from torchgeo_s1s2.errors import UnreadableError, warn
-from torchgeo_s1s2.files import check_room, whole, write_json
+from torchgeo_s1s2.files import check_room, read_json, whole, write_json
 
 
 class Wanted(NamedTuple):
@@ -198,8 +197,12 @@ class _Raster(NamedTuple):
     @property
     def is_outdated(self) -> bool:
         """Whether there is no copy, or one of what the raster was before."""
-        there = self.target.exists()
-        return not there or self.target.stat().st_mtime_ns != self.source.stat().st_mtime_ns
+        if not self.target.exists():
+            return True
+        time = self.target.stat().st_mtime_ns
+        # Some file systems, and archives on the way to them, keep whole seconds, or even ones.
+        least = 1 if time % 1_000_000_000 else 2_000_000_000
+        return abs(self.source.stat().st_mtime_ns - time) >= least
 
 
 def _rasters(dataset: MultiSenGE, patch: int, folder: Path) -> Iterator[_Raster]:
@@ -269,5 +272,5 @@ def _write_label_file(
     images = {s: sorted(Path(p).name for p in held.get((s, name), ())) for s in SENSORS}
     content = label_content(images, crs_of(row['epsg']), row['classes'])
     path = folder / LABELS / f'{name}.json'
-    if not path.exists() or json.loads(path.read_text()) != content:
+    if not path.exists() or read_json(path) != content:
         write_json(path, content)

@@ -51,18 +51,21 @@ from torchgeo_s1s2.datasets.sources import Source, Wanted
 from torchgeo_s1s2.datasets.time_series import DateRule
 from torchgeo_s1s2.datasets.vectors import read_vectors
 from torchgeo_s1s2.errors import DataError, DownloadError, warn
-from torchgeo_s1s2.files import check_room, write_json
+from torchgeo_s1s2.files import check_room, read_json, write_json
 
 WAITS = (1.0, 2.0, 4.0)
 """Seconds before an image is read again; GDAL forgets what it had of a file after the first."""
 _BUSY = (429, 500, 502, 503, 504)  # answers after which a request is repeated
+_SILENCE = 60  # seconds without a byte after which a request fails; nothing else would end it
 HTTP = {
     'GDAL_DISABLE_READDIR_ON_OPEN': 'EMPTY_DIR',
+    'GDAL_HTTP_CONNECTTIMEOUT': _SILENCE,
+    'GDAL_HTTP_LOW_SPEED_LIMIT': 1,
+    'GDAL_HTTP_LOW_SPEED_TIME': _SILENCE,
     'GDAL_HTTP_MAX_RETRY': 5,
     'GDAL_HTTP_RETRY_DELAY': 1,
     'GDAL_HTTP_RETRY_CODES': ','.join(map(str, _BUSY)),
 }
-_SIGNING = 60.0  # seconds; planetary_computer would ask for minutes, or wait for ever
 FRESH = {'CPL_VSIL_CURL_NON_CACHED': '/vsicurl/'}  # forgets what GDAL had of a file
 Offset = float | Literal['item', 'harmonised']
 Orbits = Literal['apart', 'merged', 'ascending', 'descending']
@@ -374,12 +377,12 @@ class SentinelRegion(Source):
     ) -> dict[str, 'StacImage']:
         """Images of the region in the order of time, each of the items of a pass."""
         items, notes = {}, []
-        for item in self._search(collection):
-            orbit = str(item.properties.get('sat:orbit_state')).lower()
-            if sensor == 's1' and self.orbits not in ('apart', 'merged', orbit):
-                continue
+        for content in self._search(collection):
             try:
-                items[item.id] = item, _assets(item, sensor, collection)
+                item = _item(content)
+                orbit = str(item.properties.get('sat:orbit_state')).lower()
+                if sensor == 's2' or self.orbits in ('apart', 'merged', orbit):
+                    items[item.id] = item, _assets(item, sensor, collection)
             except DataError as error:
                 notes.append(str(error))
         if not items and not notes:
@@ -401,21 +404,23 @@ class SentinelRegion(Source):
             for key, numbers in sorted(group(times, kinds, merge).items())
         }
 
-    def _search(self, collection: StacCollection) -> list[Any]:
-        """Items of the region and the season."""
+    def _search(self, collection: StacCollection) -> list[dict[str, Any]]:
+        """Items of the region and the season, as the API gives them."""
         client = optional('pystac_client')
         retry = Retry(5, backoff_factor=WAITS[0] / 2, status_forcelist=_BUSY, allowed_methods=None)
         where = f'{collection.collection} at {collection.url}'
         try:
             api = client.Client.open(
-                collection.url, stac_io=client.stac_api_io.StacApiIO(max_retries=retry)
+                collection.url,
+                stac_io=client.stac_api_io.StacApiIO(max_retries=retry),
+                timeout=_SILENCE,
             )
             search = api.search(
                 collections=[collection.collection],
                 bbox=self.geometry.total_bounds.tolist(),
                 datetime='/'.join(self.season),
             )
-            items = [*search.items()]
+            items = [*search.items_as_dicts()]
         except Exception as error:  # an address that is no STAC API brings any, a silent one too
             why = (str(error) or repr(error)).splitlines()[0][:200]
             raise DownloadError(
@@ -484,7 +489,7 @@ class _State:
         self, path: Path, settings: dict[str, Any], pixels: dict[str, dict[str, Any]]
     ) -> None:
         self.path, self.settings = path, settings
-        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept = read_json(path) if path.exists() else {}
         before = kept.get('pixels', {})
         self.untold = pixels.keys() - before.keys()
         # Images that are there stay, so what their pixels depend on must.
@@ -590,11 +595,9 @@ class StacImage:
         place = optional('odc.geo.geobox').GeoBox(grid.shape, grid.transform, grid.crs)
         # A footprint that crosses 180 degrees as one polygon, or is coarse, would leave chunks out.
         item.geometry = place.footprint('epsg:4326', buffer=1, wrapdateline=True).json
-        dtype, nodata = 'uint16' if self.sensor == 's2' else 'float32', self.collection.nodata
-        if self.sensor == 's2' and not 0 <= nodata < 2**16:
-            nodata = 0  # what GDAL makes of what is below
+        nodata = self.collection.nodata
         kinds = {
-            '*': {'data_type': dtype, 'nodata': nodata},
+            '*': {'data_type': 'float32', 'nodata': nodata},  # holds what files of any type do
             self.collection.mask: {'data_type': 'uint8', 'nodata': 0},
         }
         with rasterio.Env(**HTTP):
@@ -655,12 +658,20 @@ def _signed(href: str) -> str:
     sign = optional('planetary_computer').sign
     try:
         with ThreadPool(1) as pool:  # of threads that nobody waits for
-            return str(pool.apply_async(sign, (href,)).get(_SIGNING))
+            return str(pool.apply_async(sign, (href,)).get(_SILENCE))
     except (OSError, ValueError, TimeoutError) as error:
         raise DownloadError(
             f'{href} cannot be signed by Planetary Computer ({str(error) or "no answer"}); start '
             'again later, and the run goes on, or see whether PC_SDK_SUBSCRIPTION_KEY is right'
         ) from None
+
+
+def _item(content: Mapping[str, Any]) -> Any:
+    """STAC item of what an API gives; an error if it is none."""
+    try:
+        return optional('pystac').Item.from_dict(content)
+    except Exception as error:  # what lacks a time or a field brings any
+        raise DataError(f'{content.get("id")} is no STAC item: {error!r}') from error
 
 
 def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str]:
@@ -671,8 +682,6 @@ def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str
     lacking = [f'{b} ({a or "no such name"})' for b, a in wanted.items() if a not in item.assets]
     if lacking:
         raise DataError(f'{item.id} lacks {", ".join(lacking)}')
-    if _time(item) is None:
-        raise DataError(f'{item.id} says no time')
     for asset in assets.values() if sensor == 's2' else ():
         _offset(item, asset, collection)
         told = _told(item, asset)
@@ -686,9 +695,10 @@ def _assets(item: Any, sensor: str, collection: StacCollection) -> dict[str, str
 
 def _named(item: Any, band: str, sensor: Sensor) -> str:
     """Asset of a band by name, else by common name, of several the finest; empty for none."""
-    names = [key for key in item.assets if sensor.band(key) == band] or [
-        key for key in item.assets if sensor.band(_told(item, key).get('common_name')) == band
-    ]
+    keys = [*item.assets]
+    for texts in (keys, [_told(item, key).get('common_name') for key in keys]):
+        if names := [key for key, n in zip(keys, sensor.named(texts), strict=True) if n == band]:
+            break
     told = [_told(item, name) for name in names]
     sizes: list[Any] = [own.get('gsd') or own.get('spatial_resolution') for own in told]
     finest = [

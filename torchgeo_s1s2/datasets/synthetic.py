@@ -17,7 +17,6 @@ The difficulty is meant, and of the kinds that real images have:
 - The mix of classes differs between patches, and the most frequent class has a fifth of the pixels.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ from torchgeo_s1s2.datasets.labels import label_content
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.datasets.sensors import SENSORS, tags_of
 from torchgeo_s1s2.datasets.time_series import check_at_least
-from torchgeo_s1s2.files import write_json
+from torchgeo_s1s2.files import read_json, write_json
 
 Array = NDArray[np.float64]
 
@@ -244,7 +243,7 @@ def _claim(root: Path, settings: Mapping[str, object]) -> None:
     marker = root / MARKER
     if marker.exists():
         older = {'delay': 0, 'context': False}  # than these arguments
-        if older | json.loads(marker.read_text()) != settings:
+        if older | read_json(marker) != settings:
             raise ValueError(
                 f'{marker} says that the synthetic data there were written with other settings '
                 f'than {settings}; delete {root} or give another root'

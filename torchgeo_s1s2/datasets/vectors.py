@@ -172,6 +172,7 @@ def _polygons(
 def read_vectors(file: Path, layer: str | None = None) -> gpd.GeoDataFrame:
     """Features of a vector file; one that is a table only, or lies nowhere, is refused."""
     try:
+        file = file.expanduser()
         parquet = file.suffix.lower() in ('.parquet', '.geoparquet')
         table = gpd.read_parquet(file) if parquet else gpd.read_file(file, layer=layer)
     except (DataSourceError, DataLayerError, OSError, ValueError) as error:
@@ -205,7 +206,7 @@ def _ids(where: str, values: 'pd.Series[Any]', classes: Classes | None) -> dict[
     else:
         where = str(classes)
         try:
-            given = yaml.safe_load(Path(classes).read_text())
+            given = yaml.safe_load(Path(classes).expanduser().read_text())
         except yaml.YAMLError as error:
             raise DataError(f'{classes} is no YAML: {error}') from error
         if not isinstance(given, dict):
