@@ -80,6 +80,12 @@ def test_polygons_in_any_file_and_crs_become_labels(root: Path, crs: str, ending
     assert mask[0].tolist() == [5] * 3 + [8] * 3 + [255] * 2
 
 
+def test_an_accent_may_be_a_character_of_its_own(root: Path) -> None:
+    path = polygons(root, square(0, 0, 5, 4), cover=['Fore\u0302t'])
+    write(root, path, 'cover', {'For\u00eat': 11})
+    assert (labels(root) == 11).sum() == 20
+
+
 def test_overlaps_follow_the_order_and_borders_the_rule(root: Path) -> None:
     path = polygons(root, square(0, 0, 4.4, 2), square(2.6, 0, 2, 2), code=['311', '12'])
     write(root, path, 'code')

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import geopandas as gpd
 import numpy as np
@@ -190,10 +191,10 @@ def read_vectors(file: Path, layer: str | None = None) -> gpd.GeoDataFrame:
 
 
 def _key(value: Any) -> str:
-    """A value as text, the same for 3, 3.0 and '3'."""
+    """A value as text, the same for 3, 3.0 and '3', and for both ways to write an accent."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip()
+    return normalize('NFC', str(value).strip())
 
 
 def _ids(where: str, values: 'pd.Series[Any]', classes: Classes | None) -> dict[str, int]:
