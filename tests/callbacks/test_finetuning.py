@@ -10,6 +10,7 @@ from conftest import quiet_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
+from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from torchgeo_s1s2.callbacks import GradualUnfreezing, Stage
@@ -121,6 +122,14 @@ def test_parts_of_a_frozen_part_learn_from_their_stage_on_and_are_evaluated(tmp_
     after = task.model.encoder.state_dict()
     changed = {k.split('.')[0] for k in after if not after[k].equal(before[k])}
     assert changed == {'convlstm', 'inception'}
+
+
+def test_an_optimizer_of_all_parameters_has_the_rates_of_the_stages(tmp_path: Path) -> None:
+    """Such as that of --optimizer; Lightning gives it what is frozen, too."""
+    task, changes = task_of(), Changes()
+    task.configure_optimizers = lambda: SGD(task.parameters(), lr=0.01)  # type: ignore[method-assign]
+    fit(tmp_path, task, GradualUnfreezing(STAGES), changes)
+    assert changes.rates == [[0.01], [0.01, 0.01], pytest.approx([0.01, 0.01, 0.001])]
 
 
 def test_the_rates_of_all_stages_drop_on_a_plateau(tmp_path: Path) -> None:

@@ -121,6 +121,14 @@ def test_curves_go_on_where_a_run_was_interrupted(tmp_path: Path) -> None:
     assert [epoch['epoch'] for epoch in second.history] == [1]
 
 
+def test_the_training_loss_is_that_of_a_batch_however_many_make_a_step(tmp_path: Path) -> None:
+    """Training and validation have the same batches here, and nothing is learned."""
+    report = Report(figures=0)
+    run(tmp_path, report, epochs=1, task=small(lr=0.0), accumulate_grad_batches=2)
+    (epoch,) = report.history
+    assert epoch['train_loss'] == pytest.approx(epoch['val_loss'])
+
+
 def in_tensorboard(root: Path) -> set[str]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -104,6 +104,12 @@ class GradualUnfreezing(BaseFinetuning):
             self._parts(pl_module, stage)  # an unknown name shall not stop a run halfway
         self._unfreeze(pl_module, self.stages[:1])
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take what is frozen from an optimizer of all parameters, for the rates of its stage."""
+        for group in (group for o in trainer.optimizers for group in o.param_groups):
+            group['params'] = [p for p in group['params'] if p.requires_grad]
+        super().on_fit_start(trainer, pl_module)  # of a run that goes on, the groups of that run
+
     def finetune_function(
         self, pl_module: LightningModule, epoch: int, optimizer: Optimizer
     ) -> None:

@@ -63,10 +63,10 @@ class Report(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
     ) -> None:
-        """Keep the loss."""
+        """Keep the loss, which Lightning has divided by the number of batches of a step."""
         if outputs is not None:
             loss = outputs['loss'] if isinstance(outputs, Mapping) else outputs
-            self._losses.append(loss.detach())
+            self._losses.append(loss.detach() * trainer.accumulate_grad_batches)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the samples of the epoch before."""
