@@ -140,10 +140,14 @@ def test_the_rates_of_all_stages_drop_on_a_plateau(tmp_path: Path) -> None:
     assert changes.rates[2] == pytest.approx([1e-31, 1e-31])
 
 
-def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize('every', [None, 1])
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, every: int | None) -> None:
+    """Also from a checkpoint of a step, after which Lightning does not start an epoch."""
     whole = task_of()
     fit(tmp_path, whole, GradualUnfreezing(STAGES))
-    checkpoint = ModelCheckpoint(tmp_path, filename='{epoch}', save_top_k=-1)
+    checkpoint = ModelCheckpoint(
+        tmp_path, filename='{epoch}', save_top_k=-1, every_n_train_steps=every
+    )
     fit(tmp_path, task_of(), GradualUnfreezing(STAGES), checkpoint, epochs=2)
     resumed, changes = task_of(), Changes()
     path = tmp_path / 'epoch=1.ckpt'

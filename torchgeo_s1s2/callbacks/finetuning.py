@@ -110,6 +110,10 @@ class GradualUnfreezing(BaseFinetuning):
             group['params'] = [p for p in group['params'] if p.requires_grad]
         super().on_fit_start(trainer, pl_module)  # of a run that goes on, the groups of that run
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the stages of an epoch that goes on, which Lightning does not start again."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def finetune_function(
         self, pl_module: LightningModule, epoch: int, optimizer: Optimizer
     ) -> None:
