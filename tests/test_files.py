@@ -26,3 +26,10 @@ def test_only_a_lock_of_another_run_keeps_from_a_folder(
     monkeypatch.setattr(files.fcntl, 'flock', fail)
     found, living = files.Workplace.found(tmp_path)
     assert ([other.path for other in found], living) == (([left.path], 0) if held else ([], 1))
+
+
+def test_a_lock_that_is_listed_and_gone_is_of_no_run(tmp_path: Path) -> None:
+    gone = tmp_path / f'{files.Workplace.prefix}gone'
+    gone.mkdir()
+    (gone / 'lock').symlink_to('nowhere')
+    assert files.Workplace.found(tmp_path) == ([], 0)
