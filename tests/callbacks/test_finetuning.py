@@ -143,12 +143,12 @@ def test_the_rates_of_all_stages_drop_on_a_plateau(tmp_path: Path) -> None:
 @pytest.mark.parametrize('every', [None, 1])
 def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, every: int | None) -> None:
     """Also from a checkpoint of a step, after which Lightning does not start an epoch."""
-    whole = task_of()
-    fit(tmp_path, whole, GradualUnfreezing(STAGES))
+    whole, unfreezing = task_of(), GradualUnfreezing(STAGES)
+    fit(tmp_path, whole, unfreezing)
     checkpoint = ModelCheckpoint(
         tmp_path, filename='{epoch}', save_top_k=-1, every_n_train_steps=every
     )
-    fit(tmp_path, task_of(), GradualUnfreezing(STAGES), checkpoint, epochs=2)
+    fit(tmp_path, task_of(), unfreezing, checkpoint, epochs=2)  # its second fit
     resumed, changes = task_of(), Changes()
     path = tmp_path / 'epoch=1.ckpt'
     fit(tmp_path, resumed, GradualUnfreezing(STAGES), changes, ckpt_path=path)

@@ -93,6 +93,7 @@ class GradualUnfreezing(BaseFinetuning):
         if 0 < (trainer.max_epochs or 0) <= self.stages[-1].epoch:
             end = f'the run ends after {trainer.max_epochs} epochs; give more, or leave it out'
             warn(f'{self.stages[-1]} never begins: {end}')
+        self.load_state_dict({})  # of another fit; a checkpoint brings its own after this
         super().setup(trainer, pl_module, stage)
 
     def freeze_before_training(self, pl_module: LightningModule) -> None:
