@@ -466,9 +466,10 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         return super().predict_step(series, batch_idx) | known
 
     def on_train_epoch_end(self) -> None:
-        """Log the metrics."""
-        super().on_train_epoch_end()
-        self._say_what_counted('train')
+        """Log the metrics, unless a checkpoint is of the time after the last step."""
+        if 'train' in self._tally:
+            super().on_train_epoch_end()
+            self._say_what_counted('train')
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
