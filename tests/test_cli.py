@@ -118,6 +118,7 @@ def check_maps(folder: Path, tile: str = '31UEQ', count: int = 2) -> None:
         ),
         ('predict', ['--data.init_args.predict_split=tset'], "no split 'tset'; choose one of tra"),
         ('fit', ['--model.init_args.num_classes=14'], 'num_classes=14, the data have 10 classes'),
+        ('fit', ['--lr_scheduler=StepLR', '--lr_scheduler.step_size=1'], 'give --optimizer, too'),
     ],
 )
 def test_bad_input_is_named_before_training(

@@ -36,3 +36,10 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=r'region\.region\.json is damaged \(.*\); delete it'):
         files.read_json(path)
+
+
+def test_a_lock_that_is_listed_and_gone_is_of_no_run(tmp_path: Path) -> None:
+    gone = tmp_path / f'{files.Workplace.prefix}gone'
+    gone.mkdir()
+    (gone / 'lock').symlink_to('nowhere')
+    assert files.Workplace.found(tmp_path) == ([], 0)

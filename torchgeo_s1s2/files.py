@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedIOBase
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,9 @@ class Workplace:
 
         The first are held now; those without parts are removed.
         """
-        locks = sorted(folder.glob(f'{cls.prefix}*/lock'), key=lambda lock: lock.stat().st_mtime)
-        every = [cls(lock.parent) for lock in locks]
+        # On a shared disk, what a run has just removed may still be listed.
+        locks = stamps(folder.glob(f'{cls.prefix}*/lock'))
+        every = [cls(lock.parent) for lock, _ in sorted(locks, key=itemgetter(1))]
         dead = [workplace for workplace in every if workplace._hold('lock')]
         for workplace in dead:
             if not workplace.parts:

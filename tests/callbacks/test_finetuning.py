@@ -10,6 +10,7 @@ from conftest import quiet_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
+from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from torchgeo_s1s2.callbacks import GradualUnfreezing, Stage
@@ -123,6 +124,14 @@ def test_parts_of_a_frozen_part_learn_from_their_stage_on_and_are_evaluated(tmp_
     assert changed == {'convlstm', 'inception'}
 
 
+def test_an_optimizer_of_all_parameters_has_the_rates_of_the_stages(tmp_path: Path) -> None:
+    """Such as that of --optimizer; Lightning gives it what is frozen, too."""
+    task, changes = task_of(), Changes()
+    task.configure_optimizers = lambda: SGD(task.parameters(), lr=0.01)  # type: ignore[method-assign]
+    fit(tmp_path, task, GradualUnfreezing(STAGES), changes)
+    assert changes.rates == [[0.01], [0.01, 0.01], pytest.approx([0.01, 0.01, 0.001])]
+
+
 def test_the_rates_of_all_stages_drop_on_a_plateau(tmp_path: Path) -> None:
     task = task_of(patience=0, lr=1e-30)  # nothing is learnt, so the loss stays where it is
     changes = Changes()
@@ -131,11 +140,15 @@ def test_the_rates_of_all_stages_drop_on_a_plateau(tmp_path: Path) -> None:
     assert changes.rates[2] == pytest.approx([1e-31, 1e-31])
 
 
-def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
-    whole = task_of()
-    fit(tmp_path, whole, GradualUnfreezing(STAGES))
-    checkpoint = ModelCheckpoint(tmp_path, filename='{epoch}', save_top_k=-1)
-    fit(tmp_path, task_of(), GradualUnfreezing(STAGES), checkpoint, epochs=2)
+@pytest.mark.parametrize('every', [None, 1])
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, every: int | None) -> None:
+    """Also from a checkpoint of a step, after which Lightning does not start an epoch."""
+    whole, unfreezing = task_of(), GradualUnfreezing(STAGES)
+    fit(tmp_path, whole, unfreezing)
+    checkpoint = ModelCheckpoint(
+        tmp_path, filename='{epoch}', save_top_k=-1, every_n_train_steps=every
+    )
+    fit(tmp_path, task_of(), unfreezing, checkpoint, epochs=2)  # its second fit
     resumed, changes = task_of(), Changes()
     path = tmp_path / 'epoch=1.ckpt'
     fit(tmp_path, resumed, GradualUnfreezing(STAGES), changes, ckpt_path=path)

@@ -20,6 +20,7 @@ from torchgeo.datasets import stack_samples
 from torchgeo_s1s2.callbacks import GeoTIFFWriter
 from torchgeo_s1s2.callbacks.geotiff import predicted_windows
 from torchgeo_s1s2.callbacks.layers import OBSERVATIONS, classify, write_layers
+from torchgeo_s1s2.datasets import ClassScheme
 from torchgeo_s1s2.datasets.rasters import Grid, crs_of
 from torchgeo_s1s2.errors import MapError, S1S2Warning
 from torchgeo_s1s2.files import Workplace, whole
@@ -160,6 +161,16 @@ def test_numbers_of_subsets_are_those_of_the_data_set(tmp_path: Path) -> None:
 def test_tensor_of_a_stock_task_is_enough(tmp_path: Path) -> None:
     predict(tmp_path, GeoTIFFWriter(), give=lambda probabilities: probabilities)
     assert (read_raster(tmp_path / 'maps' / '31UEQ_257_0.tif') == 4).all()
+
+
+def test_a_binary_task_maps_two_classes(tmp_path: Path) -> None:
+    """Probabilities of the second class are 0.1, 0.8 and 0.1 in the three patches."""
+    two = ClassScheme(SCHEME.classes[:2], ids=(1, 4))
+    writer = GeoTIFFWriter(confidence=True, classes=two)
+    predict(tmp_path, writer, give=lambda probabilities: probabilities[:, 1:2])
+    for name, *values in (('0', 1, 90), ('257', 4, 80), ('514', 1, 90)):
+        paths = [tmp_path / 'maps' / f'31UEQ_{name}_0{kind}.tif' for kind in ('', '_confidence')]
+        assert [np.unique(read_raster(path)).tolist() for path in paths] == [[v] for v in values]
 
 
 def test_without_a_number_the_place_is_the_name(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchgeo.tasks import SemanticSegmentation
 
 from torchgeo_s1s2.callbacks import Report
 from torchgeo_s1s2.callbacks.report import confusion_figure, curves_figure, save_figure, summary
+from torchgeo_s1s2.errors import S1S2Warning
 from torchgeo_s1s2.tasks import S1S2SemanticSegmentation
 
 PICTURES = ['val_sample_0', 'val_confusion_matrix']
@@ -119,6 +121,27 @@ def test_curves_go_on_where_a_run_was_interrupted(tmp_path: Path) -> None:
     assert [epoch['epoch'] for epoch in second.history] == [1, 2, 3]
     run(tmp_path, second, epochs=1)
     assert [epoch['epoch'] for epoch in second.history] == [1]
+
+
+def test_an_epoch_that_only_has_to_end_keeps_its_validation_and_has_no_training(
+    tmp_path: Path,
+) -> None:
+    """The checkpoint is of the validation, after the steps of the second epoch."""
+    keep, second = ModelCheckpoint(tmp_path, filename='half'), Report(figures=0)
+    options: dict[str, Any] = {'check_val_every_n_epoch': 2, 'num_sanity_val_steps': 0}
+    run(tmp_path, epochs=2, callbacks=[keep], enable_checkpointing=True, **options)
+    with warnings.catch_warnings(action='error', category=S1S2Warning):
+        run(tmp_path, second, epochs=3, ckpt_path=tmp_path / 'half.ckpt', **options)
+    known = [{name.split('_')[0] for name in epoch} for epoch in second.history]
+    assert known == [{'epoch', 'train'}, {'epoch', 'val'}, {'epoch', 'train'}]
+
+
+def test_the_training_loss_is_that_of_a_batch_however_many_make_a_step(tmp_path: Path) -> None:
+    """Training and validation have the same batches here, and nothing is learned."""
+    report = Report(figures=0)
+    run(tmp_path, report, epochs=1, task=small(lr=0.0), accumulate_grad_batches=2)
+    (epoch,) = report.history
+    assert epoch['train_loss'] == pytest.approx(epoch['val_loss'])
 
 
 def in_tensorboard(root: Path) -> set[str]:

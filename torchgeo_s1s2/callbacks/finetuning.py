@@ -93,6 +93,7 @@ class GradualUnfreezing(BaseFinetuning):
         if 0 < (trainer.max_epochs or 0) <= self.stages[-1].epoch:
             end = f'the run ends after {trainer.max_epochs} epochs; give more, or leave it out'
             warn(f'{self.stages[-1]} never begins: {end}')
+        self.load_state_dict({})  # of another fit; a checkpoint brings its own after this
         super().setup(trainer, pl_module, stage)
 
     def freeze_before_training(self, pl_module: LightningModule) -> None:
@@ -103,6 +104,16 @@ class GradualUnfreezing(BaseFinetuning):
         for stage in self.stages:
             self._parts(pl_module, stage)  # an unknown name shall not stop a run halfway
         self._unfreeze(pl_module, self.stages[:1])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take what is frozen from an optimizer of all parameters, for the rates of its stage."""
+        for group in (group for o in trainer.optimizers for group in o.param_groups):
+            group['params'] = [p for p in group['params'] if p.requires_grad]
+        super().on_fit_start(trainer, pl_module)  # of a run that goes on, the groups of that run
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the stages of an epoch that goes on, which Lightning does not start again."""
+        self.on_train_epoch_start(trainer, pl_module)
 
     def finetune_function(
         self, pl_module: LightningModule, epoch: int, optimizer: Optimizer

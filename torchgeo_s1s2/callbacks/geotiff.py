@@ -52,8 +52,9 @@ def predicted_windows(outputs: Any, batch: Any) -> Iterator[PredictedWindow]:
 
     Args:
         outputs: What ``predict_step`` returned: a mapping with ``probabilities`` (B, K, H, W), or
-            that tensor alone. ``transform`` (B, 9), ``crs`` (B,) and, if there, ``index`` (B,) and
-            ``valid_count`` (B, H, W) or ``valid`` (B, ...) come from it or else from the batch.
+            that tensor alone; (B, 1, H, W) of a binary task are those of the second class.
+            ``transform`` (B, 9), ``crs`` (B,) and, if there, ``index`` (B,) and ``valid_count``
+            (B, H, W) or ``valid`` (B, ...) come from it or else from the batch.
         batch: What the data loader gave.
 
     Yields:
@@ -69,6 +70,8 @@ def predicted_windows(outputs: Any, batch: Any) -> Iterator[PredictedWindow]:
         known |= {k: v for k, v in outputs.items() if v is not None}
     _check(known)
     for i, probabilities in enumerate(known['probabilities']):
+        if len(probabilities) == 1:
+            probabilities = torch.cat([1 - probabilities, probabilities])
         epsg = int(known['crs'][i])
         if epsg <= 0:
             raise MapError('predictions have no EPSG code; give the data set a CRS that has one')

@@ -54,19 +54,20 @@ class Report(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far, so that a run that goes on has them whole."""
-        return {'history': self.history}
+        return {'history': self.history, 'evaluated': self._evaluated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of a checkpoint."""
         self.history = list(state_dict['history'])
+        self._evaluated = dict(state_dict.get('evaluated', {}))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any
     ) -> None:
-        """Keep the loss."""
+        """Keep the loss, which Lightning has divided by the number of batches of a step."""
         if outputs is not None:
             loss = outputs['loss'] if isinstance(outputs, Mapping) else outputs
-            self._losses.append(loss.detach())
+            self._losses.append(loss.detach() * trainer.accumulate_grad_batches)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the samples of the epoch before."""
@@ -106,10 +107,11 @@ class Report(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the epoch achieved."""
-        metrics: Any = getattr(pl_module, 'train_metrics', None)
-        scores = metrics.compute() if metrics is not None else {}  # the task takes the same result
-        loss = torch.stack(self._losses).mean() if self._losses else torch.tensor(torch.nan)
-        train = _points({**scores, 'train_loss': loss}, 'train')
+        train: dict[str, float] = {}
+        if self._losses:  # none if a checkpoint is of the time after the last step
+            metrics: Any = getattr(pl_module, 'train_metrics', None)
+            scores = metrics.compute() if metrics is not None else {}  # the task takes the same
+            train = _points({**scores, 'train_loss': torch.stack(self._losses).mean()}, 'train')
         self.history.append({'epoch': trainer.current_epoch + 1.0} | train | self._evaluated)
         self._losses, self._evaluated = [], {}
 

@@ -213,7 +213,13 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             setattr(self, f'{stage}_metrics', metrics.clone(prefix=f'{stage}_'))
 
     def configure_optimizers(self) -> Any:
-        """Adam, and a tenth of the learning rate when the validation loss stays where it is."""
+        """Adam, and a tenth of the learning rate when the validation loss stays where it is.
+
+        Raises:
+            ValueError: If a command gives a scheduler alone, which Lightning leaves out.
+        """
+        if getattr(self._command, 'lr_scheduler', None):
+            raise ValueError('lr_scheduler is used with optimizer only; give --optimizer, too')
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = Adam(parameters, lr=self.hparams['lr'])
         scheduler = ReduceLROnPlateau(optimizer, factor=0.1, patience=self.hparams['patience'])
@@ -460,9 +466,10 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         return super().predict_step(series, batch_idx) | known
 
     def on_train_epoch_end(self) -> None:
-        """Log the metrics."""
-        super().on_train_epoch_end()
-        self._say_what_counted('train')
+        """Log the metrics, unless a checkpoint is of the time after the last step."""
+        if 'train' in self._tally:
+            super().on_train_epoch_end()
+            self._say_what_counted('train')
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
