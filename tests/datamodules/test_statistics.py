@@ -75,6 +75,16 @@ def test_a_band_that_varies_little_around_a_large_mean(tmp_path: Path) -> None:
     assert statistics.std[0] == pytest.approx(0.00005, rel=1e-3)
 
 
+def test_a_band_of_one_value_is_told_and_not_divided_by_nothing(tmp_path: Path) -> None:
+    image = random_images(np.random.default_rng(0), 8)['s2'][S2_DATES[0]]
+    image[4] = 1000
+    write_patch(tmp_path, '31UEQ', size=8, s2=dict.fromkeys(S2_DATES, image))
+    with pytest.warns(S1S2Warning, match=r'one value in all .*: B06\. They tell nothing'):
+        statistics = compute(tmp_path, sensors=['s2'])
+    assert statistics.bands[4] == 'B06'
+    assert (statistics.mean[4], statistics.std[4]) == (pytest.approx(0.1), 1)
+
+
 PUBLISHED = 365.65572762, 42.46117546, 71.36785131, 350.52613946, 168.5718001, 1.41730604
 """The weights of Wenger et al. 2023 for 6 classes."""
 

@@ -261,6 +261,13 @@ def _image_statistics(windows: _Windows, num_workers: int) -> dict[str, Any]:
         )
     mean = total / count
     std = (squares / count - mean**2).clamp(min=1e-12).sqrt()
+    if uniform := [band for band, same in zip(bands, lowest == highest, strict=True) if same]:
+        warn(
+            f'bands that hold one value in all of the training patches of {dataset.title}: '
+            f'{", ".join(uniform)}. They tell nothing; leave them out with bands, or say with '
+            'nodata that it is none'
+        )
+        std[lowest == highest] = 1  # or any other value elsewhere would be enormous
     parts = zip(*(x.split(sizes) for x in (mean, lowest, highest)), strict=True)
     means, span = {}, {}
     for sensor, (average, low, high) in zip(dataset.sensors, parts, strict=True):
