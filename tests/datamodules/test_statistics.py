@@ -396,6 +396,23 @@ def test_implausible_values_are_refused_with_advice_that_helps(
     compute(tmp_path, series, **mended)
 
 
+def test_colours_are_no_reflectance(tmp_path: Path) -> None:
+    images = fields(np.random.default_rng(0))
+    images['s2'] = {d: (v // 16).astype(np.uint8) for d, v in images['s2'].items()}
+    write_patch(tmp_path, '31UEQ', 0, 0, 8, **images)  # type: ignore[arg-type]
+    with pytest.raises(ImplausibleValuesError, match=r'no value above 255.*colours of 8 bits'):
+        compute(tmp_path, MonthlySeries(year=2022))
+
+
+def test_an_offset_of_some_images_is_told(tmp_path: Path) -> None:
+    for x, offset in ((0, 0), (9, 1000)):
+        images = fields(np.random.default_rng(x))
+        images['s2'] = {d: v + np.int16(offset) for d, v in images['s2'].items()}
+        write_patch(tmp_path, '31UEQ', x, 0, 8, **images)  # type: ignore[arg-type]
+    with pytest.warns(S1S2Warning, match=r'in 4 of 8 Sentinel-2 images .*gdal_edit -offset -1000'):
+        compute(tmp_path, MonthlySeries(year=2022))
+
+
 @pytest.mark.parametrize('days', [S2_DATES, S2_DATES[:1]])
 def test_usual_values_of_any_ground_are_taken(tmp_path: Path, days: tuple[str, ...]) -> None:
     """Water, snow, a desert and a wood; a uniform image tells nothing of an offset."""

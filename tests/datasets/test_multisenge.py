@@ -53,6 +53,8 @@ def test_patches_that_the_date_rule_leaves_out_are_counted(two_zones: Path) -> N
         ({'unit': ['dn']}, r"unit is \['dn'\]; expected it by sensor"),
         ({'res': 0}, 'res is 0; give width and height of a pixel, numbers above 0'),
         ({'res': (10, np.nan)}, r'res is \(10, nan\); give width and height'),
+        ({'res': 10, 'crs': 4326}, r'res is 10, and a pixel of the patches is \(0.0001'),
+        ({'res': 1e-4}, r'res is 0.0001, and a pixel of the patches is \(10'),
         ({'bands': ['B01']}, r"no such band: \['B01'\]"),
         ({'bands': ['VV']}, 'no band of s2'),
         ({'unit': 'feet'}, 'no such unit: .*choose from s2: dn, reflectance; s1: linear, db'),

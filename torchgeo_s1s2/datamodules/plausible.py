@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from torchgeo_s1s2.datasets.sensors import Reading
-from torchgeo_s1s2.errors import ImplausibleValuesError
+from torchgeo_s1s2.errors import ImplausibleValuesError, warn
 
 # Of reflectance: no band is brighter on average than fresh snow, and some band is brighter than
 # deep water.
@@ -14,6 +14,7 @@ _DARK, _BRIGHT = 0.01, 1.5
 # Of a single pixel: what stands for none, such as -9999, lies further below 0 than a correction of
 # relief or haze that overshoots, and no cloud or roof is as bright.
 _LEAST, _MOST = -0.9, 5.0
+_COLOURS = 0.0255  # the brightest that 8 bits hold as reflectance x 10,000
 _ALIKE = 0.01  # share of the pixels in which all bands hold one value that is no reflectance
 # Lowest reflectance of an image whose values are 1,000 too high: shadows, water and forest have
 # 0 to 0.05 in some band, which the offset of processing baseline 04.00 makes 0.1 to 0.2.
@@ -82,6 +83,11 @@ def _reflectance(reading: Reading, mean: Sequence[float], lowest: float, highest
             f'{seen}: the files seem to hold reflectance itself; give unit="reflectance", or write '
             'their scale into them'
         )
+    if highest <= _COLOURS and reading.unit != 'reflectance':
+        return (
+            f'{seen} and no value above 255: the files seem to hold colours of 8 bits; take files '
+            'of reflectance, or write their scale into them'
+        )
     if high > _BRIGHT:
         return (
             f'{seen}: the files seem to hold reflectance x 10,000; give unit="dn", or '
@@ -125,7 +131,7 @@ def _backscatter(reading: Reading, mean: Sequence[float], lowest: float, highest
 
 
 def _check_offset(floors: Sequence[Floor]) -> None:
-    """Look for images that are 1,000 too bright: all, or those from some day on."""
+    """Look for images that are 1,000 too bright: all, those from some day on, or here and there."""
     floors = sorted(floors)
     low, high = _OFFSET_FLOOR
     lifted = np.array([low <= floor.value <= high for floor in floors])
@@ -138,10 +144,13 @@ def _check_offset(floors: Sequence[Floor]) -> None:
     elif lifted[first:].mean() > 0.9:
         say = f'offset={{{day!r}: -1000}}'
     else:
-        return
-    raise ImplausibleValuesError(
+        say = 'these files the offset, as with gdal_edit -offset -1000, since others lack it'
+    why = (
         f'in {lifted.sum()} of {len(lifted)} Sentinel-2 images (the first of {day}) no pixel of '
         f'any band is darker than {low}: they seem to hold the offset of +1000 of products since '
         f'processing baseline 04.00 (25 January 2022). Give {say}; if the ground is so bright, '
         'offset=0'
     )
+    if not say.startswith('offset'):
+        return warn(why)
+    raise ImplausibleValuesError(why)

@@ -130,7 +130,8 @@ class SeriesDataset(GeoDataset):
         chosen = self._choose(patches)
         epsg = pd.Series([self.grid_of(patch).epsg for patch in chosen]).mode()[0]
         target = CRS.from_user_input(crs or int(epsg))
-        self._res = self._res_in(target, chosen[0]) if res is None else _pair(res)
+        own = self._res_in(target, chosen[0])
+        self._res = own if res is None else _pair(res, own)
         self._index, self._checked = self._index_of(chosen, target), True
         self._slivers = self._index.geometry[:0]
 
@@ -802,10 +803,14 @@ def _description(dataset: GeoDataset) -> tuple[Any, ...]:
     return dataset.bands, dataset.classes.names, dataset.series.length, raw
 
 
-def _pair(res: float | Sequence[float]) -> tuple[float, float]:
+def _pair(res: float | Sequence[float], own: tuple[float, float]) -> tuple[float, float]:
     pair = tuple(res) if isinstance(res, Sequence) else (res, res)
     if len(pair) != 2 or not all(isinstance(r, Real) and 0 < r < np.inf for r in pair):
         raise ValueError(f'res is {res!r}; give width and height of a pixel, numbers above 0')
+    if not all(1e-3 < a / b < 1e3 for a, b in zip(pair, own, strict=True)):
+        raise ValueError(
+            f'res is {res!r}, and a pixel of the patches is {own} in the CRS; give it in its unit'
+        )
     return pair
 
 
