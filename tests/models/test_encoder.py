@@ -637,7 +637,9 @@ def test_sensors_without_bands_are_refused(sensors: Any) -> None:
 
 @pytest.mark.parametrize('channels', [3, 50, 0])
 def test_channels_that_do_not_fit_are_refused(channels: int) -> None:
-    message = rf'in_channels is {channels}, expected a multiple of 12 \(10 s2 \+ 2 s1\)'
+    message = (
+        rf'in_channels is {channels}, expected a multiple of 12 \(10 s2 \+ 2 s1\).*backbone_kwargs='
+    )
     with pytest.raises(ValueError, match=message):
         build(NAMES['resnet18'], channels)
 

@@ -157,7 +157,8 @@ class SeriesEncoder(Unscripted):
         if in_channels < 1 or in_channels % self.channels:
             raise ValueError(
                 f'in_channels is {in_channels}, expected a multiple of {self.channels} '
-                f'({self._describe_sensors()}): number of time slots times {self.channels}'
+                f'({self._describe_sensors()}): number of time slots times {self.channels}. '
+                "Other sensors and bands are named as in backbone_kwargs={'sensors': {'s2': 10}}"
             )
 
     def make_dilated(self, output_stride: int) -> None:
