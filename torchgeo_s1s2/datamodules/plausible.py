@@ -139,18 +139,16 @@ def _check_offset(floors: Sequence[Floor]) -> None:
         return
     first = int(lifted.argmax())
     day = str(np.datetime64(floors[first].time, 's').astype('datetime64[D]'))
-    if lifted.mean() > 0.5:
-        say = 'offset=-1000, or offset={day: -1000} with the day from which on it holds'
-    elif lifted[first:].mean() > 0.9:
-        say = f'offset={{{day!r}: -1000}}'
-    else:
-        say = 'these files the offset, as with gdal_edit -offset -1000, since others lack it'
     why = (
         f'in {lifted.sum()} of {len(lifted)} Sentinel-2 images (the first of {day}) no pixel of '
         f'any band is darker than {low}: they seem to hold the offset of +1000 of products since '
-        f'processing baseline 04.00 (25 January 2022). Give {say}; if the ground is so bright, '
-        'offset=0'
+        'processing baseline 04.00 (25 January 2022)'
     )
-    if not say.startswith('offset'):
-        return warn(why)
-    raise ImplausibleValuesError(why)
+    if lifted.mean() > 0.5:
+        offset = 'offset=-1000, or offset={day: -1000} with the day from which on it holds'
+    elif lifted[first:].mean() > 0.9:
+        offset = f'offset={{{day!r}: -1000}}'
+    else:
+        warn(f'{why}, and others lack it. Tell these files so, as with gdal_edit -offset -1000')
+        return
+    raise ImplausibleValuesError(f'{why}. Give {offset}; if the ground is so bright, offset=0')
