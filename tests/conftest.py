@@ -167,7 +167,6 @@ def write_pastis(
     counts: Mapping[int, Sequence[int]] | None = None,
     size: int = 32,
     tile: str = 't30uxv',
-    text: bool = False,
 ) -> Path:
     """PASTIS-R as it is published, with values that a person can work out.
 
@@ -181,7 +180,6 @@ def write_pastis(
         counts: Number of dates of S2, S1A and S1D by number of the patch.
         size: Height and width.
         tile: Name of the tile.
-        text: Whether the dates are written as text.
     """
     root = root / 'PASTIS-R'
     counts = counts or {i: (3 + i, 5 + i, 6 + i) for i in range(5)}
@@ -190,8 +188,7 @@ def write_pastis(
         dates: dict[str, Any] = {}
         for (sensor, (first, step)), count in zip(PASTIS_DAYS.items(), numbers, strict=True):
             days = pd.date_range(first, periods=count, freq=step).strftime('%Y%m%d')
-            listed = {str(t): int(day) for t, day in enumerate(days)}
-            dates[f'dates-{sensor}'] = json.dumps(listed) if text else listed
+            dates[f'dates-{sensor}'] = {str(t): int(day) for t, day in enumerate(days)}
             path = root / f'DATA_{sensor}' / f'{sensor}_{10000 + i}.npy'
             save(path, _values(sensor, count, size))
         target = np.zeros((3, size, size), np.uint8)
