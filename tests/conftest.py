@@ -207,12 +207,10 @@ def _values(sensor: str, count: int, size: int) -> NDArray[Any]:
     date = np.arange(count)[:, None, None, None]
     if sensor == 'S2':
         band, column = np.arange(10)[:, None, None], np.arange(size)
-        return np.broadcast_to(
-            1000 * (date + 1) + 100 * band + column, (count, 10, size, size)
-        ).astype(np.int16)
-    vv = {'S1A': -10.0, 'S1D': -11.0}[sensor]
-    bands = np.array([vv, vv - 6, 6])[:, None, None] - date * np.array([1, 1, 0])[:, None, None]
-    return np.broadcast_to(bands, (count, 3, size, size)).astype(np.float16)
+        return (1000 * (date + 1) + 100 * band + column).astype(np.int16).repeat(size, 2)
+    vv = {'S1A': -10, 'S1D': -11}[sensor] - date
+    bands = np.concatenate([vv, vv - 6, np.full_like(vv, 6)], 1).astype(np.float16)
+    return bands.repeat(size, 2).repeat(size, 3)
 
 
 def quiet_trainer(root: Path | None = None, **options: Any) -> Trainer:
