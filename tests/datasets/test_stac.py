@@ -473,6 +473,10 @@ def test_a_file_of_geometries_and_a_zone(tmp_path: Path) -> None:
     assert SentinelRegion(path, season, epsg=32631).grid().epsg == 32631
     bounds = field.to_crs(4326).total_bounds
     assert SentinelRegion(bounds, season).region == bounds.tolist()
+    gpd.GeoSeries([box(177, -19, 181, -16)], crs=4326).to_file(path)
+    message = r'has the bounds \[177.0, .* two regions where one crosses'
+    with pytest.raises(DataError, match=message):
+        SentinelRegion(path, season).grid()
 
 
 @pytest.mark.parametrize(
@@ -552,15 +556,6 @@ def test_every_pixel_is_read_whatever_the_footprint_says(outline: str, tmp_path:
     assert image_of(own, 's1', grid)(tmp_path / 'out.tif').left_out == ''
     expected = np.pad(value, ((0, 0), (4, 0)), constant_values=np.nan)
     np.testing.assert_array_equal(read_raster(tmp_path / 'out.tif'), [expected, expected])
-
-
-def test_a_file_of_geometries_beyond_180_degrees_is_refused(tmp_path: Path) -> None:
-    path = str(tmp_path / 'fiji.gpkg')
-    gpd.GeoSeries([box(177, -19, 181, -16)], crs=4326).to_file(path)
-    with pytest.raises(
-        DataError, match=r'has the bounds \[177.0, .* two regions where one crosses'
-    ):
-        SentinelRegion(path, ['2021-01-01']).grid()
 
 
 @pytest.mark.parametrize(
