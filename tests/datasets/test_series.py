@@ -258,10 +258,8 @@ def test_a_period_is_chosen_from_as_if_there_were_no_other_dates(shared_zones: P
         sample = MultiSenGE(shared_zones, split='test', series=rule)[window]
         assert sample['acquisition_times'][:, 0].tolist() == times
         assert s1[0] not in sample['acquisition_times'][:, 1]
-        share = (
-            sample['image'][:, [0, 10]].isfinite().float().mean((2, 3))
-        )  # of pixels with a value
-        assert torch.equal(share, sample['valid'].float())
+        with_a_value = sample['image'][:, [0, 10]].isfinite().float().mean((2, 3))
+        assert torch.equal(with_a_value, sample['valid'].float())
     with pytest.raises(IndexError, match='no S2 date for July'):
         MultiSenGE(shared_zones, split='test')[window]
 

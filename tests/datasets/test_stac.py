@@ -215,10 +215,8 @@ def test_pixels_and_offsets(
             assert src.bounds.left <= INNER[0]
             assert src.bounds.top >= INNER[3]
     seen = 3 if kind == 'pc-l2a' else len(offsets)
-    assert (
-        f's2: {len(paths)} of {seen} dates, {len(paths)} images of {kind}'
-        in capsys.readouterr().out
-    )
+    said = f's2: {len(paths)} of {seen} dates, {len(paths)} images of {kind}'
+    assert said in capsys.readouterr().out
 
 
 def test_of_two_processings_the_newest_tells_clouds(world: World, tmp_path: Path) -> None:
@@ -261,9 +259,8 @@ def test_sentinel_1(orbits: Any, names: list[str], world: World, tmp_path: Path)
         assert src.tags()[UNIT] == 'linear'
         assert np.isnan(src.nodata)
     if orbits != 'ascending':
-        np.testing.assert_array_equal(
-            value, np.where(first > 0, first, np.where(last > 0, last, np.nan))[at][:64, :64]
-        )
+        expected = np.where(first > 0, first, np.where(last > 0, last, np.nan))
+        np.testing.assert_array_equal(value, expected[at][:64, :64])
     with pytest.raises(DataError, match='made with other orbits; choose another tile or root'):
         region(world, 'sentinel-1-rtc', orbits='descending').write(tmp_path, ['s1'])
 
@@ -453,10 +450,8 @@ def test_refuses(world: World, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'clouds are \[3\], and no mask of .* is known; describe'):
         region(world, 'pc-l2a', clouds=[3], collections={'s2': own}).write(tmp_path, ['s2'])
     world.files.contents |= {'page': b'<html>', 'other.json': b'[]'}
-    for url in (
-        'http://127.0.0.1:9',
-        *(f'{world.files.url}/{n}' for n in ('', 'page', 'other.json')),
-    ):
+    no_api = (f'{world.files.url}/{name}' for name in ('', 'page', 'other.json'))
+    for url in ('http://127.0.0.1:9', *no_api):
         at = {'s2': replace(own, url=url)}
         with pytest.raises(DownloadError, match=r'cannot be searched \(.+\)\. Check the network'):
             region(world, 'pc-l2a', collections=at).write(tmp_path, ['s2'])
@@ -617,9 +612,8 @@ def test_the_assets_of_each_source_are_found(source: str, somewhere: Path) -> No
         key: {'href': f'{key}.tif'} for key in (*names.values(), *others)
     }
     for key in NAMES if earth else ():
-        common: dict[str, Any] = {
-            'eo:bands': [{'common_name': 'rededge' if 'rededge' in key else key}]
-        }
+        name = 'rededge' if 'rededge' in key else key
+        common: dict[str, Any] = {'eo:bands': [{'common_name': name}]}
         assets[key] |= common
         assets[f'{key}-jp2'] = {'href': f'{key}.jp2'} | common
     own = item_of(assets, somewhere)
