@@ -107,6 +107,7 @@ def test_what_is_missing_is_nan(tmp_path: Path) -> None:
     np.lib.format.open_memmap(root / S1D, mode='r+')[0, :, 0] = -np.inf
     sample = PASTISSeries(root, series=AllDates(max_length=2))[0]
     assert sample['valid'].tolist() == [[False, True, True], [True, True, True]]
+    assert sample['acquisition_times'][0, 0] == -1
     assert sample['image'][0, :10].isnan().all()
     assert sample['image'][0, 13:16].isnan().all(0).sum(1).tolist() == [32] + [0] * 31
 

@@ -62,7 +62,8 @@ def check_halves(image: Image, right: float, left: float = NAN) -> None:
 @pytest.mark.parametrize(
     ('dtype', 'value', 'nodata'),
     [
-        ('uint16', 0, None),  # products of ESA, which have no tag
+        ('int16', -10000, None),  # MultiSenGE, which has no tag
+        ('uint16', 0, None),  # products of ESA, which have none either
         ('float32', NAN, None),
         ('float32', INF, None),
         ('int16', 0, 0),
