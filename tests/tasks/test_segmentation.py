@@ -247,7 +247,7 @@ def test_balanced_weights_come_from_the_training_patches(root: Path, tmp_path: P
     task = small(class_weights='balanced')
     quiet_trainer(tmp_path, fast_dev_run=True).fit(task, data_of(root))
     # Half of the pixels are town and half are field, none is water; the sum is 1000.
-    assert task.criterion.weight.tolist() == [500, 500, 0]  # type: ignore[operator]
+    assert task.criterion.weight.tolist() == [500, 500, 0]
 
 
 def test_a_fit_may_follow_a_test(root: Path, tmp_path: Path) -> None:
@@ -355,10 +355,10 @@ def test_losses_do_not_depend_on_unlabelled_pixels(kind: Any, loss: Any) -> None
     mask = torch.randint(0, high, shape)
     wide = F.pad(mask, (1, 1, 1, 1), value=255)
     noisy = F.pad(logits, (1, 1, 1, 1), value=3.0).requires_grad_()
-    value = task._loss(noisy, wide)[0]
-    torch.testing.assert_close(value, task._loss(logits, mask)[0])
+    value = task.criterion(noisy, wide)[0]
+    torch.testing.assert_close(value, task.criterion(logits, mask)[0])
     negative = passing(task=kind, loss=loss, ignore_index=-1, **numbers[kind])
-    torch.testing.assert_close(negative._loss(logits, mask), task._loss(logits, mask))
+    torch.testing.assert_close(negative.criterion(logits, mask), task.criterion(logits, mask))
     (gradient,) = torch.autograd.grad(value, noisy)
     assert gradient.isfinite().all()
     assert gradient[..., 0, :].abs().max() == 0
@@ -370,7 +370,7 @@ def test_focal_loss_by_hand() -> None:
     logits, mask = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4).long()
     mask[..., 0] = 255
     # All pixels are as hard: the normalised loss is cross-entropy's over the number of pixels.
-    assert task._loss(logits, mask)[0] == pytest.approx(math.log(2) / 12)
+    assert task.criterion(logits, mask)[0] == pytest.approx(math.log(2) / 12)
 
 
 def test_binary_cross_entropy_weighs_positives() -> None:
@@ -378,7 +378,7 @@ def test_binary_cross_entropy_weighs_positives() -> None:
     task = passing(task='binary', loss='bce', pos_weight=weight, ignore_index=None)
     logits, mask = torch.randn(2, 6, 6), torch.randint(0, 2, (2, 6, 6))
     expected = F.binary_cross_entropy_with_logits(logits, mask.float(), pos_weight=weight)
-    torch.testing.assert_close(task._loss(logits, mask)[0], expected)
+    torch.testing.assert_close(task.criterion(logits, mask)[0], expected)
 
 
 @pytest.mark.parametrize('options', [{}, {'class_weights': [1.0, 2.0, 4.0]}])

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchgeo.tasks import SemanticSegmentation
@@ -33,11 +33,11 @@ from torchgeo_s1s2.models import (
     spatial_encoder,
 )
 from torchgeo_s1s2.models.registry import is_misspelt
+from torchgeo_s1s2.tasks.losses import SegmentationLoss
 from torchgeo_s1s2.tasks.metrics import SegmentationScores, is_labelled
 from torchgeo_s1s2.tasks.weights import load_weights, trained_classes, trained_ground
 
 _STAGES = ('train', 'val', 'test')
-_NEVER = -100.0  # a logit whose probability is 0
 
 
 class S1S2SemanticSegmentation(SemanticSegmentation):
@@ -263,7 +263,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             weights = data.class_weights  # an error without a labelled training pixel
             if balanced:
                 self.criterion.weight = weights.to(self.device)
-            elif (given := self._class_weights()) is not None and not given[weights > 0].any():
+            elif (given := self.criterion.weight) is not None and not given[weights > 0].any():
                 raise ValueError(
                     f'class_weights is {given.tolist()}: all classes that have a training pixel '
                     'have the weight 0, so nothing would be learned'
@@ -375,48 +375,9 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
             )
 
     def configure_losses(self) -> None:
-        """Set up the loss; ``'balanced'`` weights are filled in when the data are known.
-
-        Raises:
-            ValueError: If the loss does not go with the task or the class weights.
-        """
-        loss, task = self.hparams['loss'], self.hparams['task']
-        weight, ignored = self._class_weights(), self.hparams['ignore_index']
-        if (loss == 'ce') != self._is_multiclass and loss in ('ce', 'bce'):
-            raise ValueError(
-                f"loss={loss!r} with task={task!r}: 'ce' is for task='multiclass', 'bce' for others"
-            )
-        losses = {
-            'ce': lambda: nn.CrossEntropyLoss(weight, ignore_index=ignored, reduction='sum'),
-            'bce': lambda: nn.BCEWithLogitsLoss(
-                pos_weight=self.hparams['pos_weight'], reduction='none'
-            ),
-            'focal': lambda: smp.losses.FocalLoss(task, normalized=True),
-            'dice': lambda: smp.losses.DiceLoss(task, ignore_index=ignored),
-            'jaccard': lambda: smp.losses.JaccardLoss(task),
-        }
-        if loss not in losses:
-            raise ValueError(f'loss is {loss!r}, expected one of {", ".join(losses)}')
-        self.criterion = losses[loss]()
-
-    def _class_weights(self) -> Tensor | None:
-        """Weights of cross-entropy, 1 until those of the data are known."""
-        weights, loss, task = (self.hparams[k] for k in ('class_weights', 'loss', 'task'))
-        if weights is None:
-            return None
-        named = isinstance(weights, str)
-        if loss != 'ce' or task != 'multiclass' or (named and weights != 'balanced'):
-            raise ValueError(
-                f'class_weights={weights!r} with loss={loss!r} and task={task!r}: class weights, a '
-                "list of numbers or 'balanced', are for loss='ce' and task='multiclass' only"
-            )
-        classes = self.hparams['num_classes']
-        weight = torch.ones(classes) if named else torch.as_tensor(weights, dtype=torch.float32)
-        if len(weight) != classes:
-            raise ValueError(f'class_weights has {len(weight)} weights for num_classes={classes}')
-        if weight.ndim != 1 or not (weight.isfinite() & (weight >= 0)).all():
-            raise ValueError(f'class_weights is {weights}, expected finite numbers from 0')
-        return weight
+        """Set up the loss; ``'balanced'`` weights are filled in when the data are known."""
+        names = 'loss', 'task', 'num_classes', 'ignore_index', 'class_weights', 'pos_weight'
+        self.criterion: Any = SegmentationLoss(**{name: self.hparams[name] for name in names})
 
     def forward(self, x: Tensor | ImageSeries) -> Tensor:
         """Logits of a batch.
@@ -498,7 +459,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         given = _mask(batch, logits[:, 0].shape if self._is_multiclass else logits.shape)
         mask = self._known(given)
         getattr(self, f'{stage}_metrics').update(logits, mask)
-        loss, weight = self._loss(logits, mask)
+        loss, weight = self.criterion(logits, mask)
         unknown = (mask != given) & (given != NO_LABEL)
         tally = torch.stack([weight, unknown.sum(), ~loss.isfinite()])
         self._tally[stage] = tally + self._tally.get(stage, 0)
@@ -506,7 +467,7 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         self.log(
             f'{stage}_loss',
             loss,
-            batch_size=weight,  # type: ignore[arg-type]
+            batch_size=weight,
             prog_bar=stage != 'train',  # a bar would fetch the loss of each step
             sync_dist=stage != 'train',
         )
@@ -547,42 +508,6 @@ class S1S2SemanticSegmentation(SemanticSegmentation):
         """The mask, with ignore_index wherever there is no label."""
         ignored = self.hparams['ignore_index']
         return mask.where(is_labelled(mask, self._values, ignored), ignored)
-
-    def _loss(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss over the labelled pixels of a known mask, 0 where nothing counts, and its weight.
-
-        With that weight, by which it was divided, the loss of an epoch does not depend on how the
-        pixels come in batches and processes.
-        """
-        loss, ignored = self.hparams['loss'], self.hparams['ignore_index']
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        self.criterion.to(logits.dtype)  # its weights are of the trainer's precision
-        labelled, weights = mask != ignored, getattr(self.criterion, 'weight', None)
-        weight = labelled.float()
-        if weights is not None:
-            weight = weight * weights[mask.where(labelled, 0)]
-        weight = weight.sum()
-        total = weight.where(weight > 0, 1)
-        if loss == 'ce':
-            value: Tensor = self.criterion(logits, mask) / total
-        elif loss == 'bce':
-            value = self.criterion(logits, mask.where(labelled, 0).to(logits.dtype))
-            value = value.where(labelled, 0).sum() / total
-        elif loss == 'dice':
-            value = self.criterion(logits, mask)
-        elif loss == 'jaccard' and self._is_multiclass:
-            # Unlabelled pixels are a class of their own, of which nothing is wrong.
-            more = logits.detach().amax(1) + torch.where(labelled, _NEVER, -_NEVER)
-            logits, classes = torch.cat([logits, more[:, None]], 1), self._values
-            value = self.criterion(logits, mask.where(labelled, classes))
-            value = value * ((classes + 1) / (classes - (0 <= ignored < classes)))
-        else:
-            # Unlabelled pixels are none of the classes with certainty, which adds nothing to sums.
-            several = self._is_multiclass
-            logits = logits.where(labelled[:, None] if several else labelled, _NEVER)
-            value = self.criterion(logits, mask.where(labelled, -1 if several else 0))
-            value = value * (labelled.numel() / total) if loss == 'focal' else value
-        return value, weight
 
     @property
     def _values(self) -> int:
