@@ -167,7 +167,6 @@ def write_pastis(
     counts: Mapping[int, Sequence[int]] | None = None,
     size: int = 32,
     tile: str = 't30uxv',
-    text: bool = False,
 ) -> Path:
     """PASTIS-R as it is published, with values that a person can work out.
 
@@ -181,7 +180,6 @@ def write_pastis(
         counts: Number of dates of S2, S1A and S1D by number of the patch.
         size: Height and width.
         tile: Name of the tile.
-        text: Whether the dates are written as text.
     """
     root = root / 'PASTIS-R'
     counts = counts or {i: (3 + i, 5 + i, 6 + i) for i in range(5)}
@@ -190,8 +188,7 @@ def write_pastis(
         dates: dict[str, Any] = {}
         for (sensor, (first, step)), count in zip(PASTIS_DAYS.items(), numbers, strict=True):
             days = pd.date_range(first, periods=count, freq=step).strftime('%Y%m%d')
-            listed = {str(t): int(day) for t, day in enumerate(days)}
-            dates[f'dates-{sensor}'] = json.dumps(listed) if text else listed
+            dates[f'dates-{sensor}'] = {str(t): int(day) for t, day in enumerate(days)}
             path = root / f'DATA_{sensor}' / f'{sensor}_{10000 + i}.npy'
             save(path, _values(sensor, count, size))
         target = np.zeros((3, size, size), np.uint8)
@@ -210,12 +207,10 @@ def _values(sensor: str, count: int, size: int) -> NDArray[Any]:
     date = np.arange(count)[:, None, None, None]
     if sensor == 'S2':
         band, column = np.arange(10)[:, None, None], np.arange(size)
-        return np.broadcast_to(
-            1000 * (date + 1) + 100 * band + column, (count, 10, size, size)
-        ).astype(np.int16)
-    vv = {'S1A': -10.0, 'S1D': -11.0}[sensor]
-    bands = np.array([vv, vv - 6, 6])[:, None, None] - date * np.array([1, 1, 0])[:, None, None]
-    return np.broadcast_to(bands, (count, 3, size, size)).astype(np.float16)
+        return (1000 * (date + 1) + 100 * band + column).astype(np.int16).repeat(size, 2)
+    vv = {'S1A': -10, 'S1D': -11}[sensor] - date
+    bands = np.concatenate([vv, vv - 6, np.full_like(vv, 6)], 1).astype(np.float16)
+    return bands.repeat(size, 2).repeat(size, 3)
 
 
 def quiet_trainer(root: Path | None = None, **options: Any) -> Trainer:

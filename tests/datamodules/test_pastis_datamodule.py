@@ -9,7 +9,6 @@ import rasterio
 import torch
 from conftest import SHIPPED, run_script, write_pastis
 from torch import Tensor
-from torchgeo.datamodules import PASTISDataModule
 from torchgeo.datasets import PASTIS
 from torchgeo.datasets.utils import pad_across_batches
 from torchgeo.tasks import SemanticSegmentation
@@ -122,15 +121,6 @@ def test_a_stock_task_knows_padding_by_its_zeros(root: Path) -> None:
     with torch.no_grad():
         one, other = (model(b['image'].flatten(1, 2) / 1e4) for b in batches(root))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-
-
-def test_torchgeo_s_data_module_still_fails_by_itself(root: Path) -> None:
-    """Once it does not, ours need not be the only way."""
-    theirs = PASTISDataModule(root=root.parent, batch_size=1, padding_length=7)
-    theirs.setup('fit')
-    batch = next(iter(theirs.train_dataloader()))
-    with pytest.raises(ValueError, match='must be 5D'):
-        theirs.aug(batch)
 
 
 BACKBONE = 'resnet18_convlstm_inception_s2_s1ax3_s1dx3_h4_t4'

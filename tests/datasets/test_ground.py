@@ -124,8 +124,8 @@ def test_crops_of_a_scene_lie_within_the_blocks(tmp_path: Path) -> None:
     assert seen <= own
 
 
-def polygons(path: Path, *shapes: Any, split: list[Any]) -> PolygonSplits:
-    gpd.GeoDataFrame({'part': split}, geometry=[*shapes], crs=32631).to_crs(4326).to_file(path)
+def polygons(path: Path, *shapes: Any, split: list[Any], crs: int = 32631) -> PolygonSplits:
+    gpd.GeoDataFrame({'part': split}, geometry=[*shapes], crs=crs).to_crs(4326).to_file(path)
     return PolygonSplits(str(path), 'part')
 
 
@@ -164,17 +164,12 @@ def test_polygons_that_meet_in_degrees_share_no_pixel_and_leave_none(
     shapes = [box(2.5, lat, 3.5, 50), box(2.5, 49, 3.5, lat)]
     west, south, _, north = shapes[halved].bounds
     shapes[halved] = box(2.9, south, 3.5, north)
-    table = gpd.GeoDataFrame(
-        {'part': ['north', 'south', 'west']},
-        crs=4326,
-        geometry=[*shapes, box(west, south, 2.9, north)],
-    )
-    table.to_file(tmp_path / 'parts.gpkg')
-    splits = PolygonSplits(str(tmp_path / 'parts.gpkg'), 'part')
+    shapes.append(box(west, south, 2.9, north))
+    names = ['north', 'south', 'west']
+    splits = polygons(tmp_path / 'parts.gpkg', *shapes, split=names, crs=4326)
     for split, rows in (('north', range(12)), ('south', range(12, 24))):
-        assert Counter(n // SIZE for _, n in held(part(root, splits, split))) == dict.fromkeys(
-            rows, 24
-        )
+        count = Counter(n // SIZE for _, n in held(part(root, splits, split)))
+        assert count == dict.fromkeys(rows, 24)
 
 
 def test_pieces_have_names_of_their_own_and_bad_numbers_are_refused(tmp_path: Path) -> None:

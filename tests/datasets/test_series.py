@@ -97,26 +97,6 @@ def test_sensors_and_bands(two_zones: Path, options: dict[str, Any], channels: l
     assert torch.equal(chosen['acquisition_times'], everything['acquisition_times'][:, sensors])
 
 
-def test_missing_pixels_are_nan(tmp_path: Path) -> None:
-    s2 = np.full((10, 8, 8), 500, np.int16)
-    s2[:, 0, 0] = -10000
-    s1 = np.full((2, 8, 8), 1, np.float32)
-    s1[:, 7] = 0
-    labels = np.full((8, 8), 14, np.uint8)
-    labels[3, 3] = 0
-    images = dict.fromkeys(S2_DATES[:3], s2) | {S2_DATES[3]: np.full_like(s2, -10000)}
-    write_patch(tmp_path, '31UEQ', 0, 0, 8, images, dict.fromkeys(S1_DATES, s1), labels)
-    sample = MultiSenGE(tmp_path, split='test')[0]
-    missing = torch.zeros(4, 12, 8, 8, dtype=torch.bool)
-    missing[:, :10, 0, 0] = missing[:, 10:, 7] = missing[3, :10] = True
-    assert torch.equal(sample['image'].isnan(), missing)
-    assert sample['image'].isfinite().sum() == (~missing).sum()
-    assert sample['valid'].tolist() == [[True, True]] * 3 + [[False, True]]
-    assert sample['acquisition_times'][3, 0] == -1
-    assert sample['mask'][3, 3] == 255
-    assert (sample['mask'] == 13).sum() == 63
-
-
 def test_several_s1_images_are_averaged_in_linear_power(tmp_path: Path) -> None:
     powers = {'20200705': 0.1, '20200707': 0.5, '20200708': 0.01}
     s1 = {day: np.full((2, 8, 8), power, np.float32) for day, power in powers.items()}
@@ -258,10 +238,8 @@ def test_a_period_is_chosen_from_as_if_there_were_no_other_dates(shared_zones: P
         sample = MultiSenGE(shared_zones, split='test', series=rule)[window]
         assert sample['acquisition_times'][:, 0].tolist() == times
         assert s1[0] not in sample['acquisition_times'][:, 1]
-        share = (
-            sample['image'][:, [0, 10]].isfinite().float().mean((2, 3))
-        )  # of pixels with a value
-        assert torch.equal(share, sample['valid'].float())
+        with_a_value = sample['image'][:, [0, 10]].isfinite().float().mean((2, 3))
+        assert torch.equal(with_a_value, sample['valid'].float())
     with pytest.raises(IndexError, match='no S2 date for July'):
         MultiSenGE(shared_zones, split='test')[window]
 

@@ -12,6 +12,7 @@ import torch
 from conftest import S1_DATES, S2_DATES, random_images, write_label_file, write_patch
 
 from torchgeo_s1s2.datasets import (
+    SENSOR_BANDS,
     AllDates,
     EvenlySpaced,
     MonthlySeries,
@@ -126,7 +127,7 @@ def test_what_the_data_set_has_no_longer_is_said(root: Path) -> None:
 
 def test_rasters_are_uncompressed_and_say_what_they_said(tmp_path: Path) -> None:
     own = {'nodata': 7, 'scales': [1e-4] * 10, 'offsets': [-0.1] * 10, 'compress': 'deflate'}
-    names = [f'B{n:02}' for n in (12, 11)] + ['B8A'] + [f'B{n:02}' for n in range(8, 1, -1)]
+    names = SENSOR_BANDS['s2'][::-1]
     image = np.full((10, 8, 8), 2000, np.uint16)
     image[:, 0] = 7
     write_patch(

@@ -37,12 +37,15 @@ from torchgeo_s1s2.errors import (
 
 for module in ('odc.stac', 'pystac_client', 'rustac'):
     pytest.importorskip(module, reason='the extra stac is not installed')
+pystac = pytest.importorskip('pystac')
 
 LEFT, TOP, SIZE = 399960, 5400000, 96  # metres, and pixels of 10 m
 INNER = (LEFT + 200, TOP - 700, LEFT + 800, TOP - 100)
 BANDS = SENSOR_BANDS['s2']
 COMMON = dict(zip(BANDS, NAMES, strict=True))
 COARSE = {'B05', 'B06', 'B07', 'B8A', 'B11', 'B12'}
+OWN = StacCollection('c')
+GRID = Grid(crs_of(32632), from_origin(LEFT, TOP, 10, 10), 8, 8)
 RNG = np.random.default_rng(0)
 
 
@@ -170,6 +173,23 @@ def direct(world: World, name: str, path: Path, offset: int, earth: bool) -> Any
     return np.array([np.where((b == 0) | (scl == 9), -10000, b + offset) for b in bands])
 
 
+def item_of(assets: dict[str, Any], path: Path, **properties: Any) -> Any:
+    """An item of processing baseline 05.00, unless told, that lies where a raster lies."""
+    told = {'s2:processing_baseline': '05.00'} | properties
+    return pystac.Item.from_dict(item('a', 'c', '2022-07-01T10:30:21Z', assets, path, **told))
+
+
+def image_of(item: Any, sensor: str, grid: Grid) -> stac.StacImage:
+    pair = item, stac._assets(item, sensor, OWN)
+    return stac.StacImage(pd.Timestamp(0), [pair], sensor, OWN, grid, 'nearest', 16)
+
+
+@pytest.fixture
+def somewhere(tmp_path: Path) -> Path:
+    write_cog(tmp_path / 'a.tif', np.ones((4, 4), 'uint16'), LEFT, TOP)
+    return tmp_path / 'a.tif'
+
+
 @pytest.mark.parametrize(
     ('kind', 'offsets'),
     [
@@ -195,10 +215,8 @@ def test_pixels_and_offsets(
             assert src.bounds.left <= INNER[0]
             assert src.bounds.top >= INNER[3]
     seen = 3 if kind == 'pc-l2a' else len(offsets)
-    assert (
-        f's2: {len(paths)} of {seen} dates, {len(paths)} images of {kind}'
-        in capsys.readouterr().out
-    )
+    said = f's2: {len(paths)} of {seen} dates, {len(paths)} images of {kind}'
+    assert said in capsys.readouterr().out
 
 
 def test_of_two_processings_the_newest_tells_clouds(world: World, tmp_path: Path) -> None:
@@ -241,9 +259,8 @@ def test_sentinel_1(orbits: Any, names: list[str], world: World, tmp_path: Path)
         assert src.tags()[UNIT] == 'linear'
         assert np.isnan(src.nodata)
     if orbits != 'ascending':
-        np.testing.assert_array_equal(
-            value, np.where(first > 0, first, np.where(last > 0, last, np.nan))[at][:64, :64]
-        )
+        expected = np.where(first > 0, first, np.where(last > 0, last, np.nan))
+        np.testing.assert_array_equal(value, expected[at][:64, :64])
     with pytest.raises(DataError, match='made with other orbits; choose another tile or root'):
         region(world, 'sentinel-1-rtc', orbits='descending').write(tmp_path, ['s1'])
 
@@ -399,9 +416,8 @@ def test_a_service_that_does_not_sign_is_an_error(
 
 
 def test_a_server_that_falls_silent_is_an_error(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, somewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pystac = pytest.importorskip('pystac')
     monkeypatch.setattr(stac, '_SILENCE', 0.1)
     monkeypatch.setattr(stac, 'WAITS', (0.01,))
     monkeypatch.setitem(stac.HTTP, 'GDAL_HTTP_LOW_SPEED_TIME', 1)
@@ -412,13 +428,7 @@ def test_a_server_that_falls_silent_is_an_error(
         with pytest.raises(DownloadError, match=r'cannot be searched \(.*timed out'):
             region(world, 'pc-l2a', collections=own).write(tmp_path, ['s2'])
         assets = {band: {'href': f'{url}/{band}.tif'} for band in ('vv', 'vh')}
-        near = world.root / 's1_a' / 'vv.tif'
-        item_of = pystac.Item.from_dict(item('a', 'c', '2021-07-03T06:00:00Z', assets, near))
-        pair = item_of, {'VV': 'vv', 'VH': 'vh'}
-        grid = Grid(crs_of(32632), from_origin(LEFT, TOP, 10, 10), 8, 8)
-        image = stac.StacImage(
-            pd.Timestamp(0), [pair], 's1', StacCollection('c'), grid, 'nearest', 16
-        )
+        image = image_of(item_of(assets, somewhere), 's1', GRID)
         with pytest.raises(DownloadError, match=f'{url}/vv.tif cannot be reached'):
             image(tmp_path / 'out.tif')
 
@@ -440,10 +450,8 @@ def test_refuses(world: World, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'clouds are \[3\], and no mask of .* is known; describe'):
         region(world, 'pc-l2a', clouds=[3], collections={'s2': own}).write(tmp_path, ['s2'])
     world.files.contents |= {'page': b'<html>', 'other.json': b'[]'}
-    for url in (
-        'http://127.0.0.1:9',
-        *(f'{world.files.url}/{n}' for n in ('', 'page', 'other.json')),
-    ):
+    no_api = (f'{world.files.url}/{name}' for name in ('', 'page', 'other.json'))
+    for url in ('http://127.0.0.1:9', *no_api):
         at = {'s2': replace(own, url=url)}
         with pytest.raises(DownloadError, match=r'cannot be searched \(.+\)\. Check the network'):
             region(world, 'pc-l2a', collections=at).write(tmp_path, ['s2'])
@@ -460,6 +468,10 @@ def test_a_file_of_geometries_and_a_zone(tmp_path: Path) -> None:
     assert SentinelRegion(path, season, epsg=32631).grid().epsg == 32631
     bounds = field.to_crs(4326).total_bounds
     assert SentinelRegion(bounds, season).region == bounds.tolist()
+    gpd.GeoSeries([box(177, -19, 181, -16)], crs=4326).to_file(path)
+    message = r'has the bounds \[177.0, .* two regions where one crosses'
+    with pytest.raises(DataError, match=message):
+        SentinelRegion(path, season).grid()
 
 
 @pytest.mark.parametrize(
@@ -505,58 +517,40 @@ def test_what_makes_no_region_is_named(options: dict[str, Any], message: str) ->
 )
 @pytest.mark.parametrize('place', ['raster:bands', 'bands', 'asset'])
 def test_items_that_say_something_else(
-    place: str, told: dict[str, Any], says: dict[str, Any], message: str, tmp_path: Path
+    place: str, told: dict[str, Any], says: dict[str, Any], message: str, somewhere: Path
 ) -> None:
-    pystac = pytest.importorskip('pystac')
-    write_cog(tmp_path / 'a.tif', np.ones((4, 4), 'uint16'), LEFT, TOP)
     if place != 'raster:bands':  # STAC 1.1
         told = {f'raster:{k}' if k in ('scale', 'offset') else k: v for k, v in told.items()}
     said = told if place == 'asset' else {place: [told]}
     assets = {band: {'href': f'{band}.tif', **said} for band in BANDS}
-    day = '2022-07-01T10:30:21Z'
-    properties: dict[str, Any] = {'s2:processing_baseline': '05.00'} | says
-    own = pystac.Item.from_dict(item('a', 'c', day, assets, tmp_path / 'a.tif', **properties))
+    own = item_of(assets, somewhere, **says)
     if message:
         with pytest.raises(DataError, match=message):
-            stac._assets(own, 's2', StacCollection('c'))
+            stac._assets(own, 's2', OWN)
     else:
-        assert stac._assets(own, 's2', StacCollection('c'))['B12'] == 'B12'
+        assert stac._assets(own, 's2', OWN)['B12'] == 'B12'
         added = 0 if 0 in told.values() else -1000
-        assert stac._offset(own, 'B02', StacCollection('c')) == added
+        assert stac._offset(own, 'B02', OWN) == added
 
 
 @pytest.mark.parametrize('outline', ['split', 'one polygon', 'elsewhere'])
 def test_every_pixel_is_read_whatever_the_footprint_says(outline: str, tmp_path: Path) -> None:
     """An image across 180 degrees: there, x of zone 60 is 819,452 m at 17 degrees south."""
-    pystac = pytest.importorskip('pystac')
     left, top = 819_000, 8_118_000
     value = RNG.integers(1, 100, (64, 64)).astype('float32')
     for band in ('vv', 'vh'):
         write_cog(tmp_path / f'{band}.tif', value, left, top, epsg=32760)
     assets = {band: {'href': str(tmp_path / f'{band}.tif')} for band in ('vv', 'vh')}
-    content = item('a', 'c', '2021-07-03T06:00:00Z', assets, tmp_path / 'vv.tif')
-    assert content['geometry']['type'] == 'MultiPolygon'
+    own = item_of(assets, tmp_path / 'vv.tif')
+    assert own.geometry['type'] == 'MultiPolygon'
     corners = [(179.995, -17), (-179.999, -17), (-179.999, -17.006), (179.995, -17.006)]
     if outline != 'split':
         ring = corners if outline == 'one polygon' else [(lon, -lat) for lon, lat in corners]
-        content['geometry'] = {'type': 'Polygon', 'coordinates': [[*ring, ring[0]]]}
-    own = pystac.Item.from_dict(content)
-    known = StacCollection('c', bands={'VV': 'vv', 'VH': 'vh'})
+        own.geometry = {'type': 'Polygon', 'coordinates': [[*ring, ring[0]]]}
     grid = Grid(crs_of(32760), from_origin(left - 40, top, 10, 10), 68, 64)
-    pair = own, stac._assets(own, 's1', known)
-    image = stac.StacImage(pd.Timestamp(0), [pair], 's1', known, grid, 'nearest', 16)
-    assert image(tmp_path / 'out.tif').left_out == ''
+    assert image_of(own, 's1', grid)(tmp_path / 'out.tif').left_out == ''
     expected = np.pad(value, ((0, 0), (4, 0)), constant_values=np.nan)
     np.testing.assert_array_equal(read_raster(tmp_path / 'out.tif'), [expected, expected])
-
-
-def test_a_file_of_geometries_beyond_180_degrees_is_refused(tmp_path: Path) -> None:
-    path = str(tmp_path / 'fiji.gpkg')
-    gpd.GeoSeries([box(177, -19, 181, -16)], crs=4326).to_file(path)
-    with pytest.raises(
-        DataError, match=r'has the bounds \[177.0, .* two regions where one crosses'
-    ):
-        SentinelRegion(path, ['2021-01-01']).grid()
 
 
 @pytest.mark.parametrize(
@@ -573,17 +567,12 @@ def test_files_of_any_type(
     value: float, dtype: str, nodata: float, written: int | None, tmp_path: Path
 ) -> None:
     """Of which the item says nothing; the first row has no observation."""
-    pystac = pytest.importorskip('pystac')
     path = tmp_path / 'a.tif'
     image = np.full((8, 8), value, dtype)
     image[0] = nodata
     write_cog(path, image, LEFT, TOP, nodata=nodata)
-    told: dict[str, Any] = {'s2:processing_baseline': '05.00'}
-    assets = {band: {'href': str(path)} for band in BANDS}
-    own = pystac.Item.from_dict(item('a', 'c', '2022-07-01T10:30:21Z', assets, path, **told))
-    known, grid = StacCollection('c'), Grid(crs_of(32632), from_origin(LEFT, TOP, 10, 10), 8, 8)
-    pair = own, stac._assets(own, 's2', known)
-    write = stac.StacImage(pd.Timestamp(0), [pair], 's2', known, grid, 'nearest', 16)
+    own = item_of({band: {'href': str(path)} for band in BANDS}, path)
+    write = image_of(own, 's2', GRID)
     if written is None:
         with pytest.raises(ImplausibleValuesError, match=r's2 holds reflectance itself .*0\.15'):
             write(tmp_path / 'out.tif')
@@ -594,51 +583,38 @@ def test_files_of_any_type(
 
 
 @pytest.mark.parametrize('place', ['gsd', 'bands', 'raster:bands'])
-def test_of_several_assets_of_a_band_the_finest_is_taken(place: str, tmp_path: Path) -> None:
+def test_of_several_assets_of_a_band_the_finest_is_taken(place: str, somewhere: Path) -> None:
     """As CDSE names them; a common name counts only where no name tells."""
-    pystac = pytest.importorskip('pystac')
-    write_cog(tmp_path / 'a.tif', np.ones((4, 4), 'uint16'), LEFT, TOP)
 
     def asset(size: int) -> dict[str, Any]:
         told = {'gsd': size} if place == 'gsd' else {place: [{'spatial_resolution': size}]}
         return {'href': 'a.tif', 'eo:common_name': 'blue'} | told
 
-    def item_of(assets: dict[str, Any]) -> Any:
-        told: dict[str, Any] = {'s2:processing_baseline': '05.00'}
-        day = '2022-07-01T10:30:21Z'
-        return pystac.Item.from_dict(item('a', 'c', day, assets, tmp_path / 'a.tif', **told))
-
     assets = {f'{b}_{m}m': asset(m) for b in BANDS for m in (60, 10, 20)}
-    known = stac._assets(item_of(assets), 's2', StacCollection('c'))
+    known = stac._assets(item_of(assets, somewhere), 's2', OWN)
     assert known == {b: f'{b}_10m' for b in BANDS}
     for also in (asset(10), {'href': 'a.tif'}):
-        own = item_of({'B02': also, 'B02_10m': asset(10)} | {b: asset(10) for b in BANDS[1:]})
+        twice = {'B02': also, 'B02_10m': asset(10)} | {b: asset(10) for b in BANDS[1:]}
+        own = item_of(twice, somewhere)
         with pytest.raises(DataError, match='a has B02 as B02 and B02_10m; say which is meant, as'):
-            stac._assets(own, 's2', StacCollection('c'))
-        assert stac._assets(own, 's2', StacCollection('c', bands={'B02': 'B02'}))['B02'] == 'B02'
+            stac._assets(own, 's2', OWN)
+        assert stac._assets(own, 's2', replace(OWN, bands={'B02': 'B02'}))['B02'] == 'B02'
 
 
 @pytest.mark.parametrize('source', ['earth-search', 'earth-search-c1', 'planetary-computer'])
-def test_the_assets_of_each_source_are_found(source: str) -> None:
+def test_the_assets_of_each_source_are_found(source: str, somewhere: Path) -> None:
     """By the names that its items have, with the JPEG 2000 twins and pictures of Earth Search."""
-    pystac = pytest.importorskip('pystac')
     earth = source != 'planetary-computer'
-    names = dict(zip(BANDS, NAMES, strict=True)) if earth else {band: band for band in BANDS}
+    names = COMMON if earth else {band: band for band in BANDS}
     others = ('coastal', 'nir09', 'visual', 'aot', 'wvp', 'scl', 'thumbnail')
     others = others if earth else ('B01', 'B09', 'AOT', 'WVP', 'SCL', 'visual', 'preview')
     assets: dict[str, dict[str, Any]] = {
         key: {'href': f'{key}.tif'} for key in (*names.values(), *others)
     }
     for key in NAMES if earth else ():
-        common: dict[str, Any] = {
-            'eo:bands': [{'common_name': 'rededge' if 'rededge' in key else key}]
-        }
+        name = 'rededge' if 'rededge' in key else key
+        common: dict[str, Any] = {'eo:bands': [{'common_name': name}]}
         assets[key] |= common
         assets[f'{key}-jp2'] = {'href': f'{key}.jp2'} | common
-    content: dict[str, Any] = {
-        'type': 'Feature', 'stac_version': '1.0.0', 'id': 'x', 'geometry': None, 'links': [],
-        'properties': {'datetime': '2020-07-01T00:00:00Z', 's2:processing_baseline': '02.14'},
-        'assets': assets,
-    }  # fmt: skip
-    item = pystac.Item.from_dict(content)
-    assert stac._assets(item, 's2', stac.SOURCES[source]['s2']) == names
+    own = item_of(assets, somewhere)
+    assert stac._assets(own, 's2', stac.SOURCES[source]['s2']) == names

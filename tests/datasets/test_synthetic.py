@@ -117,7 +117,7 @@ def test_other_settings_and_foreign_data_are_refused(tmp_path: Path, two_zones: 
 
 
 def test_a_patch_without_november_has_no_series(tmp_path: Path) -> None:
-    write_synthetic(tmp_path, 16, PATCHES, incomplete=1, progress=False)
+    write_synthetic(tmp_path, 16, {'31UFQ': 1}, incomplete=1, progress=False)
     with pytest.raises(ValueError, match='no S2 date for November'):
         MultiSenGE(tmp_path)
 
