@@ -377,20 +377,20 @@ def test_implausible_values_are_refused_with_advice_that_helps(
 
 
 def test_colours_are_no_reflectance(tmp_path: Path) -> None:
-    images = fields(np.random.default_rng(0))
+    images = random_images(np.random.default_rng(0), 8, 4000)
     images['s2'] = {d: (v // 16).astype(np.uint8) for d, v in images['s2'].items()}
-    write_patch(tmp_path, '31UEQ', 0, 0, 8, **images)  # type: ignore[arg-type]
+    write_patch(tmp_path, '31UEQ', 0, 0, 8, **images)
     with pytest.raises(ImplausibleValuesError, match=r'no value above 255.*colours of 8 bits'):
-        compute(tmp_path, MonthlySeries(year=2022))
+        compute(tmp_path)
 
 
 def test_an_offset_of_some_images_is_told(tmp_path: Path) -> None:
     for x, offset in ((0, 0), (9, 1000)):
-        images = fields(np.random.default_rng(x))
+        images = random_images(np.random.default_rng(x), 8, 4000)
         images['s2'] = {d: v + np.int16(offset) for d, v in images['s2'].items()}
-        write_patch(tmp_path, '31UEQ', x, 0, 8, **images)  # type: ignore[arg-type]
+        write_patch(tmp_path, '31UEQ', x, 0, 8, **images)
     with pytest.warns(S1S2Warning, match=r'in 4 of 8 Sentinel-2 images .*gdal_edit -offset -1000'):
-        compute(tmp_path, MonthlySeries(year=2022))
+        compute(tmp_path)
 
 
 @pytest.mark.parametrize('days', [S2_DATES, S2_DATES[:1]])

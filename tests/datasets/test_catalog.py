@@ -128,6 +128,7 @@ def test_folders_behind_links_are_read_and_hidden_files_are_not(two_zones: Path)
     [
         *((d, 'tif') for d in ('20201331', '00000000', '00010101', '99991231', '20200706T250000')),
         *(('20200710', ending) for ending in ('jp2', 'tif.gz', 'vrt')),
+        ('T105031_B02_10m', 'jp2'),
     ],
 )
 def test_images_without_a_date_or_of_another_format_are_counted_and_left_out(

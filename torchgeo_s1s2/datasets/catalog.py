@@ -412,8 +412,9 @@ def list_rasters(root: Path, folder: str) -> tuple[dict[str, list[Image]], list[
                 stems.add(stem)
                 found[f'{match["tile"]}_{match["place"]}'].append(image)
         for name in (name for name, match in others.items() if not match):
-            stem = name.partition('.')[0]  # an image of another format, such as JPEG 2000
-            if stem not in stems and pattern.fullmatch(f'{stem}.tif'):
+            stem, _, ending = name.partition('.')  # an image of another format
+            known = pattern.fullmatch(f'{stem}.tif') or ending.lower() == 'jp2'
+            if stem not in stems and known:
                 odd.append(name)
     return found, _notes(folder, odd, doubles, found.values())
 
