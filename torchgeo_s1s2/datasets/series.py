@@ -591,6 +591,7 @@ class SeriesDataset(GeoDataset):
         return rows if len(rows) else find(box(*grid.bounds))
 
     def _part_of_window(self, row: int, grid: Grid, period: slice) -> _Part:
+        """What of a window a row can fill."""
         own, cut = self._period(row), self._cut(row)
         first, end = np.reshape(reach(grid, self._grid(row)), (2, 2))
         size = grid.width, grid.height
