@@ -22,6 +22,7 @@ from torchgeo_s1s2.datasets import (
     LandCoverClass,
     MultiSenGE,
 )
+from torchgeo_s1s2.datasets.sensors import SENSORS
 from torchgeo_s1s2.errors import S1S2Warning
 
 NAN, INF = np.nan, np.inf
@@ -374,6 +375,10 @@ def test_bands_go_by_name(
     told: Any = {'sensors': [sensor], 'bands': chosen, 'file_bands': {'s2': said}, 'raw': True}
     sample = read(tmp_path, **{sensor: image}, options=options, **told)
     assert sample['image'][0, :, 0, 0].tolist() == [NUMBERS[band] for band in chosen]
+
+
+def test_bands_of_one_sensor_are_none_of_another() -> None:
+    assert SENSORS['s1'].named((*FORCE, 'VV')) == [*[None] * len(FORCE), 'VV']
 
 
 @pytest.mark.parametrize('named', [True, False])

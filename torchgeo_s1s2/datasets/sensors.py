@@ -94,10 +94,11 @@ class Sensor:
 
         ``nir`` beside a broad one is narrow, as in FORCE's products.
         """
-        names, plain = [*map(self.band, texts)], [''.join(_words(text or '')) for text in texts]
-        narrow = bool({'broadnir', 'bnr'} & {*plain})
-        pairs = zip(names, plain, strict=True)
-        return ['B8A' if narrow and text == 'nir' else name for name, text in pairs]
+        plain = [''.join(_words(text or '')) for text in texts]
+        if {'broadnir', 'bnr'} & {*plain}:
+            pairs = zip(texts, plain, strict=True)
+            texts = ['narrownir' if spelt == 'nir' else text for text, spelt in pairs]
+        return [*map(self.band, texts)]
 
 
 SENSORS = {
