@@ -598,6 +598,7 @@ def test_other_units_than_the_checkpoint_s_are_warned_of(root: Path, stage: str)
         getattr(trainer(), stage)(Recorder(), data)
 
 
+@pytest.mark.filterwarnings('error:bands that hold one value')
 def test_a_glance_at_units_reads_a_small_window(
     tmp_path: Path, windows_read: list[tuple[int, ...]]
 ) -> None:

@@ -62,7 +62,7 @@ class Statistics:
             DataError: If a band has no value at all.
             ImplausibleValuesError: If values are not in the units they are taken for.
         """
-        content = _image_statistics(_Windows(dataset), num_workers)
+        content = _training_statistics(dataset, num_workers)
         content['labels'] = count_labels(dataset, num_workers)
         return cls._of(content, dataset.classes)
 
@@ -108,7 +108,7 @@ class Statistics:
             known = kept.get('replaced', [])
             stale = kept.get('made_of') != made_of or known != _all_images(dataset, dict(known))
             if stale or dataset.transforms:
-                content |= _image_statistics(_Windows(dataset), num_workers) | {'made_of': made_of}
+                content |= _training_statistics(dataset, num_workers) | {'made_of': made_of}
                 content['replaced'] = _all_images(dataset, content['replaced'])
         labelled_by = _digest(p for row in files for p in row[GROUND_REFERENCE])
         content['labelled_by'] = labelled_by
@@ -224,10 +224,23 @@ def warn_of_other_units(dataset: SeriesDataset) -> None:
         return
 
 
+def _training_statistics(dataset: SeriesDataset, num_workers: int) -> dict[str, Any]:
+    """Those of all windows; bands that tell nothing are told."""
+    content = _image_statistics(_Windows(dataset), num_workers)
+    if uniform := content.pop('uniform'):
+        warn(
+            f'bands that hold one value in all of the training patches of {dataset.title}: '
+            f'{", ".join(uniform)}. They tell nothing; leave them out with bands, or say with '
+            'nodata that it is none'
+        )
+    return content
+
+
 def _image_statistics(windows: _Windows, num_workers: int) -> dict[str, Any]:
     """Bands, mean and standard deviation; checked against what the sensors can measure.
 
-    ``replaced`` are the rows that were read around an image that cannot be read.
+    ``uniform`` are the bands of one value, ``replaced`` the rows that were read around an image
+    that cannot be read.
     """
     dataset = windows.dataset
     bands = [band for names in dataset.bands.values() for band in names]
@@ -260,14 +273,9 @@ def _image_statistics(windows: _Windows, num_workers: int) -> dict[str, Any]:
             f'{dataset.title}; leave them out with bands or sensors'
         )
     mean = total / count
+    uniform = lowest == highest
     std = (squares / count - mean**2).clamp(min=1e-12).sqrt()
-    if uniform := [band for band, same in zip(bands, lowest == highest, strict=True) if same]:
-        warn(
-            f'bands that hold one value in all of the training patches of {dataset.title}: '
-            f'{", ".join(uniform)}. They tell nothing; leave them out with bands, or say with '
-            'nodata that it is none'
-        )
-        std[lowest == highest] = 1  # or any other value elsewhere would be enormous
+    std[uniform] = 1  # or any other value elsewhere would be enormous
     parts = zip(*(x.split(sizes) for x in (mean, lowest, highest)), strict=True)
     means, span = {}, {}
     for sensor, (average, low, high) in zip(dataset.sensors, parts, strict=True):
@@ -279,6 +287,7 @@ def _image_statistics(windows: _Windows, num_workers: int) -> dict[str, Any]:
         'bands': bands,
         'mean': mean.tolist(),
         'std': std.tolist(),
+        'uniform': [band for band, same in zip(bands, uniform, strict=True) if same],
         'replaced': sorted(replaced),
     }
 
