@@ -34,7 +34,7 @@ from torchgeo_s1s2.datasets.catalog import (
 )
 from torchgeo_s1s2.datasets.labels import write_label_files
 from torchgeo_s1s2.datasets.rasters import Grid, check_power, check_written, read_grid
-from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings, tags_of
+from torchgeo_s1s2.datasets.sensors import SENSORS, Sensor, readings, tags_of, words_of
 from torchgeo_s1s2.errors import DataError, ImplausibleValuesError, warn
 from torchgeo_s1s2.files import whole
 
@@ -572,7 +572,7 @@ def _dataset(data: Any, dimensions: set[str]) -> Any:
 def _bands(dataset: Any, sensor: Sensor) -> dict[str, dict[str, Any]]:
     """Variables by kind (``S1``, ``S1_ASC``) and band."""
     bands: dict[str, dict[str, Any]] = {}
-    words = [re.split(r'[^a-z0-9]+', str(name).lower()) for name in dataset.data_vars]
+    words = [words_of(str(name)) for name in dataset.data_vars]
     orbits = [next((word for word in own if word in ORBITS), '') for own in words]
     names = sensor.named(['_'.join(word for word in own if word not in ORBITS) for own in words])
     for variable, orbit, band in zip(dataset.data_vars.values(), orbits, names, strict=True):

@@ -48,7 +48,8 @@ def _to_db(power: Array) -> Array:
 
 
 @lru_cache(maxsize=256)
-def _words(text: str) -> tuple[str, ...]:
+def words_of(text: str) -> tuple[str, ...]:
+    """Words of a name, in lower case."""
     return tuple(re.split(r'[^a-z0-9]+', text.lower()))
 
 
@@ -85,7 +86,7 @@ class Sensor:
 
     def band(self, text: str | None) -> str | None:
         """Name of the band that a file calls ``text``, None if it is none of the sensor's."""
-        words, spellings = _words(text or ''), _spellings(self.bands)
+        words, spellings = words_of(text or ''), _spellings(self.bands)
         named = {spellings[word] for word in words if word in spellings}
         return named.pop() if len(named) == 1 else self.aliases.get(''.join(words))
 
@@ -94,7 +95,7 @@ class Sensor:
 
         ``nir`` beside a broad one is narrow, as in FORCE's products.
         """
-        plain = [''.join(_words(text or '')) for text in texts]
+        plain = [''.join(words_of(text or '')) for text in texts]
         if {'broadnir', 'bnr'} & {*plain}:
             pairs = zip(texts, plain, strict=True)
             texts = ['narrownir' if spelt == 'nir' else text for text, spelt in pairs]
