@@ -322,7 +322,8 @@ def test_an_interrupted_run_resumes_to_the_same_map(
     done: int,
     buffer_size: int,
 ) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+    # Where tests run in the background, it is ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     predict(tmp_path / 'whole', SceneWriter(buffer_size=buffer_size))
     with pytest.raises(error) as caught:
         predict(tmp_path, SceneWriter(buffer_size=buffer_size), Task(stop))
